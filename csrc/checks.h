@@ -1,0 +1,78 @@
+// Shared by every check_OP and by the dtype dispatch of both devices.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <string>
+
+namespace mor {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_str(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline const char* dtype_str(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+inline std::string device_str(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : "cuda:" + std::to_string(t.get_device_index());
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
+inline void check_dim(const Tensor& t, int64_t dim, const char* op, const char* name,
+                      const char* shape) {
+  STD_TORCH_CHECK(t.dim() == dim, op, ": expected ", name, " of shape ", shape, ", got ",
+                  shape_str(t));
+}
+
+inline void check_dtype(const Tensor& t, ScalarType dtype, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype_str(dtype),
+                  ", got ", dtype_str(t.scalar_type()));
+}
+
+inline void check_floating(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(is_floating(t.scalar_type()), op, ": expected ", name,
+                  " of dtype float32, bfloat16, float16 or float64, got ",
+                  dtype_str(t.scalar_type()));
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op,
+                              const char* name) {
+  STD_TORCH_CHECK(t.device() == reference.device(), op, ": expected ", name, " on ",
+                  device_str(reference), ", got ", device_str(t));
+}
+
+// cu_seqlens [B + 1] on the CPU: starts at 0, never falls, ends at num_rows. Returns B.
+int64_t check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t num_rows, const char* op,
+                                const char* name);
+
+// Calls body with a value of the C++ type of a floating dtype: dispatch_floating(x, [&]<class T>(T)
+// { ... }).
+template <class Body>
+void dispatch_floating(ScalarType dtype, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return body(torch::headeronly::Half{});
+    default:
+      return body(double{});
+  }
+}
+
+}  // namespace mor

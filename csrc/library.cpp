@@ -1,0 +1,59 @@
+// Every schema on one screen; implementations register themselves at the foot of their files.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace {
+
+#if !defined(MOR_CUDA_ARCHITECTURES)
+#define MOR_CUDA_ARCHITECTURES ""
+#endif
+std::string cuda_architectures() { return MOR_CUDA_ARCHITECTURES; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mor, m) {
+  m.def(
+      "route_topk(Tensor scores, Tensor k, Tensor cu_seqlens, SymInt num_rows, Tensor? candidates, "
+      "Tensor? protected_rows, "
+      "bool by_score) -> Tensor");
+  m.def(
+      "group_rows(Tensor keys, SymInt num_keys, Tensor? cu_seqlens) -> (Tensor rows, Tensor "
+      "offsets)");
+
+  m.def("gather_tokens(Tensor x, Tensor rows) -> Tensor");
+  m.def("gather_tokens_backward(Tensor grad, Tensor rows, SymInt num_rows) -> Tensor");
+
+  m.def(
+      "scatter_tokens(Tensor base, Tensor updates, Tensor rows, Tensor? gate, Tensor? base_scale) "
+      "-> Tensor");
+  m.def(
+      "scatter_tokens_(Tensor(a!) base, Tensor updates, Tensor rows, Tensor? gate, Tensor? "
+      "base_scale) -> ()");
+  // Gradients that are not asked for come back empty.
+  m.def(
+      "scatter_tokens_backward(Tensor grad, Tensor? base, Tensor updates, Tensor rows, Tensor? "
+      "gate, Tensor? base_scale) "
+      "-> (Tensor grad_base, Tensor grad_updates, Tensor grad_gate, Tensor grad_base_scale)");
+
+  m.def(
+      "depth_attention(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "
+      "Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? q_depths, Tensor? k_depths, Tensor? key_bias, bool causal, "
+      "float scale) "
+      "-> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "depth_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "softmax_lse, "
+      "Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? "
+      "q_depths, "
+      "Tensor? k_depths, Tensor? key_bias, bool causal, float scale) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_key_bias)");
+
+  m.def("instruction_set(str force) -> str");
+  m.def("cuda_architectures() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mor, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+}

@@ -1,0 +1,92 @@
+// depth_attention: attention over packed sequences in which a token takes part only down to its
+// recursion depth.
+//   q             [Nq, H, hd]    float32, bfloat16, float16 or float64; any strides with a
+//   contiguous last dimension k, v          [Nk, Hkv, hd]  as q; H is a multiple of Hkv: query head
+//   h reads key head h / (H / Hkv) q_positions   [Nq] int64, k_positions [Nk] int64; neither falls
+//   inside a sequence cu_seqlens_q  [B + 1] int32, cu_seqlens_k [B + 1] int32: sequence b owns rows
+//   cu[b] .. cu[b + 1] - 1 q_depths      [Nq] int32, k_depths [Nk] int32: both or neither key_bias
+//   [Nk] float32 (float64 for float64), added to every scaled score of the key
+// Key j is visible to query i iff both belong to the same sequence, (causal) k_positions[j] <=
+// q_positions[i], and (if depths are given) k_depths[j] >= q_depths[i].
+//   out           [Nq, H, hd]  softmax over the visible keys of scale * <q_i, k_j> + key_bias_j,
+//   applied to v softmax_lse   [H, Nq] float32 (float64 for float64): log of the sum of
+//   exponentials; -inf for a query that sees no
+//                 key, whose out is 0
+// Sums run in float32 (float64 for float64). Memory beyond the outputs is O(rows), never O(Nq *
+// Nk). The result is the same for any number of threads. The backward gives the gradients of q, k,
+// v and key_bias; softmax_lse is not differentiable. Values checked on the CPU only (on CUDA
+// undefined): cu_seqlens rise from 0 to the row count, positions do not fall. MoR paper,
+// section 2.2.2 (recursion-wise caching, recursive sharing).
+#pragma once
+
+#include <optional>
+
+#include "../checks.h"
+
+namespace mor {
+
+struct DepthAttentionDims {
+  int64_t num_queries;    // Nq
+  int64_t num_keys;       // Nk
+  int64_t num_sequences;  // B
+  int64_t num_heads;      // H
+  int64_t num_kv_heads;   // Hkv
+  int64_t head_dim;       // hd
+};
+
+inline DepthAttentionDims check_depth_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_positions,
+    const Tensor& k_positions, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
+    const std::optional<Tensor>& key_bias) {
+  const char* op = "depth_attention";
+  check_dim(q, 3, op, "q", "[Nq, H, head_dim]");
+  check_dim(k, 3, op, "k", "[Nk, Hkv, head_dim]");
+  check_dim(v, 3, op, "v", "[Nk, Hkv, head_dim]");
+  check_floating(q, op, "q");
+  check_dtype(k, q.scalar_type(), op, "k");
+  check_dtype(v, q.scalar_type(), op, "v");
+  check_same_device(k, q, op, "k");
+  check_same_device(v, q, op, "v");
+  const DepthAttentionDims dims{q.size(0), k.size(0), cu_seqlens_q.size(0) - 1,
+                                q.size(1), k.size(1), q.size(2)};
+  STD_TORCH_CHECK(dims.head_dim >= 1 && dims.head_dim <= 256, op,
+                  ": expected head_dim in 1..256, got ", dims.head_dim);
+  STD_TORCH_CHECK(k.size(2) == dims.head_dim, op, ": expected k with head_dim ", dims.head_dim,
+                  ", got ", shape_str(k));
+  STD_TORCH_CHECK(
+      v.size(0) == dims.num_keys && v.size(1) == dims.num_kv_heads && v.size(2) == dims.head_dim,
+      op, ": expected v of the shape of k ", shape_str(k), ", got ", shape_str(v));
+  STD_TORCH_CHECK(dims.num_kv_heads > 0 && dims.num_heads % dims.num_kv_heads == 0, op,
+                  ": expected the ", dims.num_heads,
+                  " heads of q to be a multiple of those of k, got ", dims.num_kv_heads);
+  const auto check_vector = [&](const Tensor& t, int64_t size, ScalarType dtype, const char* name,
+                                const char* shape) {
+    check_dim(t, 1, op, name, shape);
+    check_dtype(t, dtype, op, name);
+    check_same_device(t, q, op, name);
+    STD_TORCH_CHECK(t.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
+                    shape_str(t));
+  };
+  check_vector(q_positions, dims.num_queries, ScalarType::Long, "q_positions", "[Nq]");
+  check_vector(k_positions, dims.num_keys, ScalarType::Long, "k_positions", "[Nk]");
+  STD_TORCH_CHECK(dims.num_sequences >= 0, op,
+                  ": expected cu_seqlens_q of at least one element, got ", shape_str(cu_seqlens_q));
+  check_vector(cu_seqlens_q, dims.num_sequences + 1, ScalarType::Int, "cu_seqlens_q", "[B + 1]");
+  check_vector(cu_seqlens_k, dims.num_sequences + 1, ScalarType::Int, "cu_seqlens_k", "[B + 1]");
+  STD_TORCH_CHECK(q_depths.has_value() == k_depths.has_value(), op,
+                  ": expected q_depths and k_depths together, got only ",
+                  q_depths.has_value() ? "q_depths" : "k_depths");
+  if (q_depths.has_value()) {
+    check_vector(*q_depths, dims.num_queries, ScalarType::Int, "q_depths", "[Nq]");
+    check_vector(*k_depths, dims.num_keys, ScalarType::Int, "k_depths", "[Nk]");
+  }
+  if (key_bias.has_value()) {
+    check_vector(*key_bias, dims.num_keys,
+                 q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
+                 "key_bias", "[Nk]");
+  }
+  return dims;
+}
+
+}  // namespace mor

@@ -1,0 +1,43 @@
+// gather_tokens: y[i] = x[rows[i]].
+//   x     [N, D], any dtype; a row is contiguous, rows may be strided
+//   rows  [K] int64, each in [0, N); any order, repeats allowed
+//   y     [K, D], contiguous
+// Backward (gather_tokens_backward): grad_x[n] = sum of grad[i] over rows[i] == n, accumulated in
+// float32 (double for double) in the order of i, so it is deterministic for any thread count. Empty
+// inputs give empty outputs. A row out of range is an error on the CPU and undefined on CUDA.
+#pragma once
+
+#include "../checks.h"
+
+namespace mor {
+
+struct GatherTokensDims {
+  int64_t num_rows;   // N
+  int64_t num_taken;  // K
+  int64_t width;      // D
+};
+
+inline void check_rows_index(const Tensor& rows, const Tensor& reference, const char* op) {
+  check_dim(rows, 1, op, "rows", "[K]");
+  check_dtype(rows, ScalarType::Long, op, "rows");
+  check_same_device(rows, reference, op, "rows");
+}
+
+inline GatherTokensDims check_gather_tokens(const Tensor& x, const Tensor& rows) {
+  check_dim(x, 2, "gather_tokens", "x", "[N, D]");
+  check_rows_index(rows, x, "gather_tokens");
+  return {x.size(0), rows.size(0), x.size(1)};
+}
+
+inline GatherTokensDims check_gather_tokens_backward(const Tensor& grad, const Tensor& rows,
+                                                     int64_t num_rows) {
+  check_dim(grad, 2, "gather_tokens_backward", "grad", "[K, D]");
+  check_floating(grad, "gather_tokens_backward", "grad");
+  check_rows_index(rows, grad, "gather_tokens_backward");
+  STD_TORCH_CHECK(grad.size(0) == rows.size(0), "gather_tokens_backward: expected grad of ",
+                  rows.size(0), " rows, got ", shape_str(grad));
+  STD_TORCH_CHECK(num_rows >= 0, "gather_tokens_backward: expected num_rows >= 0, got ", num_rows);
+  return {num_rows, rows.size(0), grad.size(1)};
+}
+
+}  // namespace mor

@@ -1,0 +1,29 @@
+"""Operators of mor: one file each, the public function with its plain-PyTorch reference, fake kernel and autograd.
+
+Importing the package loads the compiled library; `torch.ops.mor.*` are the raw operators.
+"""
+
+from pathlib import Path
+
+import torch
+
+import mor
+
+
+def _load_library() -> None:
+    # In an editable install the library and the sources lie in different folders; both are in mor.__path__.
+    for folder in mor.__path__:
+        path = Path(folder) / "_ops.so"
+        if path.exists():
+            torch.ops.load_library(path)
+            return
+    raise ImportError(
+        "mor: _ops.so is missing; reinstall mor with a C++ compiler on PATH (pip install .)"
+    )
+
+
+_load_library()
+
+from mor.ops.gather_tokens import gather_tokens  # noqa: E402
+
+__all__ = ["gather_tokens"]
