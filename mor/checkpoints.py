@@ -1,0 +1,107 @@
+"""Which checkpoint of a run to resume from: the newest one that is complete.
+
+The Trainer writes a checkpoint file by file, so a process killed meanwhile leaves a folder that looks like a checkpoint
+and is none. It deletes older checkpoints only afterwards: a complete one is always there.
+"""
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+__all__ = ["checkpoint_to_resume", "find_problem"]
+
+_logger = logging.getLogger(__name__)
+
+
+def checkpoint_to_resume(output_dir: str | Path, model: nn.Module | None = None) -> Path | None:
+    """Finds the newest complete checkpoint of a run; warns about each newer one that is not.
+
+    Args:
+        output_dir: the run's folder.
+        model: the model to be resumed; the checkpoint must hold the same parameters.
+
+    Returns:
+        The folder `checkpoint-STEP`, or None if there is no complete one.
+
+    Raises:
+        ValueError: the newest complete checkpoint belongs to another model.
+    """
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            steps[int(match[1])] = path
+    for _, path in sorted(steps.items(), reverse=True):
+        problem = find_problem(path)
+        if problem is None:
+            if model is not None:
+                check_same_model(path, model)
+            return path
+        _logger.warning("skipping %s: %s", path, problem)
+    return None
+
+
+def find_problem(checkpoint: str | Path) -> str | None:
+    """Says what is wrong with a checkpoint folder, or returns None for a complete one.
+
+    Every file needed for an exact resume must be there and whole: the Trainer's state, the weights (safetensors header
+    and length), optimizer, schedule and random state (checksums).
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        if not isinstance(state["global_step"], int):
+            return "trainer_state.json has no global_step"
+        weights = _weight_files(folder)
+        for path in weights:
+            with safe_open(path, framework="pt") as file:  # checks the header against the file's length
+                file.keys()
+        archives = [folder / "optimizer.pt", folder / "scheduler.pt"]
+        archives += sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
+        for path in archives:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                return f"{path.name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name if error.filename else 'a file'} is missing"
+    except SafetensorError as error:
+        return f"{path.name} is damaged ({error})"
+    except zipfile.BadZipFile:
+        return f"{path.name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"unreadable ({error})"
+    return None
+
+
+def check_same_model(checkpoint: Path, model: nn.Module) -> None:
+    """Compares the names and shapes of a checkpoint's weights with a model's.
+
+    Raises:
+        ValueError: they differ; names the first difference.
+    """
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for path in _weight_files(checkpoint):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                shape = list(file.get_slice(name).get_shape())
+                if expected.get(name) != shape:
+                    wanted = expected.get(name, "no such parameter")
+                    raise ValueError(
+                        f"{checkpoint} holds another model: {name} is {shape} there, expected {wanted}"
+                    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
