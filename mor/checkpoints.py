@@ -1,7 +1,8 @@
 """Which checkpoint of a run to resume from: the newest one that is complete.
 
-The Trainer writes a checkpoint file by file, so a process killed meanwhile leaves a folder that looks like a checkpoint
-and is none. It deletes older checkpoints only afterwards: a complete one is always there.
+The Trainer writes a checkpoint file by file, so a process killed meanwhile leaves a folder that
+looks like a checkpoint and is none. It deletes older checkpoints only afterwards: a complete one is
+always there.
 """
 
 import json
@@ -49,8 +50,8 @@ def checkpoint_to_resume(output_dir: str | Path, model: nn.Module | None = None)
 def find_problem(checkpoint: str | Path) -> str | None:
     """Says what is wrong with a checkpoint folder, or returns None for a complete one.
 
-    Every file needed for an exact resume must be there and whole: the Trainer's state, the weights (safetensors header
-    and length), optimizer, schedule and random state (checksums).
+    Every file needed for an exact resume must be there and whole: the Trainer's state, the weights
+    (safetensors header and length), optimizer, schedule and random state (checksums).
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -61,7 +62,9 @@ def find_problem(checkpoint: str | Path) -> str | None:
             return "trainer_state.json has no global_step"
         weights = _weight_files(folder)
         for path in weights:
-            with safe_open(path, framework="pt") as file:  # checks the header against the file's length
+            with safe_open(
+                path, framework="pt"
+            ) as file:  # checks the header against the file's length
                 file.keys()
         archives = [folder / "optimizer.pt", folder / "scheduler.pt"]
         archives += sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
@@ -90,12 +93,13 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
     for path in _weight_files(checkpoint):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
+            for name in file.keys():
                 shape = list(file.get_slice(name).get_shape())
                 if expected.get(name) != shape:
                     wanted = expected.get(name, "no such parameter")
                     raise ValueError(
-                        f"{checkpoint} holds another model: {name} is {shape} there, expected {wanted}"
+                        f"{checkpoint} holds another model: {name} is {shape} there, "
+                        f"expected {wanted}"
                     )
 
 

@@ -12,7 +12,7 @@ import typer
 from click.core import ParameterSource
 
 # The commands import torch and Transformers themselves: `mor --help` needs neither.
-from mor.run import RunOptions
+from mor.options import RunOptions
 
 __all__ = ["app"]
 
@@ -26,7 +26,10 @@ app = typer.Typer(
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Turns an error in what the user gave into one sentence and exit code 2; MOR_TRACEBACK=1 shows all of it."""
+    """Turns an error in what the user gave into one sentence and exit code 2.
+
+    With MOR_TRACEBACK=1 in the environment the whole traceback is shown.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -39,7 +42,9 @@ def _one_sentence() -> Iterator[None]:
 def _options_as_parameters(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command `(ctx, **options)` one parameter for each field of RunOptions."""
     hints = get_type_hints(RunOptions, include_extras=True)
-    parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    ]
     parameters += [
         inspect.Parameter(
             field.name,
@@ -82,7 +87,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the probability kept.")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the probability kept.")
+    ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
@@ -107,7 +114,10 @@ def generate(
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
     budget: Annotated[
-        float, typer.Option(min=0, help="Training FLOPs as a multiple of the default (minutes on two cores).")
+        float,
+        typer.Option(
+            min=0, help="Training FLOPs as a multiple of the default (minutes on two cores)."
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the order of the data.")] = 0,
 ) -> None:

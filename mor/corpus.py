@@ -1,7 +1,7 @@
-"""Text to train on: local files, a Hugging Face dataset, or the Python standard library's own sources.
+"""Text to train on: local files, a Hugging Face dataset, or the standard library's own sources.
 
-The last one is the default: about 9 MB of real text (code, docstrings, the language reference of `pydoc_data`) that is on
-every machine that runs Python, so training needs no network.
+The last one is the default: about 9 MB of real text (code, docstrings, the language reference of
+`pydoc_data`) that is on every machine that runs Python, so training needs no network.
 """
 
 import hashlib
@@ -22,10 +22,11 @@ FEW_DOCUMENTS = 40
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
-#: Parts of the standard library that are tests, vendored or generated tables, or not there on every machine.
+#: Parts of the standard library that are tests, vendored or generated tables, or not there on every
+#: machine.
 _STDLIB_SKIPPED = frozenset(
-    "test tests idle_test site-packages dist-packages idlelib lib2to3 turtledemo ensurepip encodings lib-dynload "
-    "__pycache__".split()
+    "test tests idle_test site-packages dist-packages idlelib lib2to3 turtledemo ensurepip "
+    "encodings lib-dynload __pycache__".split()
 )
 
 
@@ -61,9 +62,9 @@ def open_corpus(
     """Opens a source of text.
 
     Args:
-        source: None for the standard library's sources; a .txt, .md, .rst, .py, .jsonl, .json or .parquet file, or a
-            directory of them (searched recursively, hidden files skipped); else the name of a Hugging Face dataset,
-            which is streamed.
+        source: None for the standard library's sources; a .txt, .md, .rst, .py, .jsonl, .json or
+            .parquet file, or a directory of them (searched recursively, hidden files skipped); else
+            the name of a Hugging Face dataset, which is streamed.
         text_field: the field that holds the text in JSON, parquet and Hugging Face records.
         config: configuration of the Hugging Face dataset.
         split: split of the Hugging Face dataset.
@@ -72,7 +73,8 @@ def open_corpus(
         The corpus; its text is read when its documents are iterated.
 
     Raises:
-        ValueError: no such path, a path without readable files, or a dataset that cannot be reached.
+        ValueError: no such path, a path without readable files, or a dataset that cannot be
+            reached.
 
     Example:
         >>> open_corpus().name
@@ -90,7 +92,9 @@ def open_corpus(
     path = Path(source)
     if path.is_file():
         if path.suffix not in _SUFFIXES:
-            raise ValueError(f"cannot read {path}: expected a file ending in {', '.join(_SUFFIXES)}")
+            raise ValueError(
+                f"cannot read {path}: expected a file ending in {', '.join(_SUFFIXES)}"
+            )
         return _local_corpus(str(path), path.parent, [path], text_field)
     if path.is_dir():
         files = [
@@ -101,9 +105,15 @@ def open_corpus(
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
         if not files:
-            raise ValueError(f"no text in {path}: it holds no file ending in {', '.join(_SUFFIXES)}")
+            raise ValueError(
+                f"no text in {path}: it holds no file ending in {', '.join(_SUFFIXES)}"
+            )
         return _local_corpus(str(path), path, files, text_field)
-    if isinstance(source, Path) or path.suffix in _SUFFIXES or str(source).startswith(("/", ".", "~")):
+    if (
+        isinstance(source, Path)
+        or path.suffix in _SUFFIXES
+        or str(source).startswith(("/", ".", "~"))
+    ):
         raise ValueError(f"no such file or directory: {source}")
     return _hub_corpus(str(source), text_field, config, split)
 
@@ -111,8 +121,9 @@ def open_corpus(
 def split_documents(corpus: Corpus) -> Iterator[tuple[str, bool]]:
     """Yields each text with True if it is held out.
 
-    Documents are held out by a hash of their key: the split does not depend on their order or number. A corpus of few
-    documents (one long book, say) has none held out; there the caller holds out the end of the text.
+    Documents are held out by a hash of their key: the split does not depend on their order or
+    number. A corpus of few documents (one long book, say) has none held out; there the caller holds
+    out the end of the text.
     """
     documents = corpus.documents()
     first = list(itertools.islice(documents, FEW_DOCUMENTS))
@@ -129,7 +140,8 @@ def _local_corpus(name: str, root: Path, files: list[Path], text_field: str) -> 
     def documents() -> Iterator[Document]:
         for path in files:
             for record in _read(path, text_field):
-                # A file is known by its name, so that an edit does not move it; a record has only its text.
+                # A file is known by its name, so that an edit does not move it; a record has only
+                # its text.
                 is_file = path.suffix in _TEXT_SUFFIXES
                 yield Document(path.relative_to(root).as_posix() if is_file else record, record)
 
@@ -187,11 +199,16 @@ def _missing_field(field: str, found: Iterable[str], where: str) -> ValueError:
 
 def _text_of(record: Any, field: str, where: str) -> str:
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object with a text field {field!r} in {where}, got {type(record).__name__}")
+        raise ValueError(
+            f"expected an object with a text field {field!r} in {where}, "
+            f"got {type(record).__name__}"
+        )
     if field not in record:
         raise _missing_field(field, record, where)
     if not isinstance(record[field], str):
-        raise ValueError(f"expected text in field {field!r} of {where}, got {type(record[field]).__name__}")
+        raise ValueError(
+            f"expected text in field {field!r} of {where}, got {type(record[field]).__name__}"
+        )
     return record[field]
 
 
@@ -200,7 +217,9 @@ def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> C
 
     try:
         stream = datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # the hub client raises a dozen types for "not there" and "not reachable"
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen types for "not there" and "not reachable"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{name!r} is no local path, and opening it as a Hugging Face dataset failed: {reason}"

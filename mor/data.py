@@ -1,4 +1,4 @@
-"""Tokens to train on: a byte-level BPE tokenizer, a memory-mapped token file, and a dataset of blocks of it."""
+"""Tokens to train on: a byte-level BPE tokenizer, memory-mapped token files, blocks of them."""
 
 import hashlib
 import json
@@ -23,7 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 #: Raise when the token files of the same text and tokenizer would come out different.
 _VERSION = 1
-#: Characters encoded at once; a longer text is cut at a line end, so that one huge file does not need huge memory.
+#: Characters encoded at once; a longer text is cut at a line end, so that one huge file does not
+#: need huge memory.
 _PIECE = 1 << 18
 _BATCH = 64
 
@@ -35,14 +36,17 @@ def train_tokenizer(
 
     Args:
         corpus: the text.
-        vocab_size: entries, among them the 256 bytes and the end-of-text token (id 0, also used for padding).
+        vocab_size: entries, among them the 256 bytes and the end-of-text token (id 0, also used for
+            padding).
         max_characters: how much text to look at.
 
     Raises:
         ValueError: `vocab_size` below 257, or an empty corpus.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}"
+        )
     characters = 0
 
     def texts() -> Iterator[str]:
@@ -91,7 +95,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Two token files made by `prepare_tokens`: documents joined, each ending with the end-of-text token."""
+    """Token files made by `prepare_tokens`: documents joined, each with the end-of-text token."""
 
     train: Path
     validation: Path
@@ -108,9 +112,10 @@ def prepare_tokens(
 ) -> TokenFiles:
     """Tokenises a corpus once into memory-mapped files.
 
-    The files lie in a folder named after a hash of the corpus, the tokenizer and this code's version: they are reused
-    exactly when all three are unchanged. The folder appears by a rename after it is complete, so a process killed on
-    the way leaves nothing that could be mistaken for it.
+    The files lie in a folder named after a hash of the corpus, the tokenizer and this code's
+    version: they are reused exactly when all three are unchanged. The folder appears by a rename
+    after it is complete, so a process killed on the way leaves nothing that could be mistaken for
+    it.
 
     Args:
         corpus: the text; about 5% of it is held out for validation (`mor.corpus.split_documents`).
@@ -151,8 +156,9 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         path: the token file.
         files: what `prepare_tokens` returned.
         block_length: tokens in a block; the rest at the end of the file is left out.
-        separate_documents: give `position_ids` that restart at each document, so that attention does not cross from
-            one document into the next, and no document's first token is predicted from the one before.
+        separate_documents: give `position_ids` that restart at each document, so that attention
+            does not cross from one document into the next, and no document's first token is
+            predicted from the one before.
         max_blocks: use this many blocks at most, spread evenly over the file.
 
     Raises:
@@ -168,13 +174,14 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         separate_documents: bool = False,
         max_blocks: int | None = None,
     ) -> None:
+        """Maps the file."""
         if block_length < 2:
             raise ValueError(f"block_length must be at least 2, got {block_length}")
         count = path.stat().st_size // np.dtype(files.dtype).itemsize
         if count < block_length:
             raise ValueError(
-                f"corpus too short: its {path.stem} part has {count} tokens, one block needs {block_length}; "
-                "give more text or a smaller --seq-len"
+                f"corpus too short: its {path.stem} part has {count} tokens, one block needs "
+                f"{block_length}; give more text or a smaller --seq-len"
             )
         self.tokens = np.memmap(path, dtype=files.dtype, mode="r")
         self.end_of_text = files.end_of_text
@@ -239,7 +246,10 @@ def _tokenise(
         def flush() -> None:
             # The text of a document may spell a special token; it is text, not an end of document.
             encoded = tokenizer(
-                [piece for piece, _, _ in batch], add_special_tokens=False, split_special_tokens=True, verbose=False
+                [piece for piece, _, _ in batch],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                verbose=False,
             )["input_ids"]
             for (_, part, ends), ids in zip(batch, encoded, strict=True):
                 ids = [*ids, tokenizer.eos_token_id] if ends else ids

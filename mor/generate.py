@@ -45,9 +45,9 @@ def continue_text(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """Returns the prompt with the model's continuation; temperature 0 takes the likeliest token each time.
+    """Returns the prompt with the model's continuation.
 
-    An empty prompt starts a new document.
+    Temperature 0 takes the likeliest token each time; an empty prompt starts a new document.
     """
     set_seed(seed)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
@@ -58,7 +58,9 @@ def continue_text(
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id,
         **sampling,
     )
     text: str = tokenizer.decode(output[0], skip_special_tokens=True)

@@ -2,12 +2,12 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from typer import Option
+from mor.options import RunOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,102 +16,9 @@ if TYPE_CHECKING:
     from mor.corpus import Corpus
     from mor.training import MoRTrainer
 
-__all__ = ["RunOptions", "options_of_run", "prepare_run", "train"]
-
-_DATA, _MODEL, _TRAINING, _RUN = "Data", "Model", "Training", "Run"
+__all__ = ["options_of_run", "prepare_run", "train"]
 
 logger = logging.getLogger(__name__)
-
-
-def _option(help: str, panel: str, name: str | None = None) -> Any:
-    names = [name] if name else []
-    return Option(*names, help=help, rich_help_panel=panel)
-
-
-@dataclass
-class RunOptions:
-    """Options of a training run; each is an option of `mor train` with the same name."""
-
-    output_dir: Annotated[Path, _option("Folder for everything the run writes.", _RUN)] = Path("runs/train")
-
-    data: Annotated[
-        str | None,
-        _option(
-            "A .txt, .md, .rst, .py, .jsonl, .json or .parquet file, a directory of them, or the name of a Hugging Face "
-            "dataset. Default: the Python standard library's own sources.",
-            _DATA,
-        ),
-    ] = None
-    data_config: Annotated[str | None, _option("Configuration of the Hugging Face dataset.", _DATA)] = None
-    data_split: Annotated[str, _option("Split of the Hugging Face dataset.", _DATA)] = "train"
-    text_field: Annotated[str, _option("Field of the text in JSON, parquet and dataset records.", _DATA)] = "text"
-    max_tokens: Annotated[
-        int | None,
-        _option("Tokenise this much at most. Default: all; of a Hugging Face dataset what the run needs.", _DATA),
-    ] = None
-    tokenizer: Annotated[
-        str | None,
-        _option("Folder or Hugging Face name of a tokenizer. Default: one is trained on the data.", _DATA),
-    ] = None
-    vocab_size: Annotated[int, _option("Size of the tokenizer that is trained.", _DATA)] = 4096
-    seq_len: Annotated[int, _option("Tokens in a training row.", _DATA)] = 256
-    separate_documents: Annotated[
-        bool, _option("Keep attention inside each document of a row.", _DATA)
-    ] = False
-
-    config: Annotated[
-        Path | None,
-        _option("JSON file with a MoR configuration, or with that of a dense model to make recursive; "
-                "replaces the sizes below.", _MODEL),
-    ] = None
-    layers: Annotated[int, _option("Layers a token passes at full depth (unrolled).", _MODEL)] = 8
-    hidden_size: Annotated[int, _option("Width of the model.", _MODEL)] = 256
-    intermediate_size: Annotated[
-        int | None, _option("Width of the MLP. Default: 8/3 of the hidden size, in steps of 64.", _MODEL)
-    ] = None
-    heads: Annotated[int, _option("Attention heads.", _MODEL)] = 4
-    kv_heads: Annotated[int | None, _option("Key and value heads. Default: as many as heads.", _MODEL)] = None
-    num_recursions: Annotated[int, _option("Times the shared block is applied.", _MODEL)] = 3
-    sharing: Annotated[str, _option("Which layers are shared.", _MODEL)] = "middle_cycle"
-    router: Annotated[
-        Literal["expert", "token", "none"], _option("Who chooses: experts choose tokens or tokens their depth.", _MODEL)
-    ] = "expert"
-    kv_strategy: Annotated[str, _option("Which keys and values a recursion sees.", _MODEL)] = "recursion"
-    capacities: Annotated[
-        str | None,
-        _option("Share of the tokens in each recursion, e.g. 1,2/3,1/3 (the default for expert routing).", _MODEL),
-    ] = None
-
-    steps: Annotated[int, _option("Optimiser steps.", _TRAINING)] = 1000
-    batch_size: Annotated[int, _option("Rows in a forward pass.", _TRAINING)] = 8
-    gradient_accumulation: Annotated[int, _option("Forward passes in an optimiser step.", _TRAINING)] = 1
-    lr: Annotated[float, _option("Peak learning rate.", _TRAINING, "--lr")] = 3e-3
-    schedule: Annotated[
-        Literal["wsd", "cosine"], _option("Warmup-stable-decay or cosine.", _TRAINING)
-    ] = "wsd"
-    warmup_share: Annotated[float, _option("Share of the steps that warm up.", _TRAINING)] = 0.05
-    decay_share: Annotated[float, _option("Share of the steps in which wsd decays.", _TRAINING)] = 0.2
-    weight_decay: Annotated[float, _option("AdamW's weight decay.", _TRAINING)] = 0.1
-    bf16: Annotated[bool, _option("Compute in bfloat16 (weights stay float32).", _TRAINING, "--bf16/--float32")] = False
-    gradient_checkpointing: Annotated[
-        bool, _option("Recompute activations in the backward pass.", _TRAINING)
-    ] = False
-    seed: Annotated[int, _option("Seed of the weights and the order of the data.", _TRAINING)] = 0
-
-    resume: Annotated[
-        bool,
-        _option("Go on from the newest complete checkpoint in the output folder; options not given are taken "
-                "from the run.", _RUN, "--resume"),
-    ] = False
-    resume_from: Annotated[Path | None, _option("Go on from this checkpoint.", _RUN)] = None
-    log_every: Annotated[int, _option("Steps between log lines.", _RUN)] = 10
-    eval_every: Annotated[int, _option("Steps between evaluations; 0: never.", _RUN)] = 100
-    eval_rows: Annotated[int, _option("Held-out rows to evaluate on.", _RUN)] = 64
-    save_every: Annotated[int, _option("Steps between checkpoints; 0: never.", _RUN)] = 200
-    report_to: Annotated[
-        str, _option("Where to log besides the screen: tensorboard, wandb, ...; none: nowhere.", _RUN)
-    ] = "tensorboard"
-    progress: Annotated[bool, _option("Show a progress bar.", _RUN)] = True
 
 
 def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
@@ -152,14 +59,21 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
     )
     checkpoint = _checkpoint(options)
     corpus = open_corpus(
-        options.data, text_field=options.text_field, config=options.data_config, split=options.data_split
+        options.data,
+        text_field=options.text_field,
+        config=options.data_config,
+        split=options.data_split,
     )
     tokenizer = _tokenizer(options, corpus, checkpoint)
     config = _model_config(options, len(tokenizer), tokenizer.eos_token_id)
     max_tokens = options.max_tokens
     if max_tokens is None and corpus.name.startswith("dataset "):
         max_tokens = (
-            options.steps * options.batch_size * options.gradient_accumulation * arguments.world_size * options.seq_len
+            options.steps
+            * options.batch_size
+            * options.gradient_accumulation
+            * arguments.world_size
+            * options.seq_len
         )
     files = prepare_tokens(corpus, tokenizer, options.output_dir, max_tokens)
     blocks = {
@@ -210,10 +124,14 @@ def _remember(options: RunOptions, tokens: str) -> None:
     path = options.output_dir / "run.json"
     if path.exists() and _read_json(path).get("tokens") != tokens:
         logger.warning(
-            "the text or the tokenizer is not the one %s was started with: a resumed run goes on with other data",
+            "the text or the tokenizer is not what %s was started with: the run goes on with "
+            "other data",
             options.output_dir,
         )
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    values = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(options).items()
+    }
     values = {key: value for key, value in values.items() if key not in ("resume", "resume_from")}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"options": values, "tokens": tokens}, indent=2) + "\n")
@@ -232,13 +150,15 @@ def _checkpoint(options: RunOptions) -> Path | None:
         old = next(iter(options.output_dir.glob("checkpoint-*")), None)
         if old is not None:
             raise ValueError(
-                f"{options.output_dir} already holds {old.name}: add --resume to go on with that run, or choose another "
-                "--output-dir"
+                f"{options.output_dir} already holds {old.name}: add --resume to go on with that "
+                "run, or choose another --output-dir"
             )
         return None
     checkpoint = checkpoint_to_resume(options.output_dir)
     if checkpoint is None:
-        logger.warning("no complete checkpoint in %s: starting from the beginning", options.output_dir)
+        logger.warning(
+            "no complete checkpoint in %s: starting from the beginning", options.output_dir
+        )
     return checkpoint
 
 
@@ -271,11 +191,14 @@ def _model_config(options: RunOptions, vocab_size: int, end_of_text: int) -> "Mo
             config = MoRConfig(base_config=values, **routing)
         if config.vocab_size < vocab_size:
             raise ValueError(
-                f"{options.config} has a vocab_size of {config.vocab_size}, the tokenizer needs {vocab_size}"
+                f"{options.config} has a vocab_size of {config.vocab_size}, the tokenizer needs "
+                f"{vocab_size}"
             )
         return config
     if options.hidden_size % options.heads:
-        raise ValueError(f"hidden_size {options.hidden_size} is not a multiple of heads {options.heads}")
+        raise ValueError(
+            f"hidden_size {options.hidden_size} is not a multiple of heads {options.heads}"
+        )
     base = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=options.hidden_size,

@@ -1,8 +1,8 @@
 """Training: `transformers.Trainer` with what a routed model has to say in its logs.
 
-`MoRTrainer` changes nothing in how the Trainer trains. It adds to each log line, and so to the progress bar, to
-TensorBoard and to `trainer_state.json`: the parts of the loss, the routing metrics, tokens per second, and the training
-FLOPs so far.
+`MoRTrainer` changes nothing in how the Trainer trains. It adds to each log line, and so to the
+progress bar, to TensorBoard and to `trainer_state.json`: the parts of the loss, the routing
+metrics, tokens per second, and the training FLOPs so far.
 """
 
 import time
@@ -32,13 +32,14 @@ _LOSS_PARTS = ("lm_loss", "aux_loss", "z_loss", "balancing_loss")
 class MoRTrainer(Trainer):
     """`transformers.Trainer` that also logs loss parts, routing metrics, tokens/s and FLOPs.
 
-    Any causal language model can be trained; what it does not report (a dense model has no router) is not logged. The
-    evaluation loss is the language-model loss alone, so that it compares across models.
+    Any causal language model can be trained; what it does not report (a dense model has no router)
+    is not logged. The evaluation loss is the language-model loss alone, so that it compares across
+    models.
 
     Log keys: `lm_loss`, `aux_loss`, `z_loss`, `balancing_loss` (where the model has them), what
-    `model.routing_metrics.compute()` gives (`selected_share_1`, ...), `tokens_per_second` (without the time for
-    evaluation and checkpoints) and `total_flos` (`mor.analysis.flops_per_token`), which the Trainer also keeps in its
-    state.
+    `model.routing_metrics.compute()` gives (`selected_share_1`, ...), `tokens_per_second` (without
+    the time for evaluation and checkpoints) and `total_flos` (`mor.analysis.flops_per_token`),
+    which the Trainer also keeps in its state.
 
     Example:
         >>> trainer = MoRTrainer(model, arguments, train_dataset=blocks)  # doctest: +SKIP
@@ -46,6 +47,7 @@ class MoRTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the Trainer's arguments."""
         super().__init__(*args, **kwargs)
         self._parts: defaultdict[str, Tensor | float] = defaultdict(float)
         self._window_tokens = 0
@@ -104,7 +106,8 @@ class MoRTrainer(Trainer):
     def _close_window(self) -> dict[str, float]:
         seconds = time.perf_counter() - (self._window_start or 0.0)
         steps = max(1, self.state.global_step - self._window_step)
-        # A part is normalised as the loss is: over the step's micro-batches and processes it adds up.
+        # A part is normalised as the loss is: over the step's micro-batches and processes it adds
+        # up.
         parts = {
             name: float(self.accelerator.reduce(value, reduction="sum")) / steps
             for name, value in self._parts.items()
@@ -127,8 +130,8 @@ class MoRTrainer(Trainer):
 class _CloseWindow(TrainerCallback):
     """Logs before each evaluation and checkpoint.
 
-    So a log line never spans a checkpoint: a resumed run logs the same averages as an uninterrupted one. And training's
-    routing metrics are read before evaluation adds its own.
+    So a log line never spans a checkpoint: a resumed run logs the same averages as an uninterrupted
+    one. And training's routing metrics are read before evaluation adds its own.
     """
 
     def on_step_end(
@@ -178,9 +181,10 @@ def training_arguments(
 ) -> TrainingArguments:
     """The paper's optimiser settings as `transformers.TrainingArguments`.
 
-    AdamW with betas 0.9 and 0.95, weight decay, gradient norm clipped at 1. Schedules: `"wsd"`, linear warm-up, constant,
-    linear decay over the last `decay_share` of the steps to `min_learning_rate_share` (0) of the peak; `"cosine"` to
-    `min_learning_rate_share` (0.1). An evaluation or save interval of 0 turns it off.
+    AdamW with betas 0.9 and 0.95, weight decay, gradient norm clipped at 1. Schedules: `"wsd"`,
+    linear warm-up, constant, linear decay over the last `decay_share` of the steps to
+    `min_learning_rate_share` (0) of the peak; `"cosine"` to `min_learning_rate_share` (0.1). An
+    evaluation or save interval of 0 turns it off.
 
     Raises:
         ValueError: a count or share out of range, or an unknown schedule.
@@ -197,7 +201,8 @@ def training_arguments(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if not (warmup_share >= 0 and decay_share >= 0 and warmup_share + decay_share <= 1):
         raise ValueError(
-            f"warmup_share and decay_share must lie in [0, 1] together, got {warmup_share} and {decay_share}"
+            "warmup_share and decay_share must lie in [0, 1] together, "
+            f"got {warmup_share} and {decay_share}"
         )
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")

@@ -8,8 +8,9 @@ from torch import Tensor
 
 __all__ = ["depth_page", "plot_depth_by_position", "plot_loss_against_flops", "token_pieces"]
 
-# Light to dark in one hue (ColorBrewer "YlGnBu", safe for colour-blind readers), each with the text colour that has a
-# contrast of at least 7:1 on it. The bar below a token repeats the depth for readers who see no colour.
+# Light to dark in one hue (ColorBrewer "YlGnBu", safe for colour-blind readers), each with the text
+# colour that has a contrast of at least 7:1 on it. The bar below a token repeats the depth for
+# readers who see no colour.
 _COLOURS = (
     ("#ffffff", "#000000"),
     ("#ffffcc", "#000000"),
@@ -45,12 +46,13 @@ pre {{ font: 14px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wra
 
 
 def token_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
-    """Cuts a text into one piece for each token, so that the pieces join to the text up to the last token's end.
+    """Cuts a text into one piece for each token; the pieces join to the text again.
 
     Args:
         text: what was tokenised.
-        offsets: start and end character of each token, as a fast tokenizer's `return_offsets_mapping` gives them. Tokens
-            that share a character (a byte-level tokenizer splits some) give it to the first.
+        offsets: start and end character of each token, as a fast tokenizer's
+            `return_offsets_mapping` gives them. Tokens that share a character (a byte-level
+            tokenizer splits some) give it to the first.
 
     Example:
         >>> token_pieces("a b", [(0, 1), (1, 3)])
@@ -71,7 +73,7 @@ def depth_page(
     title: str = "Recursion depth of each token",
     intro: str = "",
 ) -> str:
-    """Makes a self-contained HTML page of a text in which each token's colour is its recursion depth.
+    """Makes a self-contained HTML page in which each token's colour is its recursion depth.
 
     Args:
         pieces: the text of each token.
@@ -92,12 +94,13 @@ def depth_page(
         raise ValueError(f"expected depths from 0 to {len(_COLOURS) - 1}, got {wrong[0]}")
     deepest = max(depths, default=0)
     styles = "\n".join(
-        f".d{depth} {{ background: {background}; color: {foreground}; border-bottom-width: {depth}px; }}"
-        for depth, (background, foreground) in enumerate(_COLOURS[: deepest + 1])
+        f".d{depth} {{ background: {back}; color: {fore}; border-bottom-width: {depth}px; }}"
+        for depth, (back, fore) in enumerate(_COLOURS[: deepest + 1])
     )
     total = max(1, len(depths))
+    shares = [100 * list(depths).count(depth) / total for depth in range(deepest + 1)]
     legend = "".join(
-        f'<span class="t l d{depth}">{depth} ({100 * list(depths).count(depth) / total:.0f}%)</span>'
+        f'<span class="t l d{depth}">{depth} ({shares[depth]:.0f}%)</span>'
         for depth in range(min(depths, default=0), deepest + 1)
     )
     body = "".join(
@@ -128,7 +131,9 @@ def plot_loss_against_flops(
         title: heading.
     """
     figure, axes = _figure()
-    for (name, (flops, losses)), marker in zip(curves.items(), "osD^v<>" * len(curves), strict=False):
+    for (name, (flops, losses)), marker in zip(
+        curves.items(), "osD^v<>" * len(curves), strict=False
+    ):
         axes.plot(flops, losses, marker=marker, label=name)
     axes.set(xlabel="training FLOPs", ylabel="validation loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
@@ -137,7 +142,7 @@ def plot_loss_against_flops(
 
 
 def plot_depth_by_position(depths: Tensor, path: str | Path, *, bins: int = 64) -> None:
-    """Draws a heat map: the share of the tokens at each position that took each number of recursions.
+    """Draws a heat map: at each position, the share of the tokens that took each recursion depth.
 
     Args:
         depths: [B, S] int64, recursions of each token; 0 marks padding.
