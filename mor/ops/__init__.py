@@ -24,6 +24,7 @@ def _load_library() -> None:
 
 _load_library()
 
+from mor.ops.depth_attention import depth_attention  # noqa: E402
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 
-__all__ = ["gather_tokens"]
+__all__ = ["depth_attention", "gather_tokens"]
