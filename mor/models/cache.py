@@ -130,12 +130,13 @@ class RecursionCacheLayer(CacheLayerMixin):
         """Forgets the last columns; `tokens_to_remove` is negative or 0, as in Transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"mor cache: crop takes a number <= 0, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.positions is None or self._last_positions is None:
+        self.num_columns += tokens_to_remove
+        if self._last_positions is None:
             return
         self._last_positions = self._last_positions + tokens_to_remove
-        self.positions.masked_fill_(self.positions > self._last_positions.unsqueeze(1), _UNUSED)
-        self.lengths = (self.positions != _UNUSED).sum(dim=1)
-        self.num_columns += tokens_to_remove
+        if self.positions is not None:
+            self.positions.masked_fill_(self.positions > self._last_positions.unsqueeze(1), _UNUSED)
+            self.lengths = (self.positions != _UNUSED).sum(dim=1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the sequences for beam search."""

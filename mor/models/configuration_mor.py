@@ -12,7 +12,7 @@ from mor.modules.routers import ROUTER_TYPES, SCORE_FUNCTIONS
 __all__ = ["MoRConfig"]
 
 SHARINGS = ("middle_cycle", "cycle", "middle_sequence", "sequence")
-KV_STRATEGIES = ("recursion",)
+KV_STRATEGIES = ("recursion", "shared", "hybrid")
 
 
 @strict
@@ -32,6 +32,9 @@ class MoRConfig(PreTrainedConfig):
         router: "expert" (each recursion picks its tokens), "token" (each token picks its depth) or
             None (every token takes all recursions).
         kv_strategy: "recursion": at recursion r a token sees only keys of tokens active at r.
+            "shared": later uses of a layer attend over the keys and values its first use computed
+            for all tokens, and compute none. "hybrid": as shared, but active tokens overwrite
+            their own keys and values with fresh ones (paper, section 2.2.2).
         capacities: expert-choice, share of the tokens that recursion r takes, non-increasing, in
             (0, 1]; default (R - r) / R.
         router_type: "linear", "mlp" (hidden size 2D) or "wide_mlp" (4D).
@@ -179,6 +182,11 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token could "
                 "leave; use cycle or middle_cycle with a router, or router=None"
+            )
+        if self.router == "expert" and self.kv_strategy != "recursion" and self.capacities[0] != 1:
+            raise ValueError(
+                f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at the first "
+                f"recursion (capacity 1), got {self.capacities}"
             )
         if self.router == "expert" and self.router_func == "softmax":
             raise ValueError("MoRConfig.router_func: softmax needs token-choice routing")

@@ -1,9 +1,7 @@
 """MoRModel and MoRForCausalLM: a dense model's own layers, shared over recursions and routed."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from mor.models.attention import AttentionContext
+from mor.models.attention import AttentionContext, SharedKV, skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
 from mor.modules.metrics import RoutingMetrics
@@ -139,6 +137,9 @@ class MoRModel(MoRPreTrainedModel):
         self.rotary_emb = base.rotary_emb
         self.recursion = _recursion(config)
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
+        if config.kv_strategy == "shared":
+            for layer in self.layers:
+                skip_reused_projections(layer.self_attn)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -212,11 +213,11 @@ class MoRModel(MoRPreTrainedModel):
             _check_cache(past_key_values, self.config)
 
         states: list[Tensor] | None = [] if output_hidden_states else None
-        run = partial(self._run_layer, batch=batch, cache=past_key_values, kwargs=kwargs)
+        call = _Call(self, batch, past_key_values, kwargs)
         hidden = batch.pack(inputs_embeds)
         if states is not None:
             states.append(hidden)
-        hidden, routing = self._run_all(hidden, batch.packing, run, states)
+        hidden, routing = self._run_all(hidden, call, states)
         hidden = self.norm(hidden)
         if states is not None:
             states[-1] = hidden
@@ -236,101 +237,132 @@ class MoRModel(MoRPreTrainedModel):
             routing=routing,
         )
 
-    def _run_layer(
+    def _run_all(
+        self, hidden: Tensor, call: "_Call", states: list[Tensor] | None
+    ) -> tuple[Tensor, RecursionOutput]:
+        """All unrolled layers on packed rows [N, D]; appends [N, D] to `states` after each."""
+        ends = 1 if self.config.sharing.startswith("middle") else 0
+        block_depth, last = self.config.block_depth, len(self.schedule) - 1
+        packing = call.packing
+        outputs: list[list[Tensor]] = []  # of the layers of each step, if states are wanted
+
+        def block(x: Tensor, current: Packing, step: int, rows: Tensor) -> Tensor:
+            first = ends + step * block_depth
+            if x.shape[0] == 0:
+                return call.run_without_rows(x, range(first, first + block_depth))
+            outputs.append([])
+            rotary = call.rotary(x, current)
+            for depth in range(first, first + block_depth):
+                x = call.run(depth, x, current, rotary, rows)
+                if states is not None:
+                    outputs[-1].append(x)
+            return x
+
+        everything = call.rotary(hidden, packing)
+        if ends:
+            hidden = call.run(0, hidden, packing, everything)
+            if states is not None:
+                states.append(hidden)
+        if self.recursion is not None:
+            routing = self.recursion(hidden, packing, block, states is not None)
+            hidden = routing.hidden
+        else:
+            for depth in range(ends, last + 1 - ends):
+                hidden = call.run(depth, hidden, packing, everything)
+                if states is not None:
+                    states.append(hidden)
+            depths = torch.full_like(packing.positions, self.config.num_recursions)
+            routing = RecursionOutput(hidden, depths)
+        if states is not None and self.recursion is not None:
+            states.extend(_states_of_all_tokens(routing, outputs, block_depth))
+        if ends:
+            hidden = call.run(last, hidden, packing, everything)
+            if states is not None:
+                states.append(hidden)
+        return hidden, routing
+
+
+class _Call:
+    """The layers of a model during one forward call: packing, cache and shared keys."""
+
+    def __init__(
+        self, model: MoRModel, batch: PackedBatch, cache: Cache | None, kwargs: dict[str, Any]
+    ) -> None:
+        self.model, self.packing, self.kwargs = model, batch.packing, kwargs
+        self.caches = cache.layers if cache is not None else [None] * len(model.schedule)
+        self.longest = batch.shape[1]
+        self.strategy = model.config.kv_strategy
+        self.shared: dict[int, SharedKV] = {}
+
+    def rotary(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, K, head_dim] at the original positions."""
+        return self.model.rotary_emb(x.unsqueeze(0), packing.positions.unsqueeze(0))
+
+    def run(
         self,
         depth: int,
         x: Tensor,
         packing: Packing,
         rotary: tuple[Tensor, Tensor],
-        *,
-        batch: PackedBatch,
-        cache: Cache | None,
-        kwargs: dict[str, Any],
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """The layer of one unrolled depth on rows [K, D]."""
+        """The layer of one unrolled depth on rows [K, D], `rows` of all N (default: all)."""
+        unique = self.model.schedule[depth]
+        shared, reuses, overwritten = None, False, None
+        if self.strategy != "recursion":
+            first_use = self.model.schedule.index(unique) == depth
+            if first_use:
+                self.shared[unique] = SharedKV(self.packing)
+            shared = self.shared[unique]
+            reuses = not first_use and self.strategy == "shared"
+            if not first_use and self.strategy == "hybrid":
+                overwritten = rows
+                if rows is None:
+                    overwritten = torch.arange(x.shape[0], device=x.device)
         context = AttentionContext(
-            packing,
-            cache.layers[depth] if cache is not None else None,
-            batch.shape[1],
+            packing, self.caches[depth], self.longest, shared, reuses, overwritten
         )
-        out = self.layers[self.schedule[depth]](
-            x.unsqueeze(0), position_embeddings=rotary, mor_context=context, **kwargs
+        return self._layer(unique, x, rotary, context)
+
+    def run_without_rows(self, x: Tensor, depths: range) -> Tensor:
+        """A step that no token takes: its layers run on one row of zeros, whose result is dropped.
+
+        Every process must call every layer, or FSDP and DDP wait for gradients that never come;
+        and Transformers' layers cannot reshape zero rows.
+        """
+        row = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
+        packing = Packing.uniform(1, 1, self.packing.positions.new_zeros(1))
+        rotary = self.rotary(row, packing)
+        for depth in depths:
+            unique = self.model.schedule[depth]
+            row = self._layer(unique, row, rotary, AttentionContext(packing))
+            cache = self.caches[depth]
+            if self.strategy == "hybrid" and cache is not None:
+                shared = self.shared[unique]
+                cache.append(shared.keys, shared.values, self.packing, self.longest)
+        return row[:0]
+
+    def _layer(
+        self, unique: int, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
+        out = self.model.layers[unique](
+            x.unsqueeze(0), position_embeddings=rotary, mor_context=context, **self.kwargs
         )
         return (out[0] if isinstance(out, tuple) else out).squeeze(0)
 
-    def _run_all(
-        self,
-        hidden: Tensor,
-        packing: Packing,
-        run: Callable[[int, Tensor, Packing, tuple[Tensor, Tensor]], Tensor],
-        states: list[Tensor] | None,
-    ) -> tuple[Tensor, RecursionOutput]:
-        """All unrolled layers on packed rows [N, D]; appends [N, D] to `states` after each."""
-        ends = 1 if self.config.sharing.startswith("middle") else 0
-        block_depth, last = self.config.block_depth, len(self.schedule) - 1
-        rotary = self._rotary(hidden, packing)
-        # Rows of the current step and the state around them, to show inactive tokens in `states`.
-        collected: list[list[Tensor]] = []
 
-        def block(x: Tensor, current: Packing, step: int) -> Tensor:
-            if x.shape[0] == 0:
-                return self._empty_block(x, step)
-            turn = rotary if current is packing else self._rotary(x, current)
-            collected.append([])
-            for layer in range(block_depth):
-                x = run(ends + step * block_depth + layer, x, current, turn)
-                collected[-1].append(x)
-            if states is None:
-                collected[-1].clear()
-            return x
-
-        if ends:
-            hidden = run(0, hidden, packing, rotary)
-            if states is not None:
-                states.append(hidden)
-        if self.recursion is not None:
-            routing = self.recursion(hidden, packing, block, states is not None)
-        else:
-            routing = RecursionOutput(hidden, torch.full_like(packing.positions, self._repeats()))
-            for depth in range(ends, last + 1 - ends):
-                routing.hidden = run(depth, routing.hidden, packing, rotary)
-                if states is not None:
-                    states.append(routing.hidden)
-        if states is not None and self.recursion is not None:
-            for step, outputs in zip(routing.steps, collected, strict=False):
-                for x in outputs[:-1]:
-                    states.append(step.before.index_copy(0, step.rows, x))
-                states.append(step.after)
-        hidden = routing.hidden
-        if ends:
-            hidden = run(last, hidden, packing, rotary)
-            if states is not None:
-                states.append(hidden)
-        return hidden, routing
-
-    def _repeats(self) -> int:
-        return self.config.num_recursions
-
-    def _rotary(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        return self.rotary_emb(x.unsqueeze(0), packing.positions.unsqueeze(0))
-
-    def _empty_block(self, x: Tensor, step: int) -> Tensor:
-        """A step that no token takes, run on one row of zeros whose result is dropped.
-
-        Every process must call every layer, or FSDP and DDP wait for gradients that never come;
-        Transformers' layers cannot reshape zero rows.
-        """
-        row = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
-        packing = Packing.uniform(1, 1, torch.zeros(1, dtype=torch.int64, device=x.device))
-        rotary = self._rotary(row, packing)
-        ends = 1 if self.config.sharing.startswith("middle") else 0
-        for layer in range(self.config.block_depth):
-            unique = self.schedule[ends + step * self.config.block_depth + layer]
-            out = self.layers[unique](
-                row.unsqueeze(0), position_embeddings=rotary, mor_context=AttentionContext(packing)
-            )
-            row = (out[0] if isinstance(out, tuple) else out).squeeze(0)
-        return row[:0]
+def _states_of_all_tokens(
+    routing: RecursionOutput, outputs: list[list[Tensor]], block_depth: int
+) -> list[Tensor]:
+    """States [N, D] after each layer of each step; inactive tokens show the state before it."""
+    states = []
+    for index, step in enumerate(routing.steps):
+        assert step.before is not None and step.after is not None
+        inner = outputs[index] if index < len(outputs) else []
+        states += [step.before.index_copy(0, step.rows, x) for x in inner[:-1]]
+        states += [step.before] * (block_depth - 1 - len(inner[:-1]))
+        states.append(step.after)
+    return states
 
 
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
@@ -431,6 +463,29 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             routing=base.routing,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Transformers, with positions counted from the mask, so that right padding works too."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
+        if attention_mask is not None and attention_mask.dim() == 2:
+            columns = inputs.get("input_ids", inputs.get("inputs_embeds")).shape[1]
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, -columns:]
+        return inputs
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' continuous batching keeps every token in every layer's cache: refused.
+
+        Raises:
+            NotImplementedError: always; its cache would give wrong tokens without an error.
+        """
+        raise NotImplementedError(
+            "MoR: generate_batch has no place for tokens that leave early; use generate()"
+        )
 
 
 def _base_model(config: MoRConfig) -> nn.Module:

@@ -1,7 +1,7 @@
 """Recursion over packed tokens: the same block several times, on the tokens a router keeps.
 
-The block is any callable `block(x, packing, step) -> y` from rows [K, D] to rows [K, D], including
-its residual stream; it must accept zero rows.
+The block is any callable `block(x, packing, step, rows) -> y` from rows [K, D] to rows [K, D],
+including its residual stream; `rows` are their places among all N rows. It must accept zero rows.
 """
 
 import math
@@ -18,7 +18,7 @@ from mor.ops import gather_tokens, group_rows, route_topk, scatter_tokens
 
 __all__ = ["ExpertChoice", "RecursionOutput", "RecursionStep", "TokenChoice", "default_capacities"]
 
-Block = Callable[[Tensor, Packing, int], Tensor]
+Block = Callable[[Tensor, Packing, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ExpertChoice(nn.Module):
     `H_t <- H_t + g_t * f(H)_t` for the selected tokens, f the whole block with its residual stream.
     In training the k_r = max(1, int(c_r * T)) best tokens of every sequence of T tokens are selected,
     which looks at later tokens; in evaluation a token is selected if its logit is above 0 (0.5 on
-    the sigmoid), so no result depends on a later token.
+    the sigmoid), so no result depends on a later token. While capacities are 1, every token is.
 
     Args:
         hidden_size: D.
@@ -156,7 +156,9 @@ class ExpertChoice(nn.Module):
                 self.aux_routers[step](candidates.detach()).squeeze(-1) if self.aux_routers else None
             )
             ranked = logits if aux_logits is None or self.training else aux_logits
-            if self.training or self.eval_routing == "topk":
+            if capacities[step] == 1 and current is packing:
+                local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
+            elif self.training or self.eval_routing == "topk":
                 assert total is not None, "expert-choice training needs sequence lengths on the host"
                 local, current = self._select_topk(ranked, current, total, capacities[step])
             else:
@@ -173,7 +175,7 @@ class ExpertChoice(nn.Module):
             x = candidates if everything else gather_tokens(candidates, local)
             gates = self.score(logits if everything else gather_tokens(logits, local))
             rows = rows if everything else gather_tokens(rows, local)
-            y = block(x, current, step)
+            y = block(x, current, step, rows)
             gate = gates if self.gating == "weighted" else None
             before = hidden
             hidden = scatter_tokens(hidden, y, rows, gate)
@@ -317,7 +319,7 @@ class TokenChoice(nn.Module):
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         for step in range(self.num_recursions):
             step_rows = rows
-            x = block(x, current, step)
+            x = block(x, current, step, rows)
             before, state = out, out.index_copy(0, rows, x) if keep_states else None
             if leaving[step] == rows.shape[0]:
                 done, done_x = rows, x
