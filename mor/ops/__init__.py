@@ -25,5 +25,7 @@ def _load_library() -> None:
 _load_library()
 
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
+from mor.ops.group_rows import group_rows  # noqa: E402
+from mor.ops.route_topk import route_topk  # noqa: E402
 
-__all__ = ["gather_tokens"]
+__all__ = ["gather_tokens", "group_rows", "route_topk"]
