@@ -1,0 +1,160 @@
+#include "../ops/depth_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "depth_attention.scalar.h"
+#include "depth_attention.simd.h"
+
+namespace mor {
+namespace {
+
+using std::optional;
+
+Tensor last_contiguous(const Tensor& t) {
+  return t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+}
+
+AttentionOperand operand(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+// The operands with the layout the kernels need; owns what had to be copied.
+struct Operands {
+  Tensor q, k, v, q_positions, k_positions, cu_q, cu_k, q_depths, k_depths, key_bias;
+
+  Operands(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& q_positions_in,
+           const Tensor& k_positions_in, const Tensor& cu_q_in, const Tensor& cu_k_in,
+           const optional<Tensor>& q_depths_in, const optional<Tensor>& k_depths_in,
+           const optional<Tensor>& key_bias_in)
+      : q(last_contiguous(q_in)),
+        k(last_contiguous(k_in)),
+        v(last_contiguous(v_in)),
+        q_positions(torch::stable::contiguous(q_positions_in)),
+        k_positions(torch::stable::contiguous(k_positions_in)),
+        cu_q(torch::stable::contiguous(cu_q_in)),
+        cu_k(torch::stable::contiguous(cu_k_in)) {
+    if (q_depths_in.has_value()) q_depths = torch::stable::contiguous(*q_depths_in);
+    if (k_depths_in.has_value()) k_depths = torch::stable::contiguous(*k_depths_in);
+    if (key_bias_in.has_value()) key_bias = torch::stable::contiguous(*key_bias_in);
+  }
+
+  AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale) const {
+    AttentionProblem p{};
+    p.dims = dims;
+    p.group = dims.num_heads / dims.num_kv_heads;
+    p.q = operand(q), p.k = operand(k), p.v = operand(v);
+    p.q_positions = q_positions.const_data_ptr<int64_t>();
+    p.k_positions = k_positions.const_data_ptr<int64_t>();
+    p.cu_q = cu_q.const_data_ptr<int32_t>(), p.cu_k = cu_k.const_data_ptr<int32_t>();
+    if (q_depths.defined()) {
+      p.q_depths = q_depths.const_data_ptr<int32_t>();
+      p.k_depths = k_depths.const_data_ptr<int32_t>();
+    }
+    if (key_bias.defined()) p.key_bias = key_bias.const_data_ptr();
+    p.causal = causal, p.scale = scale;
+    return p;
+  }
+};
+
+void check_positions(const int64_t* positions, const int32_t* cu, int64_t num_sequences,
+                     const char* name) {
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    for (int64_t i = cu[b] + 1; i < cu[b + 1]; ++i) {
+      STD_TORCH_CHECK(positions[i] >= positions[i - 1], "depth_attention: expected ", name,
+                      " that do not fall inside a sequence, got ", name, "[", i,
+                      "] = ", positions[i], " after ", positions[i - 1]);
+    }
+  }
+}
+
+void check_values(const AttentionProblem& p, const Operands& operands) {
+  check_cu_seqlens_values(operands.cu_q, p.dims.num_queries, "depth_attention", "cu_seqlens_q");
+  check_cu_seqlens_values(operands.cu_k, p.dims.num_keys, "depth_attention", "cu_seqlens_k");
+  check_positions(p.q_positions, p.cu_q, p.dims.num_sequences, "q_positions");
+  check_positions(p.k_positions, p.cu_k, p.dims.num_sequences, "k_positions");
+}
+
+template <class T>
+using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor q_positions,
+                                               Tensor k_positions, Tensor cu_seqlens_q,
+                                               Tensor cu_seqlens_k, optional<Tensor> q_depths,
+                                               optional<Tensor> k_depths, optional<Tensor> key_bias,
+                                               bool causal, double scale) {
+  const auto dims = check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q,
+                                          cu_seqlens_k, q_depths, k_depths, key_bias);
+  const Operands operands(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                          k_depths, key_bias);
+  AttentionProblem p = operands.problem(dims, causal, scale);
+  check_values(p, operands);
+  const bool is_double = q.scalar_type() == ScalarType::Double;
+  Tensor out = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries},
+                                        is_double ? ScalarType::Double : ScalarType::Float);
+  p.out_data = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
+  dispatch_floating(q.scalar_type(), [&]<class T>(T) {
+    for (int64_t b = 0; b < dims.num_sequences; ++b) {
+      torch::stable::parallel_for(p.cu_q[b] * dims.num_heads, p.cu_q[b + 1] * dims.num_heads, 16,
+                                  [&](int64_t begin, int64_t end) {
+                                    std::vector<AccOf<T>> scores;
+                                    for (int64_t row = begin; row < end; ++row)
+                                      scalar_attention_row<T>(p, b, row / dims.num_heads,
+                                                              row % dims.num_heads, scores);
+                                  });
+    }
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
+    Tensor grad_out_in, Tensor q, Tensor k, Tensor v, Tensor out_in, Tensor lse_in,
+    Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+    optional<Tensor> q_depths, optional<Tensor> k_depths, optional<Tensor> key_bias, bool causal,
+    double scale) {
+  const auto dims =
+      check_depth_attention_backward(grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions,
+                                     cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias);
+  const Operands operands(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                          k_depths, key_bias);
+  AttentionProblem p = operands.problem(dims, causal, scale);
+  check_values(p, operands);
+  const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
+  const Tensor lse = torch::stable::contiguous(lse_in);
+  p.grad_out = operand(grad_out), p.out = operand(out);
+  p.lse = const_cast<void*>(lse.const_data_ptr());
+  Tensor grad_q = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
+  Tensor grad_k = torch::stable::new_empty(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
+  Tensor grad_v = torch::stable::new_empty(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
+  Tensor grad_key_bias =
+      torch::stable::new_empty(q, {key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
+  p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();
+  p.grad_v = grad_v.mutable_data_ptr(), p.grad_key_bias = grad_key_bias.mutable_data_ptr();
+  dispatch_floating(q.scalar_type(), [&]<class T>(T) {
+    using Acc = AccOf<T>;
+    std::vector<Acc> bias(p.key_bias ? dims.num_kv_heads * dims.num_keys : 0, Acc{0});
+    torch::stable::parallel_for(
+        0, dims.num_sequences * dims.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t g = task % dims.num_kv_heads;
+            scalar_attention_backward<T>(p, task / dims.num_kv_heads, g,
+                                         bias.data() + (p.key_bias ? g * dims.num_keys : 0));
+          }
+        });
+    for (int64_t j = 0; p.key_bias && j < dims.num_keys; ++j) {
+      Acc sum = 0;
+      for (int64_t g = 0; g < dims.num_kv_heads; ++g) sum += bias[g * dims.num_keys + j];
+      static_cast<Acc*>(p.grad_key_bias)[j] = sum;
+    }
+  });
+  return {grad_q, grad_k, grad_v, grad_key_bias};
+}
+
+}  // namespace
+}  // namespace mor
+
+STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) {
+  m.impl("depth_attention", TORCH_BOX(&mor::depth_attention_cpu));
+  m.impl("depth_attention_backward", TORCH_BOX(&mor::depth_attention_backward_cpu));
+}

@@ -1,0 +1,6 @@
+"""Hugging Face models: MoRConfig, MoRModel, MoRForCausalLM, registered with the Auto classes."""
+
+from mor.models.configuration_mor import MoRConfig
+from mor.models.modeling_mor import MoRCausalLMOutput, MoRForCausalLM, MoRModel, MoRModelOutput
+
+__all__ = ["MoRCausalLMOutput", "MoRConfig", "MoRForCausalLM", "MoRModel", "MoRModelOutput"]
