@@ -56,31 +56,25 @@ def find_problem(checkpoint: str | Path) -> str | None:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return "no such folder"
+    path = folder / "trainer_state.json"
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        if not isinstance(state["global_step"], int):
-            return "trainer_state.json has no global_step"
-        weights = _weight_files(folder)
-        for path in weights:
-            with safe_open(
-                path, framework="pt"
-            ) as file:  # checks the header against the file's length
-                file.keys()
-        archives = [folder / "optimizer.pt", folder / "scheduler.pt"]
-        archives += sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
-        for path in archives:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8"))["global_step"], int):
+            return f"{path.name} has no global_step"
+        for path in _weight_files(folder):
+            path.stat()  # a missing file, which safe_open would not name
+            with safe_open(path, framework="pt"):  # checks the header against the file's length
+                pass
+        random_states = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
+        for path in (folder / "optimizer.pt", folder / "scheduler.pt", *random_states):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                return f"{path.name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name if error.filename else 'a file'} is missing"
-    except SafetensorError as error:
-        return f"{path.name} is damaged ({error})"
-    except zipfile.BadZipFile:
+                if archive.testzip() is not None:
+                    return f"{path.name} is damaged"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (zipfile.BadZipFile, SafetensorError, ValueError, KeyError, TypeError):
         return f"{path.name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"unreadable ({error})"
+    except OSError as error:
+        return f"{path.name} is unreadable ({error.strerror})"
     return None
 
 

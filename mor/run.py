@@ -53,7 +53,7 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
         save_every=options.save_every,
         report_to=[] if options.report_to == "none" else options.report_to.split(","),
         bf16=options.bf16,
-        gradient_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing=options.gradient_checkpointing or None,
         seed=options.seed,
         disable_tqdm=not options.progress,
     )

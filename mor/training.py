@@ -26,7 +26,7 @@ from mor.analysis import flops_per_token
 
 __all__ = ["MoRTrainer", "training_arguments"]
 
-_LOSS_PARTS = ("lm_loss", "aux_loss", "z_loss", "balancing_loss")
+_ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
 
 
 class MoRTrainer(Trainer):
@@ -50,6 +50,7 @@ class MoRTrainer(Trainer):
         """Takes the Trainer's arguments."""
         super().__init__(*args, **kwargs)
         self._parts: defaultdict[str, Tensor | float] = defaultdict(float)
+        self._window_batches = 0
         self._window_tokens = 0
         self._window_start: float | None = None
         self._window_step = 0
@@ -82,7 +83,8 @@ class MoRTrainer(Trainer):
             lm_loss = outputs.get("lm_loss")
             loss = loss if lm_loss is None else lm_loss
             return (loss, outputs) if return_outputs else loss
-        for name in _LOSS_PARTS:
+        self._window_batches += 1
+        for name in ("lm_loss", *_ROUTER_LOSSES):
             part = outputs.get(name)
             if part is not None:
                 self._parts[name] = self._parts[name] + part.detach()
@@ -99,23 +101,24 @@ class MoRTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._close_window(), "total_flos": self.state.total_flos}
         elif "eval_loss" in logs:
-            routing = {f"eval_{name}": value for name, value in self._routing().items()}
-            logs = {**logs, **routing, "total_flos": self.state.total_flos}
+            logs = {**logs, **{f"eval_{name}": value for name, value in self._routing().items()}}
         super().log(logs, start_time)
 
     def _close_window(self) -> dict[str, float]:
         seconds = time.perf_counter() - (self._window_start or 0.0)
         steps = max(1, self.state.global_step - self._window_step)
-        # A part is normalised as the loss is: over the step's micro-batches and processes it adds
-        # up.
-        parts = {
-            name: float(self.accelerator.reduce(value, reduction="sum")) / steps
-            for name, value in self._parts.items()
-        }
+        parts = {}
+        for name, total in self._parts.items():
+            # A router loss is a mean over its batch. The language-model loss is normalised by the
+            # targets of the optimizer step: over the step's batches and processes it adds up.
+            router = name in _ROUTER_LOSSES
+            total = self.accelerator.reduce(total, reduction="mean" if router else "sum")
+            parts[name] = float(total) / (self._window_batches if router else steps)
         tokens = self._window_tokens * self.accelerator.num_processes
         speed = {} if self._window_start is None else {"tokens_per_second": tokens / seconds}
         self._parts.clear()
-        self._window_tokens, self._window_start = 0, None
+        self._window_batches = self._window_tokens = 0
+        self._window_start = None
         return {**parts, **self._routing(), **speed}
 
     def _routing(self) -> dict[str, float]:
@@ -243,6 +246,7 @@ def training_arguments(
         "save_total_limit": 2,
         "prediction_loss_only": True,
         "report_to": list(report_to) or "none",
+        "use_cpu": not torch.cuda.is_available(),  # no other accelerator has our operators
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return TrainingArguments(**{**arguments, **overrides})
