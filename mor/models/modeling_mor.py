@@ -28,7 +28,13 @@ from mor.modules.packing import PackedBatch, Packing, pack
 from mor.modules.recursion import ExpertChoice, RecursionOutput, TokenChoice
 from mor.modules.routers import RouterScore
 
-__all__ = ["MoRCausalLMOutput", "MoRForCausalLM", "MoRModel", "MoRModelOutput", "MoRPreTrainedModel"]
+__all__ = [
+    "MoRCausalLMOutput",
+    "MoRForCausalLM",
+    "MoRModel",
+    "MoRModelOutput",
+    "MoRPreTrainedModel",
+]
 
 
 @dataclass
@@ -195,6 +201,7 @@ class MoRModel(MoRPreTrainedModel):
             use_cache = bool(self.config.use_cache) and not self.training
         if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers):
             use_cache, past_key_values = False, None  # the recomputation would append twice
+            _check_checkpointing(self)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch = pack(
             (inputs_embeds.shape[0], inputs_embeds.shape[1]),
@@ -212,6 +219,8 @@ class MoRModel(MoRPreTrainedModel):
         if past_key_values is not None:
             _check_cache(past_key_values, self.config)
 
+        if batch.packing.num_rows == 0:
+            raise ValueError("MoRModel: expected at least one token, got a batch of pads only")
         states: list[Tensor] | None = [] if output_hidden_states else None
         call = _Call(self, batch, past_key_values, kwargs)
         hidden = batch.pack(inputs_embeds)
@@ -564,6 +573,16 @@ def _batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Ten
     if num_items_in_batch is None:
         return 1.0
     return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+def _check_checkpointing(model: MoRModel) -> None:
+    """Reentrant checkpoints cut the graph between the first use of shared keys and the later ones."""
+    options = getattr(model.layers[0]._gradient_checkpointing_func, "keywords", {})
+    if model.config.kv_strategy != "recursion" and options.get("use_reentrant"):
+        raise ValueError(
+            f"MoRModel: kv_strategy {model.config.kv_strategy} needs gradient checkpointing with "
+            "use_reentrant=False"
+        )
 
 
 def _check_cache(cache: Cache, config: MoRConfig) -> None:

@@ -62,7 +62,11 @@ class Packing:
         return rows - self.cu_seqlens[self.sequence_ids].long()
 
     def select(
-        self, rows: Tensor, *, lengths: Sequence[int] | None = None, cu_seqlens: Tensor | None = None
+        self,
+        rows: Tensor,
+        *,
+        lengths: Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> "Packing":
         """The packing of some rows, given in ascending order, with their positions unchanged.
 

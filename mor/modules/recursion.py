@@ -153,13 +153,17 @@ class ExpertChoice(nn.Module):
             candidates = hidden if step == 0 else gather_tokens(hidden, rows)
             logits = router(candidates).squeeze(-1)
             aux_logits = (
-                self.aux_routers[step](candidates.detach()).squeeze(-1) if self.aux_routers else None
+                self.aux_routers[step](candidates.detach()).squeeze(-1)
+                if self.aux_routers
+                else None
             )
             ranked = logits if aux_logits is None or self.training else aux_logits
             if capacities[step] == 1 and current is packing:
                 local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
             elif self.training or self.eval_routing == "topk":
-                assert total is not None, "expert-choice training needs sequence lengths on the host"
+                assert total is not None, (
+                    "expert-choice training needs sequence lengths on the host"
+                )
                 local, current = self._select_topk(ranked, current, total, capacities[step])
             else:
                 local, current = _select_above_threshold(ranked, current)
@@ -286,7 +290,9 @@ class TokenChoice(nn.Module):
         if gating not in ("weighted", "additive"):
             raise ValueError(f"router_gating: expected weighted or additive, got {gating!r}")
         if balancing not in ("loss", "loss_free", None):
-            raise ValueError(f"router_balancing: expected loss, loss_free or None, got {balancing!r}")
+            raise ValueError(
+                f"router_balancing: expected loss, loss_free or None, got {balancing!r}"
+            )
         self.num_recursions = num_recursions
         self.score, self.gating, self.balancing = score, gating, balancing
         self.use_z_loss, self.bias_update_rate = use_z_loss, bias_update_rate
