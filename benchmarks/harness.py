@@ -1,4 +1,4 @@
-"""Timing for benchmarks/bench_*.py: interleaved repeats in one process, medians, a table and a JSON file."""
+"""Timing for bench_*.py: interleaved repeats in one process, medians, a table, a JSON file."""
 
 import argparse
 import json

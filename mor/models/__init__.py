@@ -1,6 +1,7 @@
 """Hugging Face models: MoRConfig, MoRModel, MoRForCausalLM, registered with the Auto classes."""
 
 from mor.models.configuration_mor import MoRConfig
-from mor.models.modeling_mor import MoRCausalLMOutput, MoRForCausalLM, MoRModel, MoRModelOutput
+from mor.models.modeling_mor import MoRForCausalLM, MoRModel
+from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 
 __all__ = ["MoRCausalLMOutput", "MoRConfig", "MoRForCausalLM", "MoRModel", "MoRModelOutput"]

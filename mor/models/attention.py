@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -60,11 +59,6 @@ class AttentionContext:
             return self._append(keys, values, self.packing)
         if self.reuses_kv:
             assert self.shared.view is not None, "the first use of a layer comes first"
-            if torch.is_grad_enabled() and keys.requires_grad > self.shared.view[0].requires_grad:
-                raise RuntimeError(
-                    "mor attention: KV sharing lost the gradient of the shared keys; use gradient "
-                    "checkpointing with use_reentrant=False"
-                )
             return self.shared.view
         if self.rows is not None:
             assert self.shared.keys is not None and self.shared.values is not None

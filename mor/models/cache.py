@@ -50,7 +50,8 @@ class RecursionCacheLayer(CacheLayerMixin):
         """Adds the rows of one forward call.
 
         Args:
-            keys, values: [K, Hkv, head_dim] of the active tokens.
+            keys: [K, Hkv, head_dim] of the active tokens.
+            values: [K, Hkv, head_dim].
             packing: their sequences (the rows of the batch) and positions.
             longest: most rows any sequence can have in this call.
 

@@ -180,13 +180,13 @@ class MoRConfig(PreTrainedConfig):
             )
         if self.router is not None and self.sharing.endswith("sequence"):
             raise ValueError(
-                f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token could "
-                "leave; use cycle or middle_cycle with a router, or router=None"
+                f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
+                "could leave; use cycle or middle_cycle with a router, or router=None"
             )
         if self.router == "expert" and self.kv_strategy != "recursion" and self.capacities[0] != 1:
             raise ValueError(
-                f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at the first "
-                f"recursion (capacity 1), got {self.capacities}"
+                f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at the "
+                f"first recursion (capacity 1), got {self.capacities}"
             )
         if self.router == "expert" and self.router_func == "softmax":
             raise ValueError("MoRConfig.router_func: softmax needs token-choice routing")

@@ -1,14 +1,14 @@
-"""MoRModel and MoRForCausalLM: a dense model's own layers, shared over recursions and routed."""
+"""MoRModel and MoRForCausalLM: a dense model's own layers, shared over recursions and routed.
 
-import copy
-from dataclasses import dataclass
+One file over 300 lines, because Transformers' users look for a model in modeling_NAME.py.
+"""
+
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -18,67 +18,20 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
-from mor.models.attention import AttentionContext, SharedKV, skip_reused_projections
+from mor.models.attention import skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
+from mor.models.construction import base_model, recursion
+from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
+from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
+from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import PackedBatch, Packing, pack
-from mor.modules.recursion import ExpertChoice, RecursionOutput, TokenChoice
-from mor.modules.routers import RouterScore
+from mor.modules.recursion import RecursionOutput
+from mor.modules.token_choice import TokenChoice
 
-__all__ = ["MoRCausalLMOutput", "MoRForCausalLM", "MoRModel", "MoRModelOutput", "MoRPreTrainedModel"]
-
-
-@dataclass
-class MoRModelOutput(ModelOutput):
-    """Output of `MoRModel`.
-
-    Attributes:
-        last_hidden_state: [B, S, D] after the final norm; a pad shows the token before it.
-        past_key_values: the cache, if one is used.
-        hidden_states: L + 1 states [B, S, D], embeddings first, on request. Inside the recursions a
-            token that is not active keeps its state.
-        token_depths: [B, S] int64 recursion steps each token took; 0 for pads.
-        aux_loss, z_loss, balancing_loss: unscaled router losses; None where not used.
-        router_loss: their weighted sum, what the loss contains besides the language-model loss.
-        routing: the recursion in packed rows, for inspection.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    token_depths: Tensor | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    balancing_loss: Tensor | None = None
-    router_loss: Tensor | None = None
-    routing: RecursionOutput | None = None
-
-
-@dataclass
-class MoRCausalLMOutput(ModelOutput):
-    """Output of `MoRForCausalLM`; the fields it shares with `MoRModelOutput` mean the same.
-
-    Attributes:
-        loss: lm_loss + router_loss (weighted by this batch's share of `num_items_in_batch`, so that
-            gradient accumulation and several processes do not change the weight).
-        logits: [B, S, V].
-        lm_loss: next-token cross-entropy.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    token_depths: Tensor | None = None
-    lm_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    balancing_loss: Tensor | None = None
-    router_loss: Tensor | None = None
-    routing: RecursionOutput | None = None
+__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel"]
 
 
 class MoRPreTrainedModel(PreTrainedModel):
@@ -108,7 +61,7 @@ class MoRPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(buffer)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As Transformers, plus a one-line file by which tools load the model with trust_remote_code."""
+        """As Transformers, plus a one-line file by which trust_remote_code finds this package."""
         self.config.auto_map = {
             "AutoConfig": "mor_auto.MoRConfig",
             "AutoModel": "mor_auto.MoRModel",
@@ -130,12 +83,12 @@ class MoRModel(MoRPreTrainedModel):
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.schedule = config.layer_schedule
-        base = _base_model(config)
+        base = base_model(config)
         self.embed_tokens = base.embed_tokens
         self.layers = base.layers
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
-        self.recursion = _recursion(config)
+        self.recursion = recursion(config)
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         if config.kv_strategy == "shared":
             for layer in self.layers:
@@ -195,6 +148,7 @@ class MoRModel(MoRPreTrainedModel):
             use_cache = bool(self.config.use_cache) and not self.training
         if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers):
             use_cache, past_key_values = False, None  # the recomputation would append twice
+            _check_checkpointing(self)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch = pack(
             (inputs_embeds.shape[0], inputs_embeds.shape[1]),
@@ -212,8 +166,10 @@ class MoRModel(MoRPreTrainedModel):
         if past_key_values is not None:
             _check_cache(past_key_values, self.config)
 
+        if batch.packing.num_rows == 0:
+            raise ValueError("MoRModel: expected at least one token, got a batch of pads only")
         states: list[Tensor] | None = [] if output_hidden_states else None
-        call = _Call(self, batch, past_key_values, kwargs)
+        call = UnrolledLayers(self, batch, past_key_values, kwargs)
         hidden = batch.pack(inputs_embeds)
         if states is not None:
             states.append(hidden)
@@ -238,7 +194,7 @@ class MoRModel(MoRPreTrainedModel):
         )
 
     def _run_all(
-        self, hidden: Tensor, call: "_Call", states: list[Tensor] | None
+        self, hidden: Tensor, call: UnrolledLayers, states: list[Tensor] | None
     ) -> tuple[Tensor, RecursionOutput]:
         """All unrolled layers on packed rows [N, D]; appends [N, D] to `states` after each."""
         ends = 1 if self.config.sharing.startswith("middle") else 0
@@ -274,95 +230,12 @@ class MoRModel(MoRPreTrainedModel):
             depths = torch.full_like(packing.positions, self.config.num_recursions)
             routing = RecursionOutput(hidden, depths)
         if states is not None and self.recursion is not None:
-            states.extend(_states_of_all_tokens(routing, outputs, block_depth))
+            states.extend(states_of_all_tokens(routing, outputs, block_depth))
         if ends:
             hidden = call.run(last, hidden, packing, everything)
             if states is not None:
                 states.append(hidden)
         return hidden, routing
-
-
-class _Call:
-    """The layers of a model during one forward call: packing, cache and shared keys."""
-
-    def __init__(
-        self, model: MoRModel, batch: PackedBatch, cache: Cache | None, kwargs: dict[str, Any]
-    ) -> None:
-        self.model, self.packing, self.kwargs = model, batch.packing, kwargs
-        self.caches = cache.layers if cache is not None else [None] * len(model.schedule)
-        self.longest = batch.shape[1]
-        self.strategy = model.config.kv_strategy
-        self.shared: dict[int, SharedKV] = {}
-
-    def rotary(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, K, head_dim] at the original positions."""
-        return self.model.rotary_emb(x.unsqueeze(0), packing.positions.unsqueeze(0))
-
-    def run(
-        self,
-        depth: int,
-        x: Tensor,
-        packing: Packing,
-        rotary: tuple[Tensor, Tensor],
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """The layer of one unrolled depth on rows [K, D], `rows` of all N (default: all)."""
-        unique = self.model.schedule[depth]
-        shared, reuses, overwritten = None, False, None
-        if self.strategy != "recursion":
-            first_use = self.model.schedule.index(unique) == depth
-            if first_use:
-                self.shared[unique] = SharedKV(self.packing)
-            shared = self.shared[unique]
-            reuses = not first_use and self.strategy == "shared"
-            if not first_use and self.strategy == "hybrid":
-                overwritten = rows
-                if rows is None:
-                    overwritten = torch.arange(x.shape[0], device=x.device)
-        context = AttentionContext(
-            packing, self.caches[depth], self.longest, shared, reuses, overwritten
-        )
-        return self._layer(unique, x, rotary, context)
-
-    def run_without_rows(self, x: Tensor, depths: range) -> Tensor:
-        """A step that no token takes: its layers run on one row of zeros, whose result is dropped.
-
-        Every process must call every layer, or FSDP and DDP wait for gradients that never come;
-        and Transformers' layers cannot reshape zero rows.
-        """
-        row = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
-        packing = Packing.uniform(1, 1, self.packing.positions.new_zeros(1))
-        rotary = self.rotary(row, packing)
-        for depth in depths:
-            unique = self.model.schedule[depth]
-            row = self._layer(unique, row, rotary, AttentionContext(packing))
-            cache = self.caches[depth]
-            if self.strategy == "hybrid" and cache is not None:
-                shared = self.shared[unique]
-                cache.append(shared.keys, shared.values, self.packing, self.longest)
-        return row[:0]
-
-    def _layer(
-        self, unique: int, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> Tensor:
-        out = self.model.layers[unique](
-            x.unsqueeze(0), position_embeddings=rotary, mor_context=context, **self.kwargs
-        )
-        return (out[0] if isinstance(out, tuple) else out).squeeze(0)
-
-
-def _states_of_all_tokens(
-    routing: RecursionOutput, outputs: list[list[Tensor]], block_depth: int
-) -> list[Tensor]:
-    """States [N, D] after each layer of each step; inactive tokens show the state before it."""
-    states = []
-    for index, step in enumerate(routing.steps):
-        assert step.before is not None and step.after is not None
-        inner = outputs[index] if index < len(outputs) else []
-        states += [step.before.index_copy(0, step.rows, x) for x in inner[:-1]]
-        states += [step.before] * (block_depth - 1 - len(inner[:-1]))
-        states.append(step.after)
-    return states
 
 
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
@@ -410,9 +283,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoRCausalLMOutput | tuple[Any, ...]:
-        """Logits and, with labels, the training loss; see `MoRModel.forward` for the other arguments.
+        """Logits and, with labels, the training loss.
 
         Args:
+            input_ids: this and what is not named here: see `MoRModel.forward`.
             labels: [B, S] int64, not shifted; -100 is ignored.
             logits_to_keep: number of last columns (0: all), or their indices.
             num_items_in_batch: valid targets of the whole optimizer step, as the Trainer passes.
@@ -467,7 +341,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As Transformers, with positions counted from the mask, so that right padding works too."""
+        """As Transformers, with positions counted from the mask: right padding works too."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, **kwargs
         )
@@ -488,64 +362,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         )
 
 
-def _base_model(config: MoRConfig) -> nn.Module:
-    """The dense architecture with only the unique layers, its attention served by mor."""
-    base = copy.deepcopy(config.base_config)
-    types = getattr(base, "layer_types", None)
-    base.num_hidden_layers = config.num_unique_layers
-    if types is not None:
-        first_use = [config.layer_schedule.index(layer) for layer in range(base.num_hidden_layers)]
-        base.layer_types = [types[depth] for depth in first_use]
-        if any(kind != "full_attention" for kind in base.layer_types):
-            raise ValueError(
-                f"MoRConfig.base_config: only full attention layers are supported, got {types}"
-            )
-    base._attn_implementation = "mor"
-    if type(base) not in MODEL_MAPPING:
-        raise ValueError(f"MoRConfig.base_config: no model is known for {type(base).__name__}")
-    model = MODEL_MAPPING[type(base)](base)
-    for name in ("embed_tokens", "layers", "norm", "rotary_emb"):
-        if not hasattr(model, name):
-            raise ValueError(
-                f"MoRConfig.base_config: {type(model).__name__} has no {name}; expected a decoder "
-                "of the Llama family"
-            )
-    return model
-
-
-def _recursion(config: MoRConfig) -> ExpertChoice | TokenChoice | None:
-    if config.router is None:
-        return None
-    assert config.router_func is not None and config.router_alpha is not None
-    score = RouterScore(config.router_func, config.router_alpha)
-    common: dict[str, Any] = {
-        "router_type": config.router_type,
-        "temperature": config.router_temperature,
-        "std": config.initializer_range,
-        "score": score,
-        "gating": config.router_gating,
-        "use_z_loss": config.router_z_coef != 0,
-    }
-    if config.router == "expert":
-        return ExpertChoice(
-            config.hidden_size,
-            config.num_recursions,
-            capacities=config.capacities,
-            aux=config.router_aux,
-            eval_routing=config.eval_routing,
-            capacity_warmup_steps=config.capacity_warmup_steps,
-            **common,
-        )
-    return TokenChoice(
-        config.hidden_size,
-        config.num_recursions,
-        balancing=config.router_balancing,
-        bias_update_rate=config.router_bias_update_rate,
-        balance_warmup_steps=config.balance_warmup_steps,
-        **common,
-    )
-
-
 def _router_loss(routing: RecursionOutput, config: MoRConfig) -> Tensor | None:
     parts = [
         coef * loss
@@ -564,6 +380,16 @@ def _batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Ten
     if num_items_in_batch is None:
         return 1.0
     return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+def _check_checkpointing(model: MoRModel) -> None:
+    """Reentrant checkpoints cut the graph between the first and later uses of shared keys."""
+    options = getattr(model.layers[0]._gradient_checkpointing_func, "keywords", {})
+    if model.config.kv_strategy != "recursion" and options.get("use_reentrant"):
+        raise ValueError(
+            f"MoRModel: kv_strategy {model.config.kv_strategy} needs gradient checkpointing with "
+            "use_reentrant=False"
+        )
 
 
 def _check_cache(cache: Cache, config: MoRConfig) -> None:

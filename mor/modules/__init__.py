@@ -1,9 +1,11 @@
 """torch modules of mor: packing, routers and recursion, independent of any model library."""
 
+from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import PackedBatch, Packing, pack
-from mor.modules.recursion import ExpertChoice, RecursionOutput, RecursionStep, TokenChoice
+from mor.modules.recursion import RecursionOutput, RecursionStep
 from mor.modules.routers import Router, RouterScore
+from mor.modules.token_choice import TokenChoice
 
 __all__ = [
     "ExpertChoice",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,11 @@ class Packing:
         return rows - self.cu_seqlens[self.sequence_ids].long()
 
     def select(
-        self, rows: Tensor, *, lengths: Sequence[int] | None = None, cu_seqlens: Tensor | None = None
+        self,
+        rows: Tensor,
+        *,
+        lengths: Sequence[int] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> "Packing":
         """The packing of some rows, given in ascending order, with their positions unchanged.
 
@@ -212,7 +217,7 @@ def _document_lengths(
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {list(cu_seqlens.shape)}")
     ends = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    lengths = [b - a for a, b in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != shape[1] or min(lengths, default=0) < 0:
         raise ValueError(
             f"cu_seqlens: expected values that rise from 0 to {shape[1]}, got {ends[:8]}"

@@ -1,4 +1,4 @@
-"""Operators of mor: one file each, the public function with its plain-PyTorch reference, fake kernel and autograd.
+"""Operators of mor: one file each, with its plain-PyTorch reference, fake kernel and autograd.
 
 Importing the package loads the compiled library; `torch.ops.mor.*` are the raw operators.
 """
@@ -11,7 +11,7 @@ import mor
 
 
 def _load_library() -> None:
-    # In an editable install the library and the sources lie in different folders; both are in mor.__path__.
+    # In an editable install the library and the sources lie in different folders, both in __path__.
     for folder in mor.__path__:
         path = Path(folder) / "_ops.so"
         if path.exists():

@@ -51,6 +51,8 @@ def depth_attention(
         RuntimeError: wrong rank, size, dtype or device; on the CPU also falling positions or
             wrong `cu_seqlens` (undefined on CUDA).
 
+    Under autocast q, k and v are cast to its dtype.
+
     Reference: MoR paper, section 2.2.2 (recursion-wise caching and recursive KV sharing).
 
     Example:
@@ -59,6 +61,9 @@ def depth_attention(
         >>> depth_attention(q, k, v, torch.tensor([1]), torch.tensor([0, 1]), cu_q, cu_k)[0]
         tensor([[[1., 1.]]])
     """
+    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
     return torch.ops.mor.depth_attention(
@@ -158,10 +163,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *grads, grad_bias = torch.ops.mor.depth_attention_backward(
-        grad, *ctx.saved_tensors, ctx.causal, ctx.scale
-    )
-    bias = None if ctx.saved_tensors[-1] is None else grad_bias
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets it be read a single time
+    *grads, grad_bias = torch.ops.mor.depth_attention_backward(grad, *saved, ctx.causal, ctx.scale)
+    bias = None if saved[-1] is None else grad_bias
     return *grads, *(None,) * 6, bias, None, None
 
 

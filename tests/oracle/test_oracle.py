@@ -1,4 +1,4 @@
-"""Our models against tensors produced by the authors' implementation (format: README of the folder).
+"""Our models against tensors of the authors' implementation (format: README of the folder).
 
 Tolerances are those of that README. A case whose variant is not implemented is skipped by name.
 """
@@ -146,7 +146,7 @@ def test_logits_and_losses(run):
 
 
 def test_gradients(run):
-    case, t, model, _ = run
+    _, t, model, _ = run
     parameters = dict(model.named_parameters())
     checked = 0
     for name, want in t.items():
@@ -205,7 +205,7 @@ def test_routing(run):
 
 
 def test_loss_free_bias(run):
-    case, t, model, _ = run
+    _, t, model, _ = run
     if "router_bias_next" not in t:
         pytest.skip("no loss-free balancing")
     model.model.recursion.update_bias()
