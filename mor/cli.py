@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from click.core import ParameterSource
 
 # The commands import torch and Transformers themselves: `mor --help` needs neither.
 from mor.options import RunOptions
@@ -37,6 +36,11 @@ def _one_sentence() -> Iterator[None]:
             raise
         typer.echo(f"mor: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+
+
+def _is_default(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
 
 
 def _options_as_parameters(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,7 +75,7 @@ def train(ctx: typer.Context, **options: Any) -> None:
             before = {
                 name: Path(value) if isinstance(options[name], Path) else value
                 for name, value in options_of_run(options["output_dir"]).items()
-                if ctx.get_parameter_source(name) is ParameterSource.DEFAULT
+                if _is_default(ctx, name)
             }
             options = {**options, **before}
         trainer, checkpoint = prepare_run(RunOptions(**options))

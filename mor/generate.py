@@ -28,7 +28,7 @@ def load_model(folder: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
         raise ValueError(f"no model in {folder}: config.json is missing")
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
     except Exception as error:  # safetensors, JSON, configuration: whatever the damage raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot load the model in {path}: {reason}") from error
@@ -63,5 +63,4 @@ def continue_text(
         else tokenizer.eos_token_id,
         **sampling,
     )
-    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

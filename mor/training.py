@@ -90,11 +90,11 @@ class MoRTrainer(Trainer):
                 self._parts[name] = self._parts[name] + part.detach()
         return (loss, outputs) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch, as `mor.analysis` counts them."""
         rows, length = inputs["input_ids"].shape
         config = self.accelerator.unwrap_model(self.model).config
-        return rows * length * flops_per_token(config, length, training=True)
+        return round(rows * length * flops_per_token(config, length, training=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the window's numbers before any callback or the state sees the line."""

@@ -1,10 +1,11 @@
-"""Training: what is logged and where, schedules, and resuming exactly after a kill at any moment."""
+"""Training: what is logged and where, schedules, resuming exactly after a kill at any moment."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_wsd_warms_up_stays_and_decays_linearly():
 def test_cosine_ends_near_a_tenth():
     rates = _learning_rates("cosine", warmup_share=0.1)
     assert rates[2] == 1.0
-    assert all(later < earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[2:]))
     assert 0.1 < rates[-1] < 0.12
 
 
@@ -298,8 +299,8 @@ def uninterrupted(text, tmp_path_factory):
     return trainer, folder
 
 
-# Runs in a process of its own and kills it, as SIGKILL from outside would, at an exact moment: after a step, or when
-# half of a file of a checkpoint is written.
+# Runs in a process of its own and kills it, as SIGKILL from outside would, at an exact moment:
+# after a step, or when half of a file of a checkpoint is written.
 _KILLED_RUN = """
 import json, os, signal, sys
 import safetensors.torch, torch
@@ -431,7 +432,7 @@ def test_named_checkpoint_must_be_complete(uninterrupted, text, tmp_path):
     damaged = _damaged_copy(folder, tmp_path / "bad", "optimizer.pt", "truncated")
     with pytest.raises(ValueError, match=r"cannot resume from .*bad: optimizer\.pt is damaged"):
         prepare_run(_options(text, tmp_path / "run", resume_from=damaged))
-    with pytest.raises(ValueError, match="cannot resume from .*nowhere: no such folder"):
+    with pytest.raises(ValueError, match=r"cannot resume from .*nowhere: no such folder"):
         prepare_run(_options(text, tmp_path / "run", resume_from=tmp_path / "nowhere"))
 
 
