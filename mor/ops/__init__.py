@@ -27,5 +27,6 @@ _load_library()
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
 from mor.ops.route_topk import route_topk  # noqa: E402
+from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
 
-__all__ = ["gather_tokens", "group_rows", "route_topk"]
+__all__ = ["gather_tokens", "group_rows", "route_topk", "scatter_tokens", "scatter_tokens_"]
