@@ -20,8 +20,9 @@ class ExpertChoice(nn.Module):
 
     `H_t <- H_t + g_t * f(H)_t` for the selected tokens, f the whole block with its residual stream.
     In training the k_r = max(1, int(c_r * T)) best tokens of every sequence of T tokens are
-    selected, which looks at later tokens; in evaluation a token is selected if its logit is above 0 (0.5 on
-    the sigmoid), so no result depends on a later token. While capacities are 1, every token is.
+    selected, which looks at later tokens; in evaluation a token is selected if its logit is above 0
+    (0.5 on the sigmoid), so no result depends on a later token. While capacities are 1, every token
+    is.
 
     Args:
         hidden_size: D.
