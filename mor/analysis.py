@@ -131,8 +131,6 @@ def count_parameters(config: PreTrainedConfig) -> int:
             model = MoRForCausalLM(config)
         else:
             model = AutoModelForCausalLM.from_config(config)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
     return sum(p.numel() for p in model.parameters())
 
 

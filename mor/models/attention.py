@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 
 from mor.models.cache import RecursionCacheLayer
 from mor.modules.packing import Packing
-from mor.ops import depth_attention
+from mor.ops.depth_attention import depth_attention
 
 __all__ = ["AttentionContext", "SharedKV", "mor_attention", "skip_reused_projections"]
 
@@ -134,9 +134,9 @@ def skip_reused_projections(attention: nn.Module) -> None:
     By hooks on the call, so that it holds in gradient checkpointing's second forward as well, and
     whatever the projections have become meanwhile (LoRA).
     """
-    nothing = _NoProjection(attention.head_dim)
+    nothing = _NoProjection(int(attention.head_dim))  # type: ignore[arg-type]
     projections = ("k_proj", "v_proj")
-    kept: dict[str, nn.Module] = {}
+    kept: dict[str, nn.Module | None] = {}
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs["mor_context"].reuses_kv:

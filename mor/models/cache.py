@@ -34,6 +34,8 @@ class RecursionCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.positions: Tensor | None = None
         self.lengths: Tensor | None = None
         self.num_columns = 0

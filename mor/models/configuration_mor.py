@@ -80,7 +80,7 @@ class MoRConfig(PreTrainedConfig):
         "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
     }
 
-    base_config: PreTrainedConfig | dict | None = None  # type: ignore[type-arg]
+    base_config: Any = None
     num_recursions: int = 3
     sharing: str = "middle_cycle"
     router: str | None = "expert"
@@ -183,7 +183,8 @@ class MoRConfig(PreTrainedConfig):
                 f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
                 "could leave; use cycle or middle_cycle with a router, or router=None"
             )
-        if self.router == "expert" and self.kv_strategy != "recursion" and self.capacities[0] != 1:
+        first = self.capacities[0] if self.router == "expert" and self.capacities else 1
+        if self.kv_strategy != "recursion" and first != 1:
             raise ValueError(
                 f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at the "
                 f"first recursion (capacity 1), got {self.capacities}"

@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-from torch import nn
 from transformers import MODEL_MAPPING
 
 from mor.models.configuration_mor import MoRConfig
@@ -14,7 +13,7 @@ from mor.modules.token_choice import TokenChoice
 __all__ = ["base_model", "recursion"]
 
 
-def base_model(config: MoRConfig) -> nn.Module:
+def base_model(config: MoRConfig) -> Any:
     """The dense architecture with only the unique layers, its attention served by mor."""
     base = copy.deepcopy(config.base_config)
     types = getattr(base, "layer_types", None)

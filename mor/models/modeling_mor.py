@@ -80,6 +80,11 @@ class MoRModel(MoRPreTrainedModel):
     layers are those of the dense architecture (`config.base_config`), called on packed rows.
     """
 
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.schedule = config.layer_schedule
@@ -92,7 +97,7 @@ class MoRModel(MoRPreTrainedModel):
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         if config.kv_strategy == "shared":
             for layer in self.layers:
-                skip_reused_projections(layer.self_attn)
+                skip_reused_projections(layer.get_submodule("self_attn"))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -10,7 +10,10 @@ from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep, check_capacities
 from mor.modules.routers import Router, RouterScore, aux_loss, z_loss
-from mor.ops import gather_tokens, group_rows, route_topk, scatter_tokens
+from mor.ops.gather_tokens import gather_tokens
+from mor.ops.group_rows import group_rows
+from mor.ops.route_topk import route_topk
+from mor.ops.scatter_tokens import scatter_tokens
 
 __all__ = ["ExpertChoice"]
 
@@ -20,8 +23,9 @@ class ExpertChoice(nn.Module):
 
     `H_t <- H_t + g_t * f(H)_t` for the selected tokens, f the whole block with its residual stream.
     In training the k_r = max(1, int(c_r * T)) best tokens of every sequence of T tokens are
-    selected, which looks at later tokens; in evaluation a token is selected if its logit is above 0 (0.5 on
-    the sigmoid), so no result depends on a later token. While capacities are 1, every token is.
+    selected, which looks at later tokens; in evaluation a token is selected if its logit is above 0
+    (0.5 on the sigmoid), so no result depends on a later token. While capacities are 1, every token
+    is.
 
     Args:
         hidden_size: D.
@@ -40,6 +44,8 @@ class ExpertChoice(nn.Module):
 
     Reference: MoR paper, section 2.2.1.
     """
+
+    warmup_step: Tensor
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mor.ops import gather_tokens
+from mor.ops.gather_tokens import gather_tokens
 
 __all__ = ["PackedBatch", "Packing", "pack"]
 

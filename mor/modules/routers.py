@@ -55,7 +55,7 @@ class Router(nn.Module):
                 ]
             )
         for layer in self.layers:
-            nn.init.normal_(layer.weight, std=std)
+            nn.init.normal_(layer.get_parameter("weight"), std=std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [N, num_outputs] float32 of the tokens [N, D]."""
@@ -65,7 +65,8 @@ class Router(nn.Module):
             if self.temperature != 1.0:
                 x = x / self.temperature
             for i, layer in enumerate(self.layers):
-                x = functional.linear(functional.gelu(x) if i else x, layer.weight.to(dtype))
+                weight = layer.get_parameter("weight").to(dtype)
+                x = functional.linear(functional.gelu(x) if i else x, weight)
             return x
 
 

@@ -7,7 +7,9 @@ from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep
 from mor.modules.routers import Router, RouterScore, balancing_loss, z_loss
-from mor.ops import gather_tokens, group_rows, scatter_tokens
+from mor.ops.gather_tokens import gather_tokens
+from mor.ops.group_rows import group_rows
+from mor.ops.scatter_tokens import scatter_tokens
 
 __all__ = ["TokenChoice"]
 
@@ -33,6 +35,7 @@ class TokenChoice(nn.Module):
 
     bias: Tensor
     load: Tensor
+    warmup_step: Tensor
 
     def __init__(
         self,

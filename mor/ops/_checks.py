@@ -8,6 +8,7 @@ __all__ = [
     "check_cu_seqlens",
     "check_dim",
     "check_dtype",
+    "check_rows_index",
     "check_same_device",
     "check_size",
     "dtype_str",
@@ -74,3 +75,10 @@ def check_cu_seqlens(t: Tensor, reference: Tensor, op: str, name: str = "cu_seql
     check_same_device(t, reference, op, name)
     torch._check(t.shape[0] >= 1, lambda: f"{op}: expected {name} of at least one element, got [0]")
     return t.shape[0] - 1
+
+
+def check_rows_index(t: Tensor, reference: Tensor, op: str) -> None:
+    """Rows [K] int64 on the device of `reference`."""
+    check_dim(t, 1, op, "rows", "[K]")
+    check_dtype(t, (torch.int64,), "Long", op, "rows")
+    check_same_device(t, reference, op, "rows")
