@@ -1,7 +1,7 @@
 """The demo: MoR against a dense model of the same unrolled depth, same text, same training FLOPs.
 
-Minutes on two cores. The result is reported as it falls; models this small and trained this briefly say how the parts
-work, not which architecture wins at scale.
+Minutes on two cores. The result is reported as it falls; models this small and trained this
+briefly show how the parts work, not which architecture wins at scale.
 """
 
 import json
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 
 from mor import MoRConfig
 from mor.analysis import count_parameters, flops_per_token, kv_bytes_per_token
@@ -40,7 +41,7 @@ class DemoSizes:
     """How large the demo is.
 
     Attributes:
-        dense_steps: optimiser steps of the dense model; MoR gets the steps that cost the same FLOPs.
+        dense_steps: optimiser steps of the dense model; MoR gets those that cost the same FLOPs.
     """
 
     dense_steps: int = 400
@@ -87,6 +88,7 @@ def run_demo(
         One result for each model, MoR first.
     """
     sizes = sizes or DemoSizes()
+    logging.disable_progress_bar()  # of saving, which takes no time here
     console = Console()
     console.print("Reading the standard library's sources and training a tokenizer ...")
     corpus = open_corpus()
@@ -158,7 +160,8 @@ def table(results: list[ModelResult]) -> str:
         "training speed": [f"{r.tokens_per_second:.0f} tokens/s" for r in results],
         "validation loss": [f"{r.validation_loss:.3f} nats/token" for r in results],
     }
-    lines = ["| | " + " | ".join(r.name for r in results) + " |", "| --- |" + " ---: |" * len(results)]
+    lines = ["| | " + " | ".join(r.name for r in results) + " |"]
+    lines += ["| --- |" + " ---: |" * len(results)]
     lines += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows.items()]
     return "\n".join(lines) + "\n"
 
@@ -253,8 +256,8 @@ def _write_page(
 
 @torch.no_grad()
 def _write_heat_map(output_dir: Path, model: Any, rows: TokenBlocks, batch_size: int) -> Path:
-    batches = torch.stack([rows[index]["input_ids"] for index in range(len(rows))]).split(batch_size)
-    depths = torch.cat([model(batch.to(model.device)).token_depths.cpu() for batch in batches])
+    ids = torch.stack([rows[index]["input_ids"] for index in range(len(rows))]).to(model.device)
+    depths = torch.cat([model(batch).token_depths for batch in ids.split(batch_size)])
     path = output_dir / "depth_by_position.png"
     plot_depth_by_position(depths, path)
     return path
