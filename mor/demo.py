@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from mor import MoRConfig
 from mor.analysis import count_parameters, flops_per_token, kv_bytes_per_token
@@ -88,7 +88,7 @@ def run_demo(
         One result for each model, MoR first.
     """
     sizes = sizes or DemoSizes()
-    logging.disable_progress_bar()  # of saving, which takes no time here
+    disable_progress_bar()  # of saving, which takes no time here
     console = Console()
     console.print("Reading the standard library's sources and training a tokenizer ...")
     corpus = open_corpus()

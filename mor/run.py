@@ -104,9 +104,9 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
 
 def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     """Trains and saves the model with its tokenizer; returns their folder."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # of saving; training has its own
+    disable_progress_bar()  # of saving; training has its own
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder = Path(str(trainer.args.output_dir)) / "model"
     trainer.save_model(str(folder))
