@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <tuple>
 
 #include "depth_attention.scalar.h"
@@ -42,6 +46,7 @@ struct Operands {
   AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale) const {
     AttentionProblem p{};
     p.dims = dims;
+    p.dtype = q.scalar_type();
     p.group = dims.num_heads / dims.num_kv_heads;
     p.q = operand(q), p.k = operand(k), p.v = operand(v);
     p.q_positions = q_positions.const_data_ptr<int64_t>();
@@ -75,6 +80,56 @@ void check_values(const AttentionProblem& p, const Operands& operands) {
   check_positions(p.k_positions, p.cu_k, p.dims.num_sequences, "k_positions");
 }
 
+void scalar_forward(const AttentionProblem& p) {
+  const int64_t heads = p.dims.num_heads;
+  for (int64_t b = 0; b < p.dims.num_sequences; ++b) {
+    torch::stable::parallel_for(
+        p.cu_q[b] * heads, p.cu_q[b + 1] * heads, 16, [&](int64_t begin, int64_t end) {
+          std::vector<double> scores;
+          for (int64_t row = begin; row < end; ++row)
+            scalar_attention_row<double>(p, b, row / heads, row % heads, scores);
+        });
+  }
+}
+
+struct FreeDeleter {
+  void operator()(char* p) const { std::free(p); }
+};
+
+// Threads take the tasks in turn from a counter, the later queries, which see more keys, first.
+// Which thread does a task changes nothing in its result.
+template <class Kernel>
+void run_tasks(const AttentionProblem& p, Kernel kernel, int64_t rows_per_task) {
+  const int64_t kv_heads = p.dims.num_kv_heads, sequences = p.dims.num_sequences;
+  const int64_t block = std::max<int64_t>(rows_per_task / p.group, 1);
+  std::vector<int64_t> first(sequences + 1, 0);  // of the tasks of each sequence
+  double pairs = 0;
+  int64_t bytes = 0;
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t queries = p.cu_q[b + 1] - p.cu_q[b];
+    first[b + 1] = first[b] + (queries + block - 1) / block * kv_heads;
+    pairs += static_cast<double>(queries) * (p.cu_k[b + 1] - p.cu_k[b]);
+    const AttentionTask largest{b, 0, p.cu_q[b], p.cu_q[b] + std::min(queries, block)};
+    bytes = std::max(bytes, kernel(p, largest, nullptr));
+  }
+  const int64_t tasks = first[sequences];
+  if (tasks == 0) return;
+  // Waking threads costs some microseconds: about a hundred thousand products.
+  const bool small = pairs * p.dims.num_heads * p.dims.head_dim < 2e5;
+  const int64_t threads = small ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    std::unique_ptr<char, FreeDeleter> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)));
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      const int64_t b =
+          std::upper_bound(first.begin(), first.end(), tasks - 1 - i) - first.begin() - 1;
+      const int64_t task = tasks - 1 - i - first[b], begin = p.cu_q[b] + task / kv_heads * block;
+      kernel(p, {b, task % kv_heads, begin, std::min<int64_t>(begin + block, p.cu_q[b + 1])},
+             scratch.get());
+    }
+  });
+}
+
 template <class T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -94,17 +149,8 @@ std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Ten
   Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries},
                                         is_double ? ScalarType::Double : ScalarType::Float);
   p.out_data = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
-  dispatch_floating(q.scalar_type(), [&]<class T>(T) {
-    for (int64_t b = 0; b < dims.num_sequences; ++b) {
-      torch::stable::parallel_for(p.cu_q[b] * dims.num_heads, p.cu_q[b + 1] * dims.num_heads, 16,
-                                  [&](int64_t begin, int64_t end) {
-                                    std::vector<AccOf<T>> scores;
-                                    for (int64_t row = begin; row < end; ++row)
-                                      scalar_attention_row<T>(p, b, row / dims.num_heads,
-                                                              row % dims.num_heads, scores);
-                                  });
-    }
-  });
+  if (is_double) scalar_forward(p);
+  else run_tasks(p, MOR_BEST(attention_forward), kForwardRows);
   return {out, lse};
 }
 
