@@ -116,13 +116,23 @@ inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int6
   return low;
 }
 
+// The row's query and head.
+struct RowIndex {
+  int64_t query, head;
+};
+inline RowIndex row_index(const AttentionProblem& p, const AttentionTask& task, int64_t row) {
+  return {p.cu_q[task.sequence] + row / p.group, task.kv_head * p.group + row % p.group};
+}
+
 inline KeyList list_keys(const AttentionProblem& p, const AttentionTask& task, int32_t* list) {
   const int64_t begin = p.cu_k[task.sequence];
   KeyList keys{begin, p.cu_k[task.sequence + 1] - begin, nullptr, false};
-  keys.count = visible_keys(p, keys, p.q_positions[task.q_end - 1]);
+  const int64_t first_query = row_index(p, task, task.row_begin).query;
+  const int64_t last_query = row_index(p, task, task.row_end - 1).query;
+  keys.count = visible_keys(p, keys, p.q_positions[last_query]);
   if (!p.q_depths) return keys;
-  int32_t least = p.q_depths[task.q_begin], most = least;
-  for (int64_t i = task.q_begin; i < task.q_end; ++i) {
+  int32_t least = p.q_depths[first_query], most = least;
+  for (int64_t i = first_query; i <= last_query; ++i) {
     least = p.q_depths[i] < least ? p.q_depths[i] : least;
     most = p.q_depths[i] > most ? p.q_depths[i] : most;
   }
@@ -138,20 +148,86 @@ inline KeyList list_keys(const AttentionProblem& p, const AttentionTask& task, i
   return {begin, count, list, shallowest < most};
 }
 
-// Rows of a query-side operand, row = query * group + head, into lanes: to[group][e][lane].
+// The task's rows of an operand into lanes: to[group][e][lane], zeros beyond the last row.
 template <class T, class E>
-inline void pack_lanes(const AttentionOperand& x, const AttentionProblem& p,
-                       const AttentionTask& task, int64_t rows, int64_t padded, E* to, E* line) {
-  const int64_t depth = padded / kPerElement<E>;
+void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const AttentionTask& task,
+                int64_t padded, E* to) {
+  const int64_t depth = padded / kPerElement<E>, rows = task.row_end - task.row_begin;
+  alignas(64) E line[kMaxHeadDim];
   for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
     E* column = to + row / kWidth * depth * kWidth + row % kWidth;
     if (row < rows) {
-      const int64_t head = task.kv_head * p.group + row % p.group;
-      copy_row(x.at<T>(task.q_begin + row / p.group, head), p.dims.head_dim, padded, line);
+      const RowIndex at = row_index(p, task, task.row_begin + row);
+      copy_row(x.at<T>(at.query, at.head), p.dims.head_dim, padded, line);
     } else {
       std::memset(line, 0, depth * sizeof(E));
     }
     for (int64_t e = 0; e < depth; ++e) column[e * kWidth] = line[e];
+  }
+}
+
+// What a group of lanes may see: keys of the list by position (`limit`), and its query's depth.
+struct RowLimits {
+  int32_t *limit, *depth;  // [kWidth]
+};
+
+inline void fill_limits(const AttentionProblem& p, const AttentionTask& task, const KeyList& keys,
+                        const RowLimits& all) {
+  const int64_t rows = task.row_end - task.row_begin;
+  for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
+    const int64_t query = row_index(p, task, task.row_begin + min(row, rows - 1)).query;
+    const bool repeats = row > 0 && (row >= rows || (task.row_begin + row) % p.group != 0);
+    all.limit[row] = static_cast<int32_t>(repeats ? all.limit[row - 1]
+                                                  : visible_keys(p, keys, p.q_positions[query]));
+    all.depth[row] = p.q_depths ? p.q_depths[query] : 0;
+  }
+}
+
+// Which of a vector of rows see key `j` of the list.
+inline VecI visible_rows(const RowLimits& rows, int lane, int64_t j, const int32_t* key_depth) {
+  VecI limit, depth;
+  std::memcpy(&limit, rows.limit + lane, sizeof limit);
+  VecI visible = VecI{} + static_cast<int32_t>(j) < limit;
+  if (key_depth) {
+    std::memcpy(&depth, rows.depth + lane, sizeof depth);
+    visible &= VecI{} + *key_depth >= depth;
+  }
+  return visible;
+}
+
+// A block of packed keys. Reduced along d: k_rows, v_rows; along the keys: k_keys, v_keys. Null:
+// not needed, or none.
+template <class E>
+struct KeyBlock {
+  int64_t first, count;  // in the task's list
+  E *k_rows, *v_rows, *k_keys, *v_keys;
+  float* bias;  // times log2(e)
+  int32_t* depths;
+};
+
+template <class T, class E>
+void pack_keys(const AttentionProblem& p, int64_t head, const KeyList& keys, int64_t padded,
+               const KeyBlock<E>& block) {
+  const int64_t hd = p.dims.head_dim;
+  for (int64_t j = 0; j < block.count; ++j) {
+    const int64_t row = keys.row(block.first + j);
+    const T *k = p.k.at<T>(row, head), *v = p.v.at<T>(row, head);
+    copy_row(k, hd, padded, block.k_rows + j * kRowStride<E>);
+    if (block.v_rows) copy_row(v, hd, padded, block.v_rows + j * kRowStride<E>);
+    if (j % kPerElement<E> == 0) {
+      const bool pair = kPerElement<E> == 2 && j + 1 < block.count;
+      const int64_t next = pair ? keys.row(block.first + j + 1) : 0, at = j / kPerElement<E>;
+      if (block.k_keys && block.k_keys != block.k_rows) {
+        copy_keys(k, pair ? p.k.at<T>(next, head) : nullptr, hd, padded,
+                  block.k_keys + at * kKeyStride);
+      }
+      if (block.v_keys) {
+        copy_keys(v, pair ? p.v.at<T>(next, head) : nullptr, hd, padded,
+                  block.v_keys + at * kKeyStride);
+      }
+    }
+    if (block.bias) block.bias[j] = static_cast<const float*>(p.key_bias)[row] * kLog2e;
+    if (block.depths) block.depths[j] = p.k_depths[row];
   }
 }
 

@@ -18,7 +18,7 @@ inline int64_t key_end(const AttentionProblem& p, int64_t b, int64_t position) {
 }
 
 // One query row of one head; `scores` is scratch.
-template <class T, class Acc>
+template <class T, class Acc = T>
 void scalar_attention_row(const AttentionProblem& p, int64_t b, int64_t i, int64_t h,
                           std::vector<Acc>& scores) {
   const int64_t hd = p.dims.head_dim, g = h / p.group;
@@ -52,7 +52,7 @@ void scalar_attention_row(const AttentionProblem& p, int64_t b, int64_t i, int64
 }
 
 // Every gradient of sequence b and key head g; grad_bias [Nk] belongs to this head alone.
-template <class T, class Acc>
+template <class T, class Acc = T>
 void scalar_attention_backward(const AttentionProblem& p, int64_t b, int64_t g, Acc* grad_bias) {
   const int64_t hd = p.dims.head_dim, heads = p.dims.num_heads, kv_heads = p.dims.num_kv_heads;
   const int64_t begin = p.cu_k[b], num_keys = p.cu_k[b + 1] - begin;

@@ -39,18 +39,34 @@ struct AttentionProblem {
   void *grad_q, *grad_k, *grad_v, *grad_key_bias;
 };
 
-// The queries [q_begin, q_end) of one sequence, for the query heads of one key head.
+// Rows [row_begin, row_end) of one sequence and key head, counted over its queries and, inside a
+// query, over the heads that share the key head.
 struct AttentionTask {
-  int64_t sequence, kv_head, q_begin, q_end;
+  int64_t sequence, kv_head, row_begin, row_end;
 };
 
-// Rows of a task (queries times heads of the group) lie in vector lanes, in this number at most
-// unless the group alone is larger.
-constexpr int64_t kForwardRows = 256;
+constexpr int64_t kForwardRows = 256;   // of a task
+constexpr int64_t kBackwardRows = 128;  // of a step of a task
 
 // Does the task; with scratch null does nothing. Returns the bytes of scratch that it needs,
 // aligned to 64.
 MOR_DECLARE_SIMD(int64_t, attention_forward, const AttentionProblem& p, const AttentionTask& task,
                  char* scratch)
+
+// Gradients of the keys from some rows: [keys of the sequence][head_dim rounded up to 16] each, and
+// [keys of the sequence] for the bias.
+struct KeyGradients {
+  float *k, *v, *bias;
+};
+
+// As attention_forward; writes the task's rows of grad_q and `sums`.
+MOR_DECLARE_SIMD(int64_t, attention_backward, const AttentionProblem& p, const AttentionTask& task,
+                 const KeyGradients& sums, char* scratch)
+
+// Adds up `count` sums, each `stride` (`bias_stride`) floats after the last, for one sequence and
+// key head; writes grad_k and grad_v, and the total of the bias to sums.bias.
+MOR_DECLARE_SIMD(void, attention_sum_keys, const AttentionProblem& p, int64_t sequence,
+                 int64_t kv_head, const KeyGradients& sums, int64_t count, int64_t stride,
+                 int64_t bias_stride)
 
 }  // namespace mor

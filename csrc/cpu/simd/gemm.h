@@ -14,12 +14,17 @@ namespace MOR_ISA {
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // AVX-512 has 32 registers, the others 16
 
 inline VecF multiply_add(VecF sum, float a, const float* b) { return sum + splat(a) * load(b); }
+inline VecF multiply_add(VecF sum, const float* a, const float* b) {
+  return sum + load(a) * load(b);
+}
 
 #if defined(__AVX512BF16__)
+inline __m512bh load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline VecF multiply_add(VecF sum, uint32_t a, const uint32_t* b) {
-  __m512i pairs;
-  std::memcpy(&pairs, b, sizeof pairs);
-  return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(a));
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), load_pairs(b));
+}
+inline VecF multiply_add(VecF sum, const uint32_t* a, const uint32_t* b) {
+  return _mm512_dpbf16_ps(sum, load_pairs(a), load_pairs(b));
 }
 #endif
 
