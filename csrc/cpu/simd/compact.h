@@ -41,6 +41,21 @@ inline int64_t* write_rows(uint64_t mask, int64_t base, int64_t* out) {
   return out;
 }
 
+// Bit i: lane i of a comparison's result holds.
+inline uint64_t lane_bits(VecI mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#elif defined(__SSE2__)
+  return __builtin_ia32_movmskps(reinterpret_cast<VecF>(mask));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
 // Bit i: p[i] is true, for a block of bytes.
 inline uint64_t true_bits(const uint8_t* p) {
 #if defined(__AVX512BW__)
