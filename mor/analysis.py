@@ -5,6 +5,7 @@ attention over the visible (query, key) pairs; norms, activations and softmax ar
 language-model head and the routers are included, the embedding lookup costs nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,21 +29,20 @@ __all__ = [
 _TRAINING = 3
 
 
-def active_shares(config: PreTrainedConfig) -> list[float]:
-    """Share of the tokens that each unrolled layer computes, [L] values in (0, 1].
+def active_shares(
+    config: PreTrainedConfig, recursion_shares: Sequence[float] | None = None
+) -> list[float]:
+    """Share of the tokens that each unrolled layer computes, [L] values in [0, 1].
 
-    Expert-choice: the capacities. Token-choice: (R - r) / R, what balanced routing gives. Models
-    without a router, and dense ones: 1.
+    Args:
+        config: a `MoRConfig`, or the config of a dense model (all ones).
+        recursion_shares: share of the tokens that takes each recursion, as measured. Default: the
+            capacities for expert-choice; (R - r) / R for token-choice, what balance gives.
     """
     shares = [1.0] * config.num_hidden_layers
     if not isinstance(config, MoRConfig) or config.router is None:
         return shares
-    capacities = (
-        config.capacities
-        if config.router == "expert"
-        else default_capacities(config.num_recursions)
-    )
-    assert capacities is not None
+    capacities = recursion_shares or config.capacities or default_capacities(config.num_recursions)
     first = 1 if config.sharing.startswith("middle") else 0
     for step, capacity in enumerate(capacities):
         for layer in range(config.block_depth):
@@ -58,12 +58,15 @@ def _reuses_kv(config: PreTrainedConfig) -> list[bool]:
     return [schedule.index(unique) < depth for depth, unique in enumerate(schedule)]
 
 
-def flops_breakdown(config: PreTrainedConfig, seq_len: int) -> dict[str, float]:
+def flops_breakdown(
+    config: PreTrainedConfig, seq_len: int, shares: Sequence[float] | None = None
+) -> dict[str, float]:
     """Forward FLOPs per token of a sequence of `seq_len` tokens, by part.
 
     Args:
         config: a `MoRConfig`, or the config of a dense Llama-like model.
         seq_len: S, tokens of a sequence.
+        shares: [R] share of the tokens that takes each recursion; see `active_shares`.
 
     Returns:
         "projections" (Q, K, V, O), "attention", "mlp", "router" and "head".
@@ -73,7 +76,7 @@ def flops_breakdown(config: PreTrainedConfig, seq_len: int) -> dict[str, float]:
     head_dim = getattr(config, "head_dim", None) or d // heads
     parts = dict.fromkeys(("projections", "attention", "mlp", "router"), 0.0)
     strategy = config.kv_strategy if isinstance(config, MoRConfig) else "recursion"
-    for share, reuses in zip(active_shares(config), _reuses_kv(config), strict=True):
+    for share, reuses in zip(active_shares(config, shares), _reuses_kv(config), strict=True):
         queries = share * seq_len
         projected = 2 * d * heads * head_dim
         if not (reuses and strategy == "shared"):
@@ -102,9 +105,14 @@ def _router_flops(config: PreTrainedConfig) -> float:
     return float(each * candidates * (2 if config.router_aux == "router" else 1))
 
 
-def flops_per_token(config: PreTrainedConfig, seq_len: int, training: bool = False) -> float:
+def flops_per_token(
+    config: PreTrainedConfig,
+    seq_len: int,
+    training: bool = False,
+    shares: Sequence[float] | None = None,
+) -> float:
     """FLOPs per token: forward, or three times that for a training step; see `flops_breakdown`."""
-    forward = sum(flops_breakdown(config, seq_len).values())
+    forward = sum(flops_breakdown(config, seq_len, shares).values())
     return _TRAINING * forward if training else forward
 
 

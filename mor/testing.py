@@ -4,14 +4,25 @@ Tests give `check_op` a case (how to make the inputs), and it compares the opera
 plain-PyTorch reference in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OpCase", "assert_close_to_reference", "check_bad_input", "check_op"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "OpCase",
+    "assert_close_to_reference",
+    "check_bad_input",
+    "check_op",
+    "instruction_set",
+]
+
+#: Levels of the CPU kernels, each including the ones before it.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 #: Error allowed whatever the reference in the same dtype does, relative to the largest value.
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -113,6 +124,21 @@ def check_bad_input(
             fake_kwargs = {name: convert(a) for name, a in kwargs.items()}
             with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
                 op(*fake_args, **fake_kwargs)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Forces the CPU kernels of one of `INSTRUCTION_SETS`; skips a test the machine cannot run."""
+    import pytest
+
+    best = torch.ops.mor.instruction_set("best")
+    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(best):
+        pytest.skip(f"this machine has only {best}")
+    torch.ops.mor.instruction_set(name)
+    try:
+        yield
+    finally:
+        torch.ops.mor.instruction_set("best")
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:

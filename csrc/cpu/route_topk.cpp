@@ -53,7 +53,9 @@ Tensor route_topk_cpu(const Tensor& scores_in, const Tensor& k_in, const Tensor&
                       const std::optional<Tensor>& protected_rows_in, bool by_score) {
   const auto dims =
       check_route_topk(scores_in, k_in, cu_seqlens_in, num_rows, candidates_in, protected_rows_in);
-  const auto contiguous = [](const Tensor& t) { return torch::stable::contiguous(t); };
+  const auto contiguous = [](const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);  // the call costs 0.3 us
+  };
   const Tensor scores = contiguous(scores_in), k_each = contiguous(k_in);
   const Tensor cu_seqlens = contiguous(cu_seqlens_in);
   const auto candidates = candidates_in.has_value() ? contiguous(*candidates_in) : scores;
@@ -97,7 +99,10 @@ Tensor route_topk_cpu(const Tensor& scores_in, const Tensor& k_in, const Tensor&
   std::vector<int64_t> nan_rows(dims.num_sequences, -1);
   const auto run = MOR_BEST(route_topk_sequence);
   for_each_sequence(dims, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[route_topk_scratch(longest)]);
+    struct alignas(64) Line {
+      char bytes[64];
+    };
+    const std::unique_ptr<Line[]> scratch(new Line[route_topk_scratch(longest) / 64 + 1]);
     for (int64_t b = begin; b < end; ++b) {
       nan_rows[b] = run(scores.scalar_type(), sequences[b], scratch.get());
       const int64_t* next = b + 1 < dims.num_sequences ? sequences[b + 1].rows

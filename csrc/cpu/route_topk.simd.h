@@ -19,7 +19,7 @@ struct RouteTopkSequence {
   int64_t* rows;                  // k + protected rows are written
 };
 
-// Bytes of scratch for sequences up to `length` rows.
+// Bytes of scratch, aligned to 64, for sequences up to `length` rows.
 inline int64_t route_topk_scratch(int64_t length) { return (length + 128) * 8; }
 
 // Returns the first row that competes with a NaN, or -1.

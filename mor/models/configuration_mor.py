@@ -1,5 +1,6 @@
 """MoRConfig: a dense model's configuration plus how its depth is shared and routed."""
 
+import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -103,6 +104,9 @@ class MoRConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fills the defaults that depend on other options, then checks everything."""
+        if isinstance(self.base_config, PreTrainedConfig):
+            # Transformers writes to sub-configs; the caller's dense model may still use this one.
+            self.base_config = copy.deepcopy(self.base_config)
         super().__post_init__(**kwargs)
         if self.router_func is None:
             self.router_func = "softmax" if self.router == "token" else "sigmoid"

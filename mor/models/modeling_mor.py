@@ -273,7 +273,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         """See `MoRModel.routing_metrics`."""
         return self.model.routing_metrics
 
-    def forward(
+    def forward(  # noqa: D417 - the other arguments are those of MoRModel.forward
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

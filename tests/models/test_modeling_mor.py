@@ -232,6 +232,15 @@ def test_without_router_and_sharing_it_is_the_dense_model():
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_the_dense_models_config_is_left_alone():
+    base = small_config().base_config
+    base._attn_implementation = "sdpa"
+    before = base.to_dict()
+    MoRForCausalLM(MoRConfig(base_config=base))
+    assert base.to_dict() == before
+    assert base._attn_implementation == "sdpa"
+
+
 def test_bfloat16_trains():
     model = small_model().to(torch.bfloat16)
     output, grads = train_step(model, input_ids=prompts(2, 16), labels=prompts(2, 16))
