@@ -10,7 +10,8 @@ installed := $(VENV)/.installed
 built := $(VENV)/.built
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-slow build lint format typecheck docs-test bench-smoke cuda-check clean
+.PHONY: help demo test test-slow build lint format typecheck docs-test bench-smoke cuda-check \
+  wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
@@ -19,9 +20,10 @@ help:
 	@echo "make build        make .venv and build mor into it"
 	@echo "make lint         check format and style of Python, C++ and CUDA (make format: repair)"
 	@echo "make typecheck    mypy --strict"
-	@echo "make docs-test    run the examples in docstrings"
+	@echo "make docs-test    run the examples in docstrings, README and docs"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make cuda-check   compile the CUDA operators, warnings as errors (needs nvcc)"
+	@echo "make wheel-check  build sdist and wheel, try the wheel in an empty environment"
 	@echo "make clean        delete build results, not .venv"
 
 demo: $(built)
@@ -62,6 +64,7 @@ typecheck: $(built)
 
 docs-test: $(built)
 	$(bin)/python -m pytest -q --doctest-modules mor
+	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md)
 
 bench-smoke: $(built)
 	@set -e; for benchmark in benchmarks/bench_*.py; do $(bin)/python $$benchmark --smoke; done
@@ -70,6 +73,9 @@ cuda-check: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOR_CUDA=ON \
 	  -DPython_EXECUTABLE=$(abspath $(bin))/python -Dpybind11_DIR="$$($(bin)/python -m pybind11 --cmakedir)"
 	PATH="$(abspath $(bin)):$$PATH" cmake --build build/cuda-check --target _ops
+
+wheel-check: $(installed)
+	$(bin)/python tools/wheel_check.py build/wheel-check
 
 clean:
 	rm -rf build dist $(built) mor/_ops.so mor/_host*.so .pytest_cache .mypy_cache .ruff_cache

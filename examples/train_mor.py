@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> Trainer:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = MoRForCausalLM(MoRConfig(base_config=dense, num_recursions=3, router="expert"))
-    blocks = TokenBlocks(files.train, files, block_length=256)
+    blocks = TokenBlocks(files, block_length=256)
     trainer = Trainer(model, args, train_dataset=blocks, processing_class=tokenizer)
     trainer.train()
     return trainer

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -153,9 +153,9 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Fixed-length blocks of a token file, for `transformers.Trainer`.
 
     Args:
-        path: the token file.
         files: what `prepare_tokens` returned.
         block_length: tokens in a block; the rest at the end of the file is left out.
+        part: which of the files.
         separate_documents: give `position_ids` that restart at each document, so that attention
             does not cross from one document into the next, and no document's first token is
             predicted from the one before.
@@ -167,20 +167,21 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        path: Path,
         files: TokenFiles,
         block_length: int,
+        part: Literal["train", "validation"] = "train",
         *,
         separate_documents: bool = False,
         max_blocks: int | None = None,
     ) -> None:
         """Maps the file."""
+        path = files.validation if part == "validation" else files.train
         if block_length < 2:
             raise ValueError(f"block_length must be at least 2, got {block_length}")
         count = path.stat().st_size // np.dtype(files.dtype).itemsize
         if count < block_length:
             raise ValueError(
-                f"corpus too short: its {path.stem} part has {count} tokens, one block needs "
+                f"corpus too short: its {part} part has {count} tokens, one block needs "
                 f"{block_length}; give more text or a smaller --seq-len"
             )
         self.tokens = np.memmap(path, dtype=files.dtype, mode="r")

@@ -94,8 +94,8 @@ def run_demo(
     corpus = open_corpus()
     tokenizer = train_tokenizer(corpus, sizes.vocab_size)
     files = prepare_tokens(corpus, tokenizer, output_dir)
-    train_rows = TokenBlocks(files.train, files, sizes.seq_len)
-    held_out_rows = TokenBlocks(files.validation, files, sizes.seq_len, max_blocks=sizes.eval_rows)
+    train_rows = TokenBlocks(files, sizes.seq_len)
+    held_out_rows = TokenBlocks(files, sizes.seq_len, "validation", max_blocks=sizes.eval_rows)
 
     dense, mor = _configs(sizes, len(tokenizer), tokenizer.eos_token_id)
     dense_steps = max(sizes.evaluations, round(sizes.dense_steps * budget))

@@ -76,17 +76,17 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
             * options.seq_len
         )
     files = prepare_tokens(corpus, tokenizer, options.output_dir, max_tokens)
-    blocks = {
-        path.stem: TokenBlocks(
-            path,
+    separate = options.separate_documents
+    train_rows = TokenBlocks(files, options.seq_len, separate_documents=separate)
+    held_out_rows = None
+    if options.eval_every > 0:
+        held_out_rows = TokenBlocks(
             files,
             options.seq_len,
-            separate_documents=options.separate_documents,
-            max_blocks=limit,
+            "validation",
+            separate_documents=separate,
+            max_blocks=options.eval_rows,
         )
-        for path, limit in ((files.train, None), (files.validation, options.eval_rows))
-        if path == files.train or options.eval_every > 0
-    }
     set_seed(options.seed)
     model = MoRForCausalLM(config)
     if checkpoint is not None:
@@ -95,8 +95,8 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
     trainer = MoRTrainer(
         model,
         arguments,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks.get("validation"),
+        train_dataset=train_rows,
+        eval_dataset=held_out_rows,
         processing_class=tokenizer,
     )
     return trainer, checkpoint

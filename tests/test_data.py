@@ -304,7 +304,7 @@ def test_vocabulary_above_65536_uses_four_bytes(books, tokenizer, tmp_path, monk
 def test_blocks_cover_the_file_in_order(books, tokenizer, tmp_path):
     files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
     tokens = np.fromfile(files.train, dtype=files.dtype)
-    blocks = TokenBlocks(files.train, files, 32)
+    blocks = TokenBlocks(files, 32)
     assert len(blocks) == len(tokens) // 32
     rows = torch.stack([blocks[index]["input_ids"] for index in range(len(blocks))])
     assert rows.dtype == torch.int64
@@ -317,7 +317,7 @@ def test_separated_documents_restart_positions_and_hide_first_tokens(tmp_path):
     path = tmp_path / "train.bin"
     np.array([5, 6, 0, 7, 0, 0, 8, 9], dtype="uint16").tofile(path)
     files = data_module.TokenFiles(path, path, "uint16", 0, "x")
-    block = TokenBlocks(path, files, 8, separate_documents=True)[0]
+    block = TokenBlocks(files, 8, separate_documents=True)[0]
     assert block["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
     assert block["labels"].tolist() == [-100, 6, 0, -100, 0, -100, -100, 9]
 
@@ -325,9 +325,7 @@ def test_separated_documents_restart_positions_and_hide_first_tokens(tmp_path):
 def test_max_blocks_are_spread_over_the_file(tmp_path):
     path = tmp_path / "train.bin"
     np.arange(1, 101, dtype="uint16").tofile(path)
-    blocks = TokenBlocks(
-        path, data_module.TokenFiles(path, path, "uint16", 0, "x"), 10, max_blocks=3
-    )
+    blocks = TokenBlocks(data_module.TokenFiles(path, path, "uint16", 0, "x"), 10, max_blocks=3)
     assert [blocks[index]["input_ids"][0].item() for index in range(len(blocks))] == [1, 31, 61]
 
 
@@ -336,4 +334,4 @@ def test_corpus_shorter_than_one_block(books, tokenizer, tmp_path):
     with pytest.raises(
         ValueError, match=r"corpus too short: its train part has \d+ tokens, one block needs 9999"
     ):
-        TokenBlocks(files.train, files, 9999)
+        TokenBlocks(files, 9999)

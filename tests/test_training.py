@@ -61,7 +61,7 @@ def blocks(tmp_path_factory) -> TokenBlocks:
     """A hundred rows of a text with a simple rule, so that a small model learns it quickly."""
     path = tmp_path_factory.mktemp("tokens") / "train.bin"
     (np.arange(100 * LENGTH) * 7 % 50 + 1).astype("uint16").tofile(path)
-    return TokenBlocks(path, TokenFiles(path, path, "uint16", 0, "x"), LENGTH)
+    return TokenBlocks(TokenFiles(path, path, "uint16", 0, "x"), LENGTH)
 
 
 def _trainer(kind: str, blocks: TokenBlocks, output_dir: Path, **options) -> MoRTrainer:
@@ -189,9 +189,9 @@ def test_bfloat16_trains_with_float32_weights(blocks, tmp_path):
 # Schedules and arguments
 
 
-def _learning_rates(schedule: str, **options) -> list[float]:
+def _learning_rates(folder: Path, schedule: str, **options) -> list[float]:
     arguments = training_arguments(
-        "unused", steps=20, schedule=schedule, learning_rate=1.0, eval_every=0, **options
+        folder, steps=20, schedule=schedule, learning_rate=1.0, eval_every=0, **options
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     trainer = MoRTrainer(_model("dense"), arguments, optimizers=(optimizer, None))
@@ -204,15 +204,15 @@ def _learning_rates(schedule: str, **options) -> list[float]:
     return rates
 
 
-def test_wsd_warms_up_stays_and_decays_linearly():
-    rates = _learning_rates("wsd", warmup_share=0.2, decay_share=0.25)
+def test_wsd_warms_up_stays_and_decays_linearly(tmp_path):
+    rates = _learning_rates(tmp_path, "wsd", warmup_share=0.2, decay_share=0.25)
     assert rates[:4] == pytest.approx([0, 0.25, 0.5, 0.75])
     assert rates[4:15] == [1.0] * 11
     assert rates[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_cosine_ends_near_a_tenth():
-    rates = _learning_rates("cosine", warmup_share=0.1)
+def test_cosine_ends_near_a_tenth(tmp_path):
+    rates = _learning_rates(tmp_path, "cosine", warmup_share=0.1)
     assert rates[2] == 1.0
     assert all(later < earlier for earlier, later in pairwise(rates[2:]))
     assert 0.1 < rates[-1] < 0.12
