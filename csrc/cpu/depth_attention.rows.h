@@ -26,66 +26,80 @@ const T* pad_row(const T* row, int64_t head_dim, int64_t padded, T* to) {
   return to;
 }
 
-// Lane l of the result is the sum of the lanes of v[l]; destroys v.
-inline VecF reduce_each(VecF (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int w = kLanes / 2; w > 0; w /= 2) {
-    VecI straight, crossed;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      straight[lane] = lane & w ? kLanes + lane : lane;
-      crossed[lane] = lane & w ? kLanes + (lane ^ w) : lane ^ w;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < w; ++i) {
-      v[i] =
-          __builtin_shuffle(v[i], v[i + w], straight) + __builtin_shuffle(v[i], v[i + w], crossed);
-    }
+// Index of lane `lane` of two joined vectors a and b: bit `bit` of the lane chooses the vector;
+// `flip` takes the lane without or with that bit from it.
+template <int kBit, bool kFlip>
+struct LaneOrder {
+  alignas(64) int32_t index[kLanes];
+  constexpr LaneOrder() : index{} {
+    for (int lane = 0; lane < kLanes; ++lane)
+      index[lane] = (lane & kBit ? kLanes : 0) + (kFlip ? lane ^ kBit : lane);
   }
-  return v[0];
+};
+template <int kBit, bool kFlip>
+inline constexpr LaneOrder<kBit, kFlip> kLaneOrder;
+
+// Lane l of the result is the sum of the lanes of v[l]; destroys v.
+template <int kBit = kLanes / 2>
+inline VecF reduce_each(VecF (&v)[kLanes]) {
+  VecI straight, flipped;
+  std::memcpy(&straight, kLaneOrder<kBit, false>.index, sizeof straight);
+  std::memcpy(&flipped, kLaneOrder<kBit, true>.index, sizeof flipped);
+#pragma GCC unroll 8
+  for (int i = 0; i < kBit; ++i) {
+    v[i] = __builtin_shuffle(v[i], v[i + kBit], straight) +
+           __builtin_shuffle(v[i], v[i + kBit], flipped);
+  }
+  if constexpr (kBit > 1) return reduce_each<kBit / 2>(v);
+  else return v[0];
 }
 
-// partial[row][key][kLanes] (+)= products of kCount vectors of a row of q and of a key.
-template <int kRows, int kCount, bool kFirst, class E, class K>
-void multiply_keys(const E* q, const K* const* keys, int64_t offset, int64_t count,
-                   float* partial) {
-  for (int64_t j = 0; j < count; ++j) {
-    const K* key = keys[j] + offset;
+// Where the rows of a block of keys are; up to a multiple of kLanes, repeating the last.
+template <class K, class V>
+struct KeyPointers {
+  const K* k[kBlockKeys];
+  const V* v[kBlockKeys];
+};
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
+}
+
+// sum[i] += products of kCount vectors of the row q and of key i.
+template <int kCount, class E, class K>
+inline void multiply_keys(const E* q, const K* const* keys, int64_t offset, VecF (&sum)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      float* to = partial + (r * kBlockKeys + j) * kLanes;
-      VecF sum = kFirst ? VecF{} : load(to);
-#pragma GCC unroll 4
-      for (int n = 0; n < kCount; ++n)
-        sum = multiply_add(sum, q + r * kRowStride<E> + offset + n * kLanes, key + n * kLanes);
-      store(to, sum);
-    }
+    for (int n = 0; n < kCount; ++n)
+      sum[i] = multiply_add(sum[i], q + offset + n * kLanes, keys[i] + offset + n * kLanes);
   }
 }
 
 // scores[row][key], up to a multiple of kLanes keys, of `vectors` vectors.
-template <int kRows, class E, class K>
-void score_rows(const E* q, const K* const* keys, int64_t count, int64_t vectors, float* partial,
-                float* scores) {
-  int64_t n = 0;
-  if (vectors >= 4) multiply_keys<kRows, 4, true>(q, keys, 0, count, partial), n = 4;
-  else multiply_keys<kRows, 1, true>(q, keys, 0, count, partial), n = 1;
-  for (; n + 4 <= vectors; n += 4)
-    multiply_keys<kRows, 4, false>(q, keys, n * kLanes, count, partial);
-  for (; n < vectors; ++n) multiply_keys<kRows, 1, false>(q, keys, n * kLanes, count, partial);
-  for (int r = 0; r < kRows; ++r) {
-    for (int64_t j = 0; j < count; j += kLanes) {
-      VecF v[kLanes];
+template <int kRows, class E, class K, class V>
+void score_rows(const E* q, const KeyPointers<K, V>& keys, const KeyPointers<K, V>& next,
+                int64_t count, int64_t vectors, float* scores) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int i = 0; i < kLanes; ++i) prefetch_row(next.k[j + i], vectors * kLanes * sizeof(K));
+    for (int r = 0; r < kRows; ++r) {
+      const E* row = q + r * kRowStride<E>;
+      VecF sum[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) v[i] = load(partial + (r * kBlockKeys + j + i) * kLanes);
-      store(scores + r * kBlockKeys + j, reduce_each(v));
+      for (int i = 0; i < kLanes; ++i) sum[i] = VecF{};
+      int64_t n = 0;
+      for (; n + 4 <= vectors; n += 4) multiply_keys<4>(row, keys.k + j, n * kLanes, sum);
+      if (vectors & 2) multiply_keys<2>(row, keys.k + j, n * kLanes, sum), n += 2;
+      if (vectors & 1) multiply_keys<1>(row, keys.k + j, n * kLanes, sum);
+      store(scores + r * kBlockKeys + j, reduce_each(sum));
     }
   }
 }
 
 // out[row][offset ...] = out * factor[row] + sum over keys of weights[row][key] * value.
 template <int kRows, int kCount, class V>
-void weigh_values(const float* weights, const float* factor, const V* const* values, int64_t offset,
-                  int64_t count, int64_t padded, float* out) {
+void weigh_values(const float* weights, const float* factor, const V* const* values,
+                  const V* const* next, int64_t offset, int64_t count, int64_t padded, float* out) {
   VecF sum[kRows][kCount];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -95,6 +109,7 @@ void weigh_values(const float* weights, const float* factor, const V* const* val
   }
   for (int64_t j = 0; j < count; ++j) {
     VecF value[kCount];
+    prefetch_row(next[j] + offset, kCount * kLanes * sizeof(V));
 #pragma GCC unroll 4
     for (int n = 0; n < kCount; ++n) value[n] = load(values[j] + offset + n * kLanes);
 #pragma GCC unroll 4
@@ -154,10 +169,8 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
   Arena arena{scratch};
   E* q = arena.take<E>(rows * kRowStride<E>);
   float* out = arena.take<float>(rows * padded);
-  float* partial = arena.take<float>(kRowsAtOnce * kBlockKeys * kLanes);
   float* scores = arena.take<float>(kRowsAtOnce * kBlockKeys);
-  T* copied_k = arena.take<T>(direct ? 0 : kBlockKeys * padded);
-  T* copied_v = arena.take<T>(direct ? 0 : kBlockKeys * padded);
+  T* copies = arena.take<T>(direct ? 0 : 4 * kBlockKeys * padded);  // two blocks of K and V
   float* bias = arena.take<float>(kBlockKeys);
   int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
   const RowLimits limits{arena.take<int32_t>(round_up(rows, kWidth)),
@@ -180,27 +193,37 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);
   const int64_t vectors = padded / kPerElement<E> / kLanes;
 
+  KeyPointers<K, T> pointers[2];
+  const auto find_keys = [&](int64_t first, int64_t side) {
+    const int64_t count = min(kBlockKeys, keys.count - first);
+    KeyPointers<K, T>& to = pointers[side];
+    for (int64_t j = 0; j < round_up(count, kLanes); ++j) {
+      const int64_t row = keys.row(first + min(j, count - 1));
+      const T *k = p.k.at<T>(row, task.kv_head), *v = p.v.at<T>(row, task.kv_head);
+      if (!direct) {
+        T* copy = copies + (side * kBlockKeys + j) * 2 * padded;
+        k = pad_row(k, hd, padded, copy), v = pad_row(v, hd, padded, copy + padded);
+      }
+      to.k[j] = reinterpret_cast<const K*>(k);
+      to.v[j] = v;
+    }
+  };
   KeyBlock<float> block{};
   if (p.key_bias) block.bias = bias;
   if (keys.mask_depths) block.depths = key_depths;
-  for (; block.first < keys.count; block.first += kBlockKeys) {
+  if (keys.count > 0) find_keys(0, 0), pointers[1] = pointers[0];
+  for (int64_t side = 0; block.first < keys.count; block.first += kBlockKeys, side = 1 - side) {
     block.count = min(kBlockKeys, keys.count - block.first);
-    const K* k[kBlockKeys];
-    const T* v[kBlockKeys];
-    for (int64_t j = 0; j < block.count; ++j) {
+    // The next block is fetched while this one is worked on; the last names rows already here.
+    if (block.first + kBlockKeys < keys.count) find_keys(block.first + kBlockKeys, 1 - side);
+    const KeyPointers<K, T>&at = pointers[side], &next = pointers[1 - side];
+    for (int64_t j = 0; (block.bias || block.depths) && j < block.count; ++j) {
       const int64_t row = keys.row(block.first + j);
-      const T *from_k = p.k.at<T>(row, task.kv_head), *from_v = p.v.at<T>(row, task.kv_head);
-      if (!direct) {
-        from_k = pad_row(from_k, hd, padded, copied_k + j * padded);
-        from_v = pad_row(from_v, hd, padded, copied_v + j * padded);
-      }
-      k[j] = reinterpret_cast<const K*>(from_k);
-      v[j] = from_v;
       if (block.bias) bias[j] = static_cast<const float*>(p.key_bias)[row] * kLog2e;
       if (block.depths) key_depths[j] = p.k_depths[row];
     }
     const auto some_rows = [&]<int kRows>(int64_t first) {
-      score_rows<kRows>(q + first * kRowStride<E>, k, block.count, vectors, partial, scores);
+      score_rows<kRows>(q + first * kRowStride<E>, at, next, block.count, vectors, scores);
       float factor[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
         factor[r] = softmax_row(scores + r * kBlockKeys, block, scale, limits.limit[first + r],
@@ -208,9 +231,11 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
       }
       int64_t d = 0;
       for (; d + 4 * kLanes <= padded; d += 4 * kLanes)
-        weigh_values<kRows, 4>(scores, factor, v, d, block.count, padded, out + first * padded);
+        weigh_values<kRows, 4>(scores, factor, at.v, next.v, d, block.count, padded,
+                               out + first * padded);
       for (; d < padded; d += kLanes)
-        weigh_values<kRows, 1>(scores, factor, v, d, block.count, padded, out + first * padded);
+        weigh_values<kRows, 1>(scores, factor, at.v, next.v, d, block.count, padded,
+                               out + first * padded);
     };
     int64_t first = 0;
     for (; first + 4 <= rows; first += 4) some_rows.template operator()<4>(first);
