@@ -101,6 +101,8 @@ def mor_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"mor attention: {name} is not supported, got {kwargs[name]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Under autocast the rotary embedding leaves queries and keys in float32.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     k, v, k_positions, cu_seqlens_k = mor_context.keys_for(k, v)
     out, _ = depth_attention(
         q,
