@@ -17,9 +17,9 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mor import MoRForCausalLM
@@ -64,7 +64,7 @@ def blocks(tokenizer: AutoTokenizer, length: int) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, held_out: torch.Tensor) -> float:
-    """exp of the mean next-token loss over the blocks."""
+    """Exp of the mean next-token loss over the blocks."""
     model.eval()
     losses = []
     for row in held_out:
