@@ -24,71 +24,57 @@ struct ScatterBackward {
   int64_t num_rows, num_hits, width;
 };
 
-// Where item reads and writes: factor * grad goes to out, the inner product of grad and other to
-// dot.
-template <class T>
-struct ScatterBackwardItem {
-  const T* grad;
-  const T* other;
-  T* out;
-  void* dot;
-  int64_t dot_index;
-  RowFactor<T> factor;
-};
-
-template <class T>
-__device__ __forceinline__ ScatterBackwardItem<T> backward_item(const ScatterBackward<T>& a,
-                                                                int64_t item, int64_t hit_items) {
-  if (item < hit_items) {
-    return {a.grad + a.rows[item] * a.grad_stride,
-            a.updates != nullptr ? a.updates + item * a.updates_stride : nullptr,
-            a.grad_updates != nullptr ? a.grad_updates + item * a.width : nullptr,
-            a.grad_gate,
-            item,
-            a.gate};
+// One warp, one row: out = factor * grad; the inner product of grad and other, added up in a fixed
+// order, goes to dot[index] (of the type of the factor). Null: not asked for.
+template <class T, int kPack>
+__device__ __forceinline__ void backward_row(const T* grad, const T* other, T* out, void* dot,
+                                             const RowFactor<T>& factors, int64_t index,
+                                             int64_t width) {
+  const int lane = threadIdx.x % 32;
+  const acc_t<T> factor = factors.at(index);
+  acc_t<T> sum = 0;
+  for (int64_t d = lane * kPack; d < width; d += 32 * kPack) {
+    const auto g = *reinterpret_cast<const Pack<T, kPack>*>(grad + d);
+    if (dot != nullptr) {
+      const auto o = *reinterpret_cast<const Pack<T, kPack>*>(other + d);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) sum += to_acc(g.v[k]) * to_acc(o.v[k]);
+    }
+    if (out != nullptr) {
+      Pack<T, kPack> scaled;
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) scaled.v[k] = from_acc<T>(factor * to_acc(g.v[k]));
+      *reinterpret_cast<Pack<T, kPack>*>(out + d) = scaled;
+    }
   }
-  const int64_t n = item - hit_items;
-  return {a.grad + n * a.grad_stride,
-          a.base != nullptr ? a.base + n * a.base_stride : nullptr,
-          a.grad_base != nullptr ? a.grad_base + n * a.width : nullptr,
-          a.grad_base_scale,
-          n,
-          a.base_scale};
+  if (dot == nullptr) return;
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+  if (lane != 0) return;
+  if (factors.is_float) {
+    static_cast<float*>(dot)[index] = float(sum);
+  } else {
+    static_cast<T*>(dot)[index] = from_acc<T>(sum);
+  }
 }
 
 // A warp owns one item at a time: a hit (its update's row and gate) or, after all hits, a row (base
-// and base_scale). A lane owns kPack elements of every 32 * kPack; the warp adds up the inner
-// product in a fixed order.
+// and base_scale). A lane owns kPack elements of every 32 * kPack.
 template <class T, int kPack>
 __global__ void __launch_bounds__(kRowThreads)
     scatter_tokens_backward_kernel(ScatterBackward<T> a, int64_t hit_items, int64_t items) {
-  const int lane = threadIdx.x % 32;
   for (int64_t item = row_item(); item < items; item += row_item_step()) {
-    const auto at = backward_item(a, item, hit_items);
-    const acc_t<T> factor = at.factor.at(at.dot_index);
-    acc_t<T> dot = 0;
-    for (int64_t d = lane * kPack; d < a.width; d += 32 * kPack) {
-      const auto grad = *reinterpret_cast<const Pack<T, kPack>*>(at.grad + d);
-      if (at.other != nullptr) {
-        const auto other = *reinterpret_cast<const Pack<T, kPack>*>(at.other + d);
-#pragma unroll
-        for (int k = 0; k < kPack; ++k) dot += to_acc(grad.v[k]) * to_acc(other.v[k]);
-      }
-      if (at.out != nullptr) {
-        Pack<T, kPack> out;
-#pragma unroll
-        for (int k = 0; k < kPack; ++k) out.v[k] = from_acc<T>(factor * to_acc(grad.v[k]));
-        *reinterpret_cast<Pack<T, kPack>*>(at.out + d) = out;
-      }
-    }
-    if (at.dot == nullptr) continue;
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
-    if (lane != 0) continue;
-    if (at.factor.is_float) {
-      static_cast<float*>(at.dot)[at.dot_index] = float(dot);
+    if (item < hit_items) {
+      backward_row<T, kPack>(a.grad + a.rows[item] * a.grad_stride,
+                             a.updates != nullptr ? a.updates + item * a.updates_stride : nullptr,
+                             a.grad_updates != nullptr ? a.grad_updates + item * a.width : nullptr,
+                             a.grad_gate, a.gate, item, a.width);
     } else {
-      static_cast<T*>(at.dot)[at.dot_index] = from_acc<T>(dot);
+      const int64_t n = item - hit_items;
+      backward_row<T, kPack>(a.grad + n * a.grad_stride,
+                             a.base != nullptr ? a.base + n * a.base_stride : nullptr,
+                             a.grad_base != nullptr ? a.grad_base + n * a.width : nullptr,
+                             a.grad_base_scale, a.base_scale, n, a.width);
     }
   }
 }

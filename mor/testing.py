@@ -108,7 +108,7 @@ def assert_close_to_reference(
 def check_bad_input(
     message: str, op: Callable[..., Any], *args: Any, fake: bool = True, **kwargs: Any
 ) -> None:
-    """Asserts that `op` refuses the arguments with `message`, on real and (if `fake`) fake tensors."""
+    """Asserts that `op` refuses the arguments with `message`, on real and on fake tensors."""
     import pytest
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -97,7 +97,7 @@ void write_rows(const AttentionProblem& p, const AttentionTask& task, int64_t ro
     for (int64_t d = 0; d < hd; ++d) line[d] = sum != 0 ? out[d * kWidth + lane] * inverse : 0;
     store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd);
     static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] =
-        sum != 0 ? (rows.largest[lane] + __builtin_log2f(sum)) * kLn2 : -kInfinity;
+        log_sum(rows.largest[lane], sum);
   }
 }
 

@@ -32,6 +32,11 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// softmax_lse of a row with its largest score in units of log2.
+inline float log_sum(float largest, float sum) {
+  return sum != 0 ? (largest + __builtin_log2f(sum)) * kLn2 : -kInfinity;
+}
+
 // Hands out 64-byte aligned pieces of one allocation; with a null base only counts.
 struct Arena {
   char* base;

@@ -2,6 +2,7 @@
 
 #include "depth_attention.backward.h"
 #include "depth_attention.forward.h"
+#include "depth_attention.rows.h"
 
 namespace mor {
 namespace MOR_ISA {
@@ -12,14 +13,23 @@ using BFloat16Element = uint32_t;
 using BFloat16Element = float;
 #endif
 
+// Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle.
+constexpr int64_t kFewRows = 12;
+
+template <class T, class E>
+int64_t forward(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
+  return task.row_end - task.row_begin <= kFewRows ? forward_rows<T, E>(p, task, scratch)
+                                                   : forward_tiles<T, E>(p, task, scratch);
+}
+
 int64_t attention_forward(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
   switch (p.dtype) {
     case ScalarType::BFloat16:
-      return forward_tiles<BFloat16, BFloat16Element>(p, task, scratch);
+      return forward<BFloat16, BFloat16Element>(p, task, scratch);
     case ScalarType::Half:
-      return forward_tiles<Half, float>(p, task, scratch);
+      return forward<Half, float>(p, task, scratch);
     default:
-      return forward_tiles<float, float>(p, task, scratch);
+      return forward<float, float>(p, task, scratch);
   }
 }
 

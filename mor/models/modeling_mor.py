@@ -3,6 +3,7 @@
 One file over 300 lines, because Transformers' users look for a model in modeling_NAME.py.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mor.models.attention import skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
 from mor.models.construction import base_model, recursion
+from mor.models.conversion import initialise_from_dense, source_layers
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
@@ -267,6 +269,67 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.generation_config = GenerationConfig.from_model_config(config.base_config)
         self.post_init()
+
+    @classmethod
+    def from_dense(
+        cls,
+        model_or_path: PreTrainedModel | str | Path,
+        config: MoRConfig | None = None,
+        init: str = "stepwise",
+        seed: int = 0,
+        *,
+        gguf_file: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "MoRForCausalLM":
+        """Converts a dense causal language model; its layers start the unique layers.
+
+        Args:
+            model_or_path: a loaded model, or a local directory (or hub name) in Transformers'
+                format.
+            config: the MoR configuration; its base_config must be that of the dense model, but for
+                the depth. Without it, `options` are those of `MoRConfig`, the base_config the dense
+                model's.
+            init: "stepwise", "average", "lower", "upper" or "random"; see
+                `mor.models.conversion.source_layers`.
+            seed: of "random" and of the routers.
+            gguf_file: name of a GGUF file in the directory, read by Transformers.
+            dtype: of the weights; default the dense model's.
+            **options: of `MoRConfig`; `num_hidden_layers` is the unrolled depth, default the dense
+                model's.
+
+        Raises:
+            ValueError: a dense architecture that MoR cannot use, a depth that the recursions do not
+                divide.
+            OSError: a path without a model.
+
+        Reference: MoR paper, appendix (initialisation from pretrained models).
+        """
+        if isinstance(model_or_path, PreTrainedModel):
+            dense = model_or_path
+        else:
+            dense = AutoModelForCausalLM.from_pretrained(
+                model_or_path, gguf_file=gguf_file, dtype=dtype or "auto"
+            )
+        if config is None:
+            base = copy.deepcopy(dense.config)
+            base.num_hidden_layers = options.pop("num_hidden_layers", base.num_hidden_layers)
+            config = MoRConfig(base_config=base, **options)
+        elif options:
+            raise ValueError(f"from_dense: expected config or options, got both ({list(options)})")
+        if type(dense.config) is not type(config.base_config):
+            raise ValueError(
+                f"from_dense: expected a dense model of {type(config.base_config).__name__}, got "
+                f"{type(dense.config).__name__}"
+            )
+        sources = source_layers(config, dense.config.num_hidden_layers, init, seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = cls(config)
+        model.to(dtype or dense.dtype)
+        initialise_from_dense(model, dense, sources)
+        model.generation_config = copy.deepcopy(dense.generation_config)
+        return model
 
     @property
     def routing_metrics(self) -> RoutingMetrics:

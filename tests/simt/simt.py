@@ -2,6 +2,7 @@
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 __all__ = ["Kernels"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Argument = Tensor | int | float | torch.dtype | None
+Argument = Any  # a tensor, a number, a dtype, None or ctypes' own
 
 
 class Kernels:
@@ -31,7 +32,7 @@ class Kernels:
             raise RuntimeError(self._library.simt_error().decode())
 
 
-def _to_c(argument: Argument) -> ctypes._SimpleCData:
+def _to_c(argument: Argument) -> Any:
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, Tensor):
@@ -39,4 +40,6 @@ def _to_c(argument: Argument) -> ctypes._SimpleCData:
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, torch.dtype):
         return ctypes.c_int64(_DTYPES.index(argument))
-    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument

@@ -14,7 +14,8 @@ namespace MOR_ISA {
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // AVX-512 has 32 registers, the others 16
 
 inline VecF multiply_add(VecF sum, float a, const float* b) { return sum + splat(a) * load(b); }
-inline VecF multiply_add(VecF sum, const float* a, const float* b) {
+template <class T>
+inline VecF multiply_add(VecF sum, const float* a, const T* b) {
   return sum + load(a) * load(b);
 }
 
