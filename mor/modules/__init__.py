@@ -2,6 +2,7 @@
 
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
+from mor.modules.mixture_of_recursions import MixtureOfRecursions
 from mor.modules.packing import PackedBatch, Packing, pack
 from mor.modules.recursion import RecursionOutput, RecursionStep
 from mor.modules.routers import Router, RouterScore
@@ -9,6 +10,7 @@ from mor.modules.token_choice import TokenChoice
 
 __all__ = [
     "ExpertChoice",
+    "MixtureOfRecursions",
     "PackedBatch",
     "Packing",
     "RecursionOutput",
