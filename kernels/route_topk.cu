@@ -6,11 +6,12 @@
 namespace mor {
 namespace {
 
-Tensor route_topk_cuda(const Tensor& scores_in, const Tensor& k_in, const Tensor& cu_seqlens_in,
-                       int64_t num_rows, const std::optional<Tensor>& candidates_in,
+Tensor route_topk_cuda(const Tensor& scores_in, int64_t k, const std::optional<Tensor>& k_each_in,
+                       const Tensor& cu_seqlens_in, int64_t num_rows,
+                       const std::optional<Tensor>& candidates_in,
                        const std::optional<Tensor>& protected_rows_in, bool by_score) {
-  const auto dims =
-      check_route_topk(scores_in, k_in, cu_seqlens_in, num_rows, candidates_in, protected_rows_in);
+  const auto dims = check_route_topk(scores_in, k, k_each_in, cu_seqlens_in, num_rows,
+                                     candidates_in, protected_rows_in);
   const torch::stable::accelerator::DeviceGuard guard(scores_in.get_device_index());
   const auto new_rows = [&](int64_t size) {
     return torch::stable::new_empty(scores_in, {size}, ScalarType::Long);
@@ -20,9 +21,9 @@ Tensor route_topk_cuda(const Tensor& scores_in, const Tensor& k_in, const Tensor
   Tensor rows = new_rows(num_rows);
   if (num_rows == 0) return rows;
   const auto contiguous = [](const Tensor& t) { return torch::stable::contiguous(t); };
-  const Tensor scores = contiguous(scores_in), k = contiguous(k_in);
-  const Tensor cu_seqlens = contiguous(cu_seqlens_in);
-  std::optional<Tensor> candidates, protected_rows, taken, totals, ascending, starts;
+  const Tensor scores = contiguous(scores_in), cu_seqlens = contiguous(cu_seqlens_in);
+  std::optional<Tensor> k_each, candidates, protected_rows, taken, totals, ascending, starts;
+  if (k_each_in.has_value()) k_each = contiguous(*k_each_in);
   if (candidates_in.has_value()) candidates = contiguous(*candidates_in);
   if (protected_rows_in.has_value()) protected_rows = contiguous(*protected_rows_in);
   if (candidates.has_value() || protected_rows.has_value()) {
@@ -39,7 +40,8 @@ Tensor route_topk_cuda(const Tensor& scores_in, const Tensor& k_in, const Tensor
   const auto scratch = [](const std::optional<Tensor>& t) {
     return t.has_value() ? t->mutable_data_ptr<int64_t>() : nullptr;
   };
-  const RouteTopkArgs args{k.const_data_ptr<int64_t>(),
+  const RouteTopkArgs args{k,
+                           k_each.has_value() ? k_each->const_data_ptr<int64_t>() : nullptr,
                            cu_seqlens.const_data_ptr<int32_t>(),
                            bytes(candidates),
                            bytes(protected_rows),

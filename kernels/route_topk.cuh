@@ -14,7 +14,8 @@ constexpr int kRouteThreads = 1024;
 constexpr int kRouteBins = 256;
 
 struct RouteTopkArgs {
-  const int64_t* k;               // [B]
+  int64_t k;                      // of every sequence, unless k_each is given
+  const int64_t* k_each;          // [B] or null
   const int32_t* cu_seqlens;      // [B + 1]
   const uint8_t* candidates;      // [N] or null
   const uint8_t* protected_rows;  // [N] or null
@@ -73,7 +74,7 @@ __device__ __forceinline__ bool route_competes(const RouteTopkArgs& args, int64_
 }
 __device__ __forceinline__ int64_t route_clamped_k(const RouteTopkArgs& args, int64_t b,
                                                    int64_t available) {
-  return min(max(args.k[b], int64_t{0}), available);
+  return min(max(args.k_each != nullptr ? args.k_each[b] : args.k, int64_t{0}), available);
 }
 
 using RouteScan = cub::BlockScan<int64_t, kRouteThreads>;

@@ -83,21 +83,21 @@ inline int64_t count_above(const int16_t* digits, int64_t n, int16_t bound) {
   constexpr int kWidth = kLanes < 8 ? 8 : 16;
   typedef int16_t Vec __attribute__((vector_size(kWidth * 2)));
   typedef int32_t Wide __attribute__((vector_size(kWidth * 2)));
-  constexpr int64_t kMaxDigits = 0x4000 * kWidth;  // lanes count in 16 bits, two of them are added
+  constexpr int64_t kMaxDigits = 0x4000 * kWidth;  // lanes count in 16 bits, four of them are added
   const Vec limit = Vec{} + bound;
   int64_t count = 0;
   for (int64_t first = 0; first < n; first += kMaxDigits) {
     const int64_t last = first + kMaxDigits < n ? first + kMaxDigits : n;
-    Vec lanes[2] = {};
-    for (int64_t i = first; i < last; i += 2 * kWidth) {
-      for (int j = 0; j < 2; ++j) {
+    Vec lanes[4] = {};
+    for (int64_t i = first; i < last; i += 4 * kWidth) {
+      for (int j = 0; j < 4; ++j) {
         Vec v;
         std::memcpy(&v, digits + i + j * kWidth, sizeof v);
         lanes[j] -= v > limit;  // true is -1
       }
     }
     Wide pairs;
-    const Vec sum = lanes[0] + lanes[1];
+    const Vec sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
     std::memcpy(&pairs, &sum, sizeof pairs);
     pairs = (pairs & 0xffff) + (pairs >> 16);
     for (int lane = 0; lane < kWidth / 2; ++lane) count += pairs[lane];
@@ -185,7 +185,7 @@ void for_each_block(const RouteTopkSequence& s, Body&& body) {
 }
 
 template <class T>
-int64_t run(const RouteTopkSequence& s, void* scratch) {
+void run(RouteTopkSequence& s, void* scratch) {
   using Digit = digit_t<T>;
   // k = 0 keeps no row and k = available every one: neither needs a threshold.
   constexpr auto kInfinity = std::numeric_limits<acc_t<T>>::infinity();
@@ -193,11 +193,12 @@ int64_t run(const RouteTopkSequence& s, void* scratch) {
   Digit* high = static_cast<Digit*>(scratch);
   Digit* low =
       std::is_same_v<T, double> ? high : high + (s.end - s.begin + 2 * kBlock) / kBlock * kBlock;
-  int64_t n = 0, nan_row = -1;
+  int64_t n = 0;
+  s.nan_row = -1;
   for_each_block<T>(s, [&](int64_t row, const T* scores, uint64_t candidate, uint64_t kept) {
     const uint64_t competes = candidate & ~kept;
     const uint64_t nan = load_block<T>(scores, high + n, low + n) & competes;
-    if (nan && nan_row < 0) nan_row = row + __builtin_ctzll(nan);
+    if (nan && s.nan_row < 0) s.nan_row = row + __builtin_ctzll(nan);
     if (competes == ~uint64_t{0}) {
       n += kBlock;
       return;
@@ -211,7 +212,7 @@ int64_t run(const RouteTopkSequence& s, void* scratch) {
     }
     n += j;
   });
-  if (nan_row >= 0) return nan_row;
+  if (s.nan_row >= 0) return;
   if (s.k > 0 && s.k < s.available) {
     for (; n % kBlock; ++n) high[n] = low[n] = std::numeric_limits<Digit>::min();
     threshold = find_threshold<T>(high, low, n, s.k);
@@ -228,12 +229,11 @@ int64_t run(const RouteTopkSequence& s, void* scratch) {
     ties -= num_equal < ties ? num_equal : ties;
     out = write_rows((above & competes) | equal | kept, row, out);
   });
-  return -1;
 }
 
 }  // namespace
 
-int64_t route_topk_sequence(ScalarType dtype, const RouteTopkSequence& sequence, void* scratch) {
+void route_topk_sequence(ScalarType dtype, RouteTopkSequence& sequence, void* scratch) {
   switch (dtype) {
     case ScalarType::Float:
       return run<float>(sequence, scratch);

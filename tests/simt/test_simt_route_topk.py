@@ -17,7 +17,7 @@ LENGTHS = {
 def select(
     kernels: Kernels,
     scores: Tensor,
-    k: Tensor,
+    k: int | Tensor,
     cu_seqlens: Tensor,
     num_selected: int,
     candidates: Tensor | None = None,
@@ -31,7 +31,8 @@ def select(
         "route_topk",
         scores,
         scores.dtype,
-        k,
+        0 if isinstance(k, Tensor) else k,
+        k if isinstance(k, Tensor) else None,
         cu_seqlens,
         candidates,
         protected_rows,
@@ -88,6 +89,12 @@ def test_route_topk_masks(kernels: Kernels, by_score: bool) -> None:
         expected = reference(scores, k, cu_seqlens, by_score=by_score, **masks)
         rows = select(kernels, scores, k, cu_seqlens, expected.numel(), by_score=by_score, **masks)
         assert torch.equal(rows, expected)
+
+
+def test_route_topk_one_k_for_all(kernels: Kernels) -> None:
+    scores = torch.randn(90, generator=torch.Generator().manual_seed(2))
+    cu_seqlens = packed([40, 20, 30])
+    assert torch.equal(select(kernels, scores, 7, cu_seqlens, 21), reference(scores, 7, cu_seqlens))
 
 
 def test_route_topk_never_writes_outside(kernels: Kernels) -> None:
