@@ -73,6 +73,7 @@ class Problem:
     def flex(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """FlexAttention, compiled; no backward on the CPU."""
         batch, queries, keys, heads = self.shape
+        torch._dynamo.reset()  # else the ninth shape would fall back to the eager form
         visible, gqa = self.visible, heads[0] != heads[1]
         mask = create_block_mask(
             lambda b, h, i, j: visible[b, i, j], batch, None, queries, keys, device="cpu"
