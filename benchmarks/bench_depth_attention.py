@@ -1,4 +1,4 @@
-"""depth_attention against SDPA, FlexAttention and matmul + softmax. GFLOP/s count visible pairs only."""
+"""depth_attention against SDPA, FlexAttention and matmul; GFLOP/s count visible pairs only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +21,12 @@ class Problem:
     def __init__(
         self, batch: int, queries: int, keys: int, heads: tuple[int, int], depths: bool, **to: Any
     ) -> None:
+        """Queries stand at a sorted random choice of the keys' positions."""
         generator = torch.Generator().manual_seed(0)
         head_dim = 64
-        chosen = [torch.randperm(keys, generator=generator)[:queries].sort().values for _ in range(batch)]
+        chosen = [
+            torch.randperm(keys, generator=generator)[:queries].sort().values for _ in range(batch)
+        ]
         self.k_pos, self.q_pos = torch.arange(keys).repeat(batch, 1), torch.stack(chosen)
         self.q_depths = torch.full((batch, queries), 2, dtype=torch.int32)
         self.k_depths = torch.randint(1, 4, (batch, keys), generator=generator, dtype=torch.int32)
@@ -31,15 +34,18 @@ class Problem:
         if depths:
             self.visible &= self.k_depths[:, None] >= self.q_depths[:, :, None]
         self.q, self.grad = (
-            torch.randn(batch * queries, heads[0], head_dim, generator=generator).to(**to) for _ in "qg"
+            torch.randn(batch * queries, heads[0], head_dim, generator=generator).to(**to)
+            for _ in "qg"
         )
         self.k, self.v = (
-            torch.randn(batch * keys, heads[1], head_dim, generator=generator).to(**to) for _ in "kv"
+            torch.randn(batch * keys, heads[1], head_dim, generator=generator).to(**to)
+            for _ in "kv"
         )
         self.shape, self.head_dim, self.depths = (batch, queries, keys, heads), head_dim, depths
         self.flop = 4 * head_dim * heads[0] * int(self.visible.sum())
 
     def ours(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """depth_attention on packed rows."""
         batch, queries, keys, _ = self.shape
         q_pos, k_pos = self.q_pos.flatten(), self.k_pos.flatten()
         cu_q = torch.arange(batch + 1, dtype=torch.int32) * queries
@@ -50,19 +56,24 @@ class Problem:
         return lambda q, k, v: depth_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, **depths)[0]
 
     def heads_first(self, t: Tensor) -> Tensor:
+        """[rows, H, hd] as [B, H, S, hd]."""
         return t.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
 
     def masked(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """SDPA with a bool mask."""
         mask = self.visible[:, None]
         gqa = self.shape[3][0] != self.shape[3][1]
         return lambda q, k, v: sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
     def causal(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """SDPA causal: the fast form, for queries = keys only."""
         gqa = self.shape[3][0] != self.shape[3][1]
         return lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
 
     def flex(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention, compiled; no backward on the CPU."""
         batch, queries, keys, heads = self.shape
+        torch._dynamo.reset()  # else the ninth shape would fall back to the eager form
         visible, gqa = self.visible, heads[0] != heads[1]
         mask = create_block_mask(
             lambda b, h, i, j: visible[b, i, j], batch, None, queries, keys, device="cpu"
@@ -92,7 +103,9 @@ def forward_backward(
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-def measure(label: str, problem: Problem, peers: tuple[str, ...], repeats: int) -> list[dict[str, Any]]:
+def measure(
+    label: str, problem: Problem, peers: tuple[str, ...], repeats: int
+) -> list[dict[str, Any]]:
     """Rows of the table: forward, and backward where the peer has one."""
     packed = (problem.q, problem.k, problem.v)
     split = tuple(problem.heads_first(t).contiguous() for t in packed)
@@ -120,7 +133,11 @@ def measure(label: str, problem: Problem, peers: tuple[str, ...], repeats: int) 
         mm_rate = 2 * side**3 / times.pop("mm") / 1e9
         flop = problem.flop * (2.5 if backward else 1)
         rate = flop / times["ours"] / 1e9
-        row = {"case": label, "dtype": str(problem.q.dtype)[6:], "pass": "bwd" if backward else "fwd"}
+        row = {
+            "case": label,
+            "dtype": str(problem.q.dtype)[6:],
+            "pass": "bwd" if backward else "fwd",
+        }
         row |= {f"{name} ms": t * 1e3 for name, t in times.items()}
         row |= {"GFLOP/s": rate, "of mm": rate / mm_rate}
         best = min(t for name, t in times.items() if name != "ours")
@@ -145,10 +162,22 @@ def main() -> None:
             to = {"dtype": dtype}
             cases = [
                 (f"causal B2 S{s // 2} {name}", (2, s // 2, s // 2, heads, False), ("causal",)),
-                (f"sharing B2 {s // 2}of{s} {name}", (2, s // 2, s, heads, False), ("masked", "flex")),
-                (f"depths B2 {s // 2}of{s} {name}", (2, s // 2, s, heads, True), ("masked", "flex")),
+                (
+                    f"sharing B2 {s // 2}of{s} {name}",
+                    (2, s // 2, s, heads, False),
+                    ("masked", "flex"),
+                ),
+                (
+                    f"depths B2 {s // 2}of{s} {name}",
+                    (2, s // 2, s, heads, True),
+                    ("masked", "flex"),
+                ),
                 (f"decode B8 S{s // 4} {name}", (8, 1, s // 4, heads, False), ("masked", "matmul")),
-                (f"decode B32 S{s // 4} {name}", (32, 1, s // 4, heads, False), ("masked", "matmul")),
+                (
+                    f"decode B32 S{s // 4} {name}",
+                    (32, 1, s // 4, heads, False),
+                    ("masked", "matmul"),
+                ),
             ]
             for label, shape, peers in cases:
                 problem = Problem(*shape, **to)

@@ -58,11 +58,18 @@ inline void copy_row(const T* row, int64_t head_dim, int64_t padded, float* to) 
   for (; d < head_dim; ++d) to[d] = static_cast<float>(row[d]);
   for (; d < padded; ++d) to[d] = 0;
 }
-inline void copy_row(const BFloat16* row, int64_t head_dim, int64_t padded, uint32_t* to) {
-  std::memcpy(to, row, head_dim * 2);
-  std::memset(reinterpret_cast<char*>(to) + head_dim * 2, 0, (padded - head_dim) * 2);
+#if defined(__AVX512BF16__)
+// Bits of the lanes below `count`.
+inline uint32_t first_lanes(int64_t count) {
+  return count >= 32 ? 0xffffffffu : count > 0 ? (1u << count) - 1 : 0;
 }
-
+inline void copy_row(const BFloat16* row, int64_t head_dim, int64_t padded, uint32_t* to) {
+  for (int64_t d = 0; d < padded; d += 32) {
+    const __m512i pairs = _mm512_maskz_loadu_epi16(first_lanes(head_dim - d), row + d);
+    _mm512_mask_storeu_epi32(to + d / 2, padded - d >= 32 ? 0xffff : 0xff, pairs);
+  }
+}
+#endif
 template <class T>
 inline void store_row(const float* line, int64_t head_dim, T* to) {
   int64_t d = 0;
@@ -83,8 +90,7 @@ inline __m512i load_u16(const void* p, __mmask16 mask) {
 inline void copy_keys(const BFloat16* row, const BFloat16* next, int64_t head_dim, int64_t padded,
                       uint32_t* to) {
   for (int64_t d = 0; d < padded; d += 16) {
-    const int64_t rest = head_dim - d;
-    const __mmask16 mask = rest >= 16 ? 0xffff : rest > 0 ? (1 << rest) - 1 : 0;
+    const __mmask16 mask = static_cast<__mmask16>(first_lanes(head_dim - d));
     __m512i pair = load_u16(row + d, mask);
     if (next) pair = _mm512_or_si512(pair, _mm512_slli_epi32(load_u16(next + d, mask), 16));
     _mm512_storeu_si512(to + d, pair);
