@@ -6,6 +6,13 @@ Transformers' Auto classes.
 
 from mor.version import __version__  # isort: skip - before the rest, which may read it
 
-from mor.models import MoRConfig, MoRForCausalLM, MoRModel
+from mor.models import MoRConfig, MoRForCausalLM, MoRModel, load_swapped, swap
 
-__all__ = ["MoRConfig", "MoRForCausalLM", "MoRModel", "__version__"]
+__all__ = [
+    "MoRConfig",
+    "MoRForCausalLM",
+    "MoRModel",
+    "__version__",
+    "load_swapped",
+    "swap",
+]

@@ -3,5 +3,14 @@
 from mor.models.configuration_mor import MoRConfig
 from mor.models.modeling_mor import MoRForCausalLM, MoRModel
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
+from mor.models.swap import load_swapped, swap
 
-__all__ = ["MoRCausalLMOutput", "MoRConfig", "MoRForCausalLM", "MoRModel", "MoRModelOutput"]
+__all__ = [
+    "MoRCausalLMOutput",
+    "MoRConfig",
+    "MoRForCausalLM",
+    "MoRModel",
+    "MoRModelOutput",
+    "load_swapped",
+    "swap",
+]
