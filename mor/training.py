@@ -23,8 +23,9 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from mor.analysis import flops_per_token
+from mor.modules import TokenChoice
 
-__all__ = ["MoRTrainer", "training_arguments"]
+__all__ = ["MoRTrainer", "UpdateRouterBias", "training_arguments"]
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
 
@@ -55,6 +56,7 @@ class MoRTrainer(Trainer):
         self._window_start: float | None = None
         self._window_step = 0
         self.add_callback(_CloseWindow())
+        self.add_callback(UpdateRouterBias())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_ProgressLine())
 
@@ -162,6 +164,27 @@ class _ProgressLine(ProgressCallback):
         hidden = {"epoch", "total_flos", "step", *(key for key in logs if key.endswith("_runtime"))}
         shown = [f"{key} {value:.4g}" for key, value in logs.items() if key not in hidden]
         self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
+
+
+class UpdateRouterBias(TrainerCallback):
+    """Loss-free balancing: updates the routers' selection bias after every optimizer step.
+
+    `MoRTrainer` has it; give it to a plain `transformers.Trainer` as `callbacks=[...]`.
+    """
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """After the optimizer, before the gradients are cleared."""
+        assert model is not None
+        for module in model.modules():
+            if isinstance(module, TokenChoice):
+                module.update_bias()
 
 
 def training_arguments(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 from mor import MoRConfig, MoRForCausalLM
 from mor.analysis import flops_per_token
@@ -20,7 +20,7 @@ from mor.checkpoints import checkpoint_to_resume, find_problem
 from mor.data import TokenBlocks, TokenFiles
 from mor.options import RunOptions
 from mor.run import prepare_run, train
-from mor.training import MoRTrainer, training_arguments
+from mor.training import MoRTrainer, UpdateRouterBias, training_arguments
 
 VOCAB, LENGTH = 300, 16
 
@@ -455,3 +455,25 @@ def test_changed_text_is_warned_about_on_resuming(uninterrupted, text, tmp_path,
     other.write_text(text.read_text() * 2)
     prepare_run(_options(other, tmp_path, resume=True))
     assert "the text or the tokenizer is not what" in caplog.text
+
+
+@pytest.mark.parametrize("trainer_class", ["MoRTrainer", "Trainer"])
+def test_loss_free_balancing_moves_the_bias_after_every_optimizer_step(
+    trainer_class, blocks, tmp_path
+):
+    set_seed(0)
+    config = MoRConfig(base_config=_dense_config(), router="token", router_balancing="loss_free")
+    model = MoRForCausalLM(config)
+    arguments = training_arguments(
+        tmp_path, steps=3, batch_size=2, gradient_accumulation=2, save_every=0, eval_every=0
+    )
+    if trainer_class == "MoRTrainer":
+        trainer = MoRTrainer(model, arguments, train_dataset=blocks)
+    else:
+        callbacks = [UpdateRouterBias()]
+        trainer = Trainer(model, arguments, train_dataset=blocks, callbacks=callbacks)
+    trainer.train()
+    bias = model.model.recursion.bias / config.router_bias_update_rate
+    torch.testing.assert_close(bias, bias.round(), atol=1e-3, rtol=0)
+    assert 1 <= bias.abs().max() <= 3
+    assert not model.model.recursion.load.any()
