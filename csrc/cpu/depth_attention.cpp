@@ -103,17 +103,18 @@ Scratch allocate(int64_t bytes) {
       static_cast<char*>(std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64)));
 }
 
-// Tasks of every sequence and key head, cut into pieces of at most `rows` rows.
+// Tasks of every sequence and `heads` key heads, cut into pieces of at most `rows` rows.
 struct TaskList {
   const AttentionProblem& p;
-  int64_t rows, scratch = 0;
+  int64_t rows, heads, head_tasks;
   std::vector<int64_t> first;  // task of each sequence
 
-  TaskList(const AttentionProblem& problem, int64_t rows_of_task)
-      : p(problem), rows(rows_of_task), first(p.dims.num_sequences + 1, 0) {
+  TaskList(const AttentionProblem& problem, int64_t rows_of_task, int64_t heads_of_task = 1)
+      : p(problem), rows(rows_of_task), heads(heads_of_task), first(p.dims.num_sequences + 1, 0) {
+    head_tasks = (p.dims.num_kv_heads + heads - 1) / heads;
     for (int64_t b = 0; b < p.dims.num_sequences; ++b) {
       const int64_t pieces = (sequence_rows(b) + rows - 1) / rows;
-      first[b + 1] = first[b] + pieces * p.dims.num_kv_heads;
+      first[b + 1] = first[b] + pieces * head_tasks;
     }
   }
 
@@ -122,8 +123,9 @@ struct TaskList {
 
   AttentionTask operator[](int64_t i) const {
     const int64_t b = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
-    const int64_t begin = (i - first[b]) / p.dims.num_kv_heads * rows;
-    return {b, (i - first[b]) % p.dims.num_kv_heads, begin,
+    const int64_t head = (i - first[b]) % head_tasks * heads,
+                  begin = (i - first[b]) / head_tasks * rows;
+    return {b, head, std::min(heads, p.dims.num_kv_heads - head), begin,
             std::min(begin + rows, sequence_rows(b))};
   }
 
@@ -148,8 +150,18 @@ struct TaskList {
   }
 };
 
+int64_t most_rows(const AttentionProblem& p) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.dims.num_sequences; ++b)
+    most = std::max(most, (p.cu_q[b + 1] - p.cu_q[b]) * p.group);
+  return most;
+}
+
 void tiled_forward(const AttentionProblem& p) {
-  const TaskList tasks(p, kForwardRows);
+  int64_t heads = most_rows(p) <= kFewRows ? p.dims.num_kv_heads : 1;
+  const int64_t enough = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  while (heads > 1 && p.dims.num_sequences * (p.dims.num_kv_heads / heads) < enough) heads /= 2;
+  const TaskList tasks(p, kForwardRows, heads);
   const auto kernel = MOR_BEST(attention_forward);
   int64_t bytes = 0;
   for (int64_t i = 0; i < tasks.size(); ++i) bytes = std::max(bytes, kernel(p, tasks[i], nullptr));
@@ -163,12 +175,9 @@ void tiled_forward(const AttentionProblem& p) {
 void tiled_backward(const AttentionProblem& p) {
   constexpr int64_t kEnoughTasks = 16;
   const DepthAttentionDims& dims = p.dims;
-  int64_t most_rows = 0;
-  for (int64_t b = 0; b < dims.num_sequences; ++b)
-    most_rows = std::max(most_rows, (p.cu_q[b + 1] - p.cu_q[b]) * p.group);
   const int64_t heads = std::max<int64_t>(dims.num_sequences * dims.num_kv_heads, 1);
   const int64_t wanted = (kEnoughTasks + heads - 1) / heads;
-  const int64_t steps = (most_rows + kBackwardRows - 1) / kBackwardRows;
+  const int64_t steps = (most_rows(p) + kBackwardRows - 1) / kBackwardRows;
   const int64_t steps_of_task = std::max<int64_t>((steps + wanted - 1) / wanted, 1);
   const int64_t pieces = (steps + steps_of_task - 1) / steps_of_task;
   const TaskList tasks(p, steps_of_task * kBackwardRows);

@@ -162,80 +162,90 @@ inline float softmax_row(float* scores, const KeyBlock<float>& block, float scal
 template <class T, class E>
 int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
   const int64_t hd = p.dims.head_dim, unit = 16 * kPerElement<E>, padded = round_up(hd, unit);
-  const int64_t rows = task.row_end - task.row_begin;
+  const int64_t rows = task.row_end - task.row_begin, all_rows = rows * task.kv_heads;
   // Whole vectors are read from the operands; else rows are copied, with zeros at their end.
   const bool direct = padded == hd;
   using K = typename KeyType<T, E>::Type;
   Arena arena{scratch};
-  E* q = arena.take<E>(rows * kRowStride<E>);
-  float* out = arena.take<float>(rows * padded);
+  E* all_q = arena.take<E>(all_rows * kRowStride<E>);
+  float* all_out = arena.take<float>(all_rows * padded);
+  float* largest = arena.take<float>(all_rows);
+  float* sum = arena.take<float>(all_rows);
   float* scores = arena.take<float>(kRowsAtOnce * kBlockKeys);
   T* copies = arena.take<T>(direct ? 0 : 4 * kBlockKeys * padded);  // two blocks of K and V
   float* bias = arena.take<float>(kBlockKeys);
   int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
   const RowLimits limits{arena.take<int32_t>(round_up(rows, kWidth)),
                          arena.take<int32_t>(round_up(rows, kWidth))};
-  float* largest = arena.take<float>(rows);
-  float* sum = arena.take<float>(rows);
   const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
   int32_t* list = arena.take<int32_t>(p.q_depths ? sequence_keys : 0);
   if (!scratch) return arena.used;
 
   const KeyList keys = list_keys(p, task, list);
   fill_limits(p, task, keys, limits);
-  for (int64_t r = 0; r < rows; ++r) {
-    const RowIndex at = row_index(p, task, task.row_begin + r);
-    copy_row(p.q.at<T>(at.query, at.head), hd, padded, q + r * kRowStride<E>);
+  const auto index = [&](int64_t row) {
+    AttentionTask head = task;
+    head.kv_head += row / rows;
+    return row_index(p, head, task.row_begin + row % rows);
+  };
+  for (int64_t r = 0; r < all_rows; ++r) {
+    const RowIndex at = index(r);
+    copy_row(p.q.at<T>(at.query, at.head), hd, padded, all_q + r * kRowStride<E>);
     largest[r] = -kInfinity;
   }
-  std::memset(sum, 0, rows * sizeof(float));
-  std::memset(out, 0, rows * padded * sizeof(float));
+  std::memset(sum, 0, all_rows * sizeof(float));
+  std::memset(all_out, 0, all_rows * padded * sizeof(float));
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);
   const int64_t vectors = padded / kPerElement<E> / kLanes;
 
+  // Steps: block by block, in each head by head, whose rows are neighbours. While one is worked on,
+  // the next is fetched.
+  const int64_t steps = round_up(keys.count, kBlockKeys) / kBlockKeys * task.kv_heads;
   KeyPointers<K, T> pointers[2];
-  const auto find_keys = [&](int64_t first, int64_t side) {
+  const auto find_keys = [&](int64_t step) {
+    const int64_t first = step / task.kv_heads * kBlockKeys, side = step % 2;
+    const int64_t head = task.kv_head + step % task.kv_heads;
     const int64_t count = min(kBlockKeys, keys.count - first);
-    KeyPointers<K, T>& to = pointers[side];
     for (int64_t j = 0; j < round_up(count, kLanes); ++j) {
       const int64_t row = keys.row(first + min(j, count - 1));
-      const T *k = p.k.at<T>(row, task.kv_head), *v = p.v.at<T>(row, task.kv_head);
+      const T *k = p.k.at<T>(row, head), *v = p.v.at<T>(row, head);
       if (!direct) {
         T* copy = copies + (side * kBlockKeys + j) * 2 * padded;
         k = pad_row(k, hd, padded, copy), v = pad_row(v, hd, padded, copy + padded);
       }
-      to.k[j] = reinterpret_cast<const K*>(k);
-      to.v[j] = v;
+      pointers[side].k[j] = reinterpret_cast<const K*>(k);
+      pointers[side].v[j] = v;
     }
   };
   KeyBlock<float> block{};
   if (p.key_bias) block.bias = bias;
   if (keys.mask_depths) block.depths = key_depths;
-  if (keys.count > 0) find_keys(0, 0), pointers[1] = pointers[0];
-  for (int64_t side = 0; block.first < keys.count; block.first += kBlockKeys, side = 1 - side) {
+  if (steps > 0) find_keys(0), pointers[1] = pointers[0];
+  for (int64_t step = 0; step < steps; ++step) {
+    block.first = step / task.kv_heads * kBlockKeys;
     block.count = min(kBlockKeys, keys.count - block.first);
-    // The next block is fetched while this one is worked on; the last names rows already here.
-    if (block.first + kBlockKeys < keys.count) find_keys(block.first + kBlockKeys, 1 - side);
-    const KeyPointers<K, T>&at = pointers[side], &next = pointers[1 - side];
+    if (step + 1 < steps) find_keys(step + 1);  // after the last: rows already here
+    const KeyPointers<K, T>&at = pointers[step % 2], &next = pointers[1 - step % 2];
     for (int64_t j = 0; (block.bias || block.depths) && j < block.count; ++j) {
       const int64_t row = keys.row(block.first + j);
       if (block.bias) bias[j] = static_cast<const float*>(p.key_bias)[row] * kLog2e;
       if (block.depths) key_depths[j] = p.k_depths[row];
     }
+    const int64_t head_row = step % task.kv_heads * rows;
     const auto some_rows = [&]<int kRows>(int64_t first) {
-      score_rows<kRows>(q + first * kRowStride<E>, at, next, block.count, vectors, scores);
+      const int64_t row = head_row + first;
+      score_rows<kRows>(all_q + row * kRowStride<E>, at, next, block.count, vectors, scores);
       float factor[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
         factor[r] = softmax_row(scores + r * kBlockKeys, block, scale, limits.limit[first + r],
-                                limits.depth[first + r], largest[first + r], sum[first + r]);
+                                limits.depth[first + r], largest[row + r], sum[row + r]);
       }
+      float* out = all_out + row * padded;
       int64_t d = 0;
       for (; d + 4 * kLanes <= padded; d += 4 * kLanes)
-        weigh_values<kRows, 4>(scores, factor, at.v, next.v, d, block.count, padded,
-                               out + first * padded);
+        weigh_values<kRows, 4>(scores, factor, at.v, next.v, d, block.count, padded, out);
       for (; d < padded; d += kLanes)
-        weigh_values<kRows, 1>(scores, factor, at.v, next.v, d, block.count, padded,
-                               out + first * padded);
+        weigh_values<kRows, 1>(scores, factor, at.v, next.v, d, block.count, padded, out);
     };
     int64_t first = 0;
     for (; first + 4 <= rows; first += 4) some_rows.template operator()<4>(first);
@@ -243,9 +253,9 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
     if (rows - first == 2) some_rows.template operator()<2>(first);
     if (rows - first == 1) some_rows.template operator()<1>(first);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const RowIndex at = row_index(p, task, task.row_begin + r);
-    float* row = out + r * padded;
+  for (int64_t r = 0; r < all_rows; ++r) {
+    const RowIndex at = index(r);
+    float* row = all_out + r * padded;
     for (int64_t d = 0; d < hd; ++d) row[d] = sum[r] != 0 ? row[d] / sum[r] : 0;
     store_row(row, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd);
     static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] =

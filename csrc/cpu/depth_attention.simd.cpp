@@ -13,13 +13,10 @@ using BFloat16Element = uint32_t;
 using BFloat16Element = float;
 #endif
 
-// Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle.
-constexpr int64_t kFewRows = 12;
-
 template <class T, class E>
 int64_t forward(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
-  return task.row_end - task.row_begin <= kFewRows ? forward_rows<T, E>(p, task, scratch)
-                                                   : forward_tiles<T, E>(p, task, scratch);
+  if (task.row_end - task.row_begin <= kFewRows) return forward_rows<T, E>(p, task, scratch);
+  return forward_tiles<T, E>(p, task, scratch);
 }
 
 int64_t attention_forward(const AttentionProblem& p, const AttentionTask& task, char* scratch) {

@@ -39,13 +39,16 @@ struct AttentionProblem {
   void *grad_q, *grad_k, *grad_v, *grad_key_bias;
 };
 
-// Rows [row_begin, row_end) of one sequence and key head, counted over its queries and, inside a
-// query, over the heads that share the key head.
+// Rows [row_begin, row_end) of one sequence and of `kv_heads` key heads, counted over its queries
+// and, inside a query, over the heads that share the key head.
 struct AttentionTask {
-  int64_t sequence, kv_head, row_begin, row_end;
+  int64_t sequence, kv_head, kv_heads, row_begin, row_end;
 };
 
-constexpr int64_t kForwardRows = 256;   // of a task
+constexpr int64_t kForwardRows = 256;  // of a task
+// Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle. It
+// also gains from taking several key heads at once, whose rows are neighbours in memory.
+constexpr int64_t kFewRows = 12;
 constexpr int64_t kBackwardRows = 128;  // of a step of a task
 
 // Does the task; with scratch null does nothing. Returns the bytes of scratch that it needs,

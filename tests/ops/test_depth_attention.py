@@ -98,6 +98,7 @@ def case(name: str, **options: Any) -> OpCase:
 
 RAGGED = {"queries": [5, 0, 33, 1, 7], "keys": [9, 4, 70, 1, 0]}
 BOTH = {"depths": True, "bias": True}
+MANY = [1, 130, 0, 64, 65, 63, 17, 2, 200]
 CASES = [
     case("no-sequences", queries=[], keys=[]),
     case("no-rows", queries=[0, 0], keys=[0, 0]),
@@ -117,6 +118,8 @@ CASES = [
     case("many-tiles", queries=[300], keys=[530], heads=(2, 1), head_dim=32, bias=True),
     case("many-heads", queries=[3], keys=[40], heads=(70, 1), head_dim=16),
     case("decode", queries=[1, 1, 2], keys=[300, 33, 90], heads=(9, 3), head_dim=64, **BOTH),
+    case("decode-many", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, positions="unused"),
+    case("decode-many-head-20", queries=[2] * 9, keys=MANY, heads=(4, 2), head_dim=20, **BOTH),
     case("head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256),
     case("head-96", queries=[70], keys=[70], heads=(3, 1), head_dim=96, depths=True),
     case("negative-scale", queries=[20], keys=[37], scale=-0.7),
@@ -145,7 +148,8 @@ def instruction_set() -> Iterator[Callable[[str], None]]:
     torch.ops.mor.instruction_set("best")
 
 
-VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles"]
+VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles",
+          "decode-many-head-20"]  # fmt: skip
 LEVELS = [  # the others ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
     ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx512", torch.bfloat16),
