@@ -14,9 +14,8 @@ std::string cuda_architectures() { return MOR_CUDA_ARCHITECTURES; }
 
 STABLE_TORCH_LIBRARY(mor, m) {
   m.def(
-      "route_topk(Tensor scores, Tensor k, Tensor cu_seqlens, SymInt num_rows, Tensor? candidates, "
-      "Tensor? protected_rows, "
-      "bool by_score) -> Tensor");
+      "route_topk(Tensor scores, SymInt k, Tensor? k_each, Tensor cu_seqlens, SymInt num_rows, "
+      "Tensor? candidates, Tensor? protected_rows, bool by_score) -> Tensor");
   m.def(
       "group_rows(Tensor keys, SymInt num_keys, Tensor? cu_seqlens) -> (Tensor rows, Tensor "
       "offsets)");

@@ -16,14 +16,16 @@ struct RouteTopkSequence {
   int64_t begin, end;             // rows of the sequence
   int64_t k;                      // in 0 .. available
   int64_t available;              // rows that compete
-  int64_t* rows;                  // k + protected rows are written
+  int64_t num_rows;               // k + protected rows
+  int64_t* rows;                  // [num_rows]
+  int64_t nan_row;                // result: the first row that competes with a NaN, or -1
 };
 
-// Bytes of scratch for sequences up to `length` rows.
+// Bytes of scratch, aligned to 64, for sequences up to `length` rows.
 inline int64_t route_topk_scratch(int64_t length) { return (length + 128) * 8; }
 
-// Returns the first row that competes with a NaN, or -1.
-MOR_DECLARE_SIMD(int64_t, route_topk_sequence, torch::headeronly::ScalarType dtype,
-                 const RouteTopkSequence& sequence, void* scratch)
+// Writes the rows, or nothing but nan_row.
+MOR_DECLARE_SIMD(void, route_topk_sequence, torch::headeronly::ScalarType dtype,
+                 RouteTopkSequence& sequence, void* scratch)
 
 }  // namespace mor

@@ -1,17 +1,16 @@
 // depth_attention: attention over packed sequences in which a token takes part only down to its
 // recursion depth.
-//   q             [Nq, H, hd]    float32, bfloat16, float16 or float64; any strides with a
-//   contiguous last dimension k, v          [Nk, Hkv, hd]  as q; H is a multiple of Hkv: query head
-//   h reads key head h / (H / Hkv) q_positions   [Nq] int64, k_positions [Nk] int64; neither falls
-//   inside a sequence cu_seqlens_q  [B + 1] int32, cu_seqlens_k [B + 1] int32: sequence b owns rows
-//   cu[b] .. cu[b + 1] - 1 q_depths      [Nq] int32, k_depths [Nk] int32: both or neither key_bias
-//   [Nk] float32 (float64 for float64), added to every scaled score of the key
+//   q [Nq, H, hd]: float32, bfloat16, float16 or float64; any strides with a contiguous last dim
+//   k, v [Nk, Hkv, hd]: as q; H is a multiple of Hkv: query head h reads key head h / (H / Hkv)
+//   q_positions [Nq], k_positions [Nk]: int64; neither falls inside a sequence
+//   cu_seqlens_q, cu_seqlens_k [B + 1]: int32; sequence b owns rows cu[b] .. cu[b + 1] - 1
+//   q_depths [Nq], k_depths [Nk]: int32; both or neither
+//   key_bias [Nk]: float32 (float64 for float64), added to every scaled score of the key
 // Key j is visible to query i iff both belong to the same sequence, (causal) k_positions[j] <=
 // q_positions[i], and (if depths are given) k_depths[j] >= q_depths[i].
-//   out           [Nq, H, hd]  softmax over the visible keys of scale * <q_i, k_j> + key_bias_j,
-//   applied to v softmax_lse   [H, Nq] float32 (float64 for float64): log of the sum of
-//   exponentials; -inf for a query that sees no
-//                 key, whose out is 0
+//   out [Nq, H, hd]: softmax over the visible keys of scale * <q_i, k_j> + key_bias_j, applied to v
+//   softmax_lse [H, Nq]: float32 (float64 for float64), log of the sum of exponentials; -inf for a
+//     query that sees no key, whose out is 0
 // Sums run in float32 (float64 for float64). Memory beyond the outputs is O(rows), never O(Nq *
 // Nk). The result is the same for any number of threads. The backward gives the gradients of q, k,
 // v and key_bias; softmax_lse is not differentiable. Values checked on the CPU only (on CUDA
@@ -86,6 +85,35 @@ inline DepthAttentionDims check_depth_attention(
                  q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
                  "key_bias", "[Nk]");
   }
+  return dims;
+}
+
+inline DepthAttentionDims check_depth_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& softmax_lse, const Tensor& q_positions, const Tensor& k_positions,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_depths,
+    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& key_bias) {
+  const char* op = "depth_attention_backward";
+  const auto dims = check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q,
+                                          cu_seqlens_k, q_depths, k_depths, key_bias);
+  const auto check_like_q = [&](const Tensor& t, const char* name) {
+    check_dim(t, 3, op, name, "[Nq, H, head_dim]");
+    check_dtype(t, q.scalar_type(), op, name);
+    check_same_device(t, q, op, name);
+    STD_TORCH_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2), op,
+                    ": expected ", name, " of the shape of q ", shape_str(q), ", got ",
+                    shape_str(t));
+  };
+  check_like_q(grad_out, "grad_out");
+  check_like_q(out, "out");
+  check_dim(softmax_lse, 2, op, "softmax_lse", "[H, Nq]");
+  check_dtype(softmax_lse,
+              q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, op,
+              "softmax_lse");
+  check_same_device(softmax_lse, q, op, "softmax_lse");
+  STD_TORCH_CHECK(softmax_lse.size(0) == dims.num_heads && softmax_lse.size(1) == dims.num_queries,
+                  op, ": expected softmax_lse of shape [", dims.num_heads, ", ", dims.num_queries,
+                  "], got ", shape_str(softmax_lse));
   return dims;
 }
 

@@ -1,8 +1,8 @@
 // route_topk: the k best rows of every packed sequence (MoR paper, section 2.2.1, expert-choice).
 //   scores          [N] float32, bfloat16, float16 (ranked on float32) or float64
-//   k               [B] int64, the number of rows to choose in each sequence
-//   cu_seqlens      [B + 1] int32: sequence b owns rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1
-//   num_rows        the number of rows returned, known to the host: sum(k) + protected rows
+//   k, k_each       the number of rows to choose in a sequence: k for all, or k_each [B] int64
+//   instead cu_seqlens      [B + 1] int32: sequence b owns rows cu_seqlens[b] .. cu_seqlens[b + 1]
+//   - 1 num_rows        the number of rows returned, known to the host: sum(k) + protected rows
 //   candidates      [N] bool, optional: only these rows may win
 //   protected_rows  [N] bool, optional: always returned, in addition to the k best of the others
 //   rows            [num_rows] int64, indices into the N rows, sequence after sequence
@@ -29,9 +29,9 @@ struct RouteTopkDims {
   int64_t num_selected;   // rows returned
 };
 
-inline RouteTopkDims check_route_topk(const Tensor& scores, const Tensor& k,
-                                      const Tensor& cu_seqlens, int64_t num_rows,
-                                      const std::optional<Tensor>& candidates,
+inline RouteTopkDims check_route_topk(const Tensor& scores, int64_t k,
+                                      const std::optional<Tensor>& k_each, const Tensor& cu_seqlens,
+                                      int64_t num_rows, const std::optional<Tensor>& candidates,
                                       const std::optional<Tensor>& protected_rows) {
   const char* op = "route_topk";
   check_dim(scores, 1, op, "scores", "[N]");
@@ -42,13 +42,16 @@ inline RouteTopkDims check_route_topk(const Tensor& scores, const Tensor& k,
   STD_TORCH_CHECK(cu_seqlens.size(0) >= 1, op,
                   ": expected cu_seqlens of at least one element, got [0]");
   const RouteTopkDims dims{scores.size(0), cu_seqlens.size(0) - 1, num_rows};
-  check_dim(k, 1, op, "k", "[B]");
-  check_dtype(k, ScalarType::Long, op, "k");
-  check_same_device(k, scores, op, "k");
-  STD_TORCH_CHECK(k.size(0) == dims.num_sequences, op, ": expected k of ", dims.num_sequences,
-                  " elements (one for each sequence), got ", shape_str(k));
-  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= dims.num_rows, op, ": expected num_rows in 0..",
-                  dims.num_rows, " (the rows of scores), got ", num_rows);
+  STD_TORCH_CHECK(k >= 0, op, ": expected k >= 0, got ", k);
+  if (k_each.has_value()) {
+    check_dim(*k_each, 1, op, "k", "[B]");
+    check_dtype(*k_each, ScalarType::Long, op, "k");
+    check_same_device(*k_each, scores, op, "k");
+    STD_TORCH_CHECK(k_each->size(0) == dims.num_sequences, op, ": expected k of ",
+                    dims.num_sequences, " elements (one for each sequence), got ",
+                    shape_str(*k_each));
+  }
+  STD_TORCH_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
   const auto check_mask = [&](const std::optional<Tensor>& mask, const char* name) {
     if (!mask.has_value()) return;
     check_dim(*mask, 1, op, name, "[N]");

@@ -19,7 +19,7 @@ def group_rows(
         cu_seqlens: [B + 1] int32; sequence b owns rows `cu_seqlens[b]` to `cu_seqlens[b + 1] - 1`.
 
     Returns:
-        `rows` [N] int64 and `offsets` int64. Without `cu_seqlens` there are num_keys + 1 offsets and
+        `rows` [N] and `offsets`, int64. Without `cu_seqlens` there are num_keys + 1 offsets and
         `rows[offsets[key] : offsets[key + 1]]` have that key; with it num_keys * B + 1, and
         `rows[offsets[key * B + b] : offsets[key * B + b + 1]]` are those of sequence b. The device
         is never waited for.

@@ -55,17 +55,13 @@ def route_topk(
         >>> route_topk(scores, 2, torch.tensor([0, 3, 5], dtype=torch.int32))
         tensor([1, 2, 3, 4])
     """
-    k_each = (
-        k
-        if isinstance(k, Tensor)
-        else scores.new_full((cu_seqlens.numel() - 1,), k, dtype=torch.int64)
-    )
+    k_all, k_each = (0, k) if isinstance(k, Tensor) else (k, None)
     if num_rows is None:
-        num_rows = int(k.sum()) if isinstance(k, Tensor) else k * k_each.shape[0]
+        num_rows = k_all * (cu_seqlens.numel() - 1) if k_each is None else int(k_each.sum())
         if protected_rows is not None:
             num_rows += int(protected_rows.sum())
     return torch.ops.mor.route_topk(
-        scores, k_each, cu_seqlens, num_rows, candidates, protected_rows, by_score
+        scores, k_all, k_each, cu_seqlens, num_rows, candidates, protected_rows, by_score
     )
 
 
@@ -107,7 +103,8 @@ def reference(
 @torch.library.register_fake("mor::route_topk")
 def _(
     scores: Tensor,
-    k: Tensor,
+    k: int,
+    k_each: Tensor | None,
     cu_seqlens: Tensor,
     num_rows: int,
     candidates: Tensor | None,
@@ -118,19 +115,17 @@ def _(
     check_dim(scores, 1, op, "scores", "[N]")
     check_dtype(scores, FLOATING, "float32, bfloat16, float16 or float64", op, "scores")
     num_sequences = check_cu_seqlens(cu_seqlens, scores, op)
-    check_dim(k, 1, op, "k", "[B]")
-    check_dtype(k, (torch.int64,), "Long", op, "k")
-    check_same_device(k, scores, op, "k")
-    check_size(k, num_sequences, "one for each sequence", op, "k")
-    n = scores.shape[0]
-    torch._check(
-        0 <= num_rows <= n,
-        lambda: f"{op}: expected num_rows in 0..{n} (the rows of scores), got {num_rows}",
-    )
+    torch._check(k >= 0, lambda: f"{op}: expected k >= 0, got {k}")
+    if k_each is not None:
+        check_dim(k_each, 1, op, "k", "[B]")
+        check_dtype(k_each, (torch.int64,), "Long", op, "k")
+        check_same_device(k_each, scores, op, "k")
+        check_size(k_each, num_sequences, "one for each sequence", op, "k")
+    torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows >= 0, got {num_rows}")
     for name, mask in (("candidates", candidates), ("protected_rows", protected_rows)):
         if mask is not None:
             check_dim(mask, 1, op, name, "[N]")
             check_dtype(mask, (torch.bool,), "Bool", op, name)
             check_same_device(mask, scores, op, name)
-            check_size(mask, n, "the rows of scores", op, name)
+            check_size(mask, scores.shape[0], "the rows of scores", op, name)
     return scores.new_empty(num_rows, dtype=torch.int64)

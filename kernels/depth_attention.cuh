@@ -1,0 +1,278 @@
+// depth_attention: what its forward and backward kernels share. See csrc/ops/depth_attention.h.
+//
+// Query rows are packed for grouped-query attention: row r of a sequence is its query r / group of
+// head r % group of those that read one key head. So a block of any kernel works for one key head,
+// reads each key once for the whole group, and decode fills tiles as well as it can.
+// The grid knows no sequence length: it has as many tiles as there could be, and blocks find theirs
+// by a scan of cu_seqlens.
+#pragma once
+
+#include "common.cuh"
+
+namespace mor {
+
+template <class T>
+struct AttentionOperand {
+  const T* data;
+  int64_t row_stride, head_stride;  // in elements; the last dimension is contiguous
+
+  __device__ __forceinline__ const T* at(int64_t row, int head) const {
+    return data + row * row_stride + head * head_stride;
+  }
+};
+
+// Everything the kernels read and write. Optional pointers may be null.
+template <class T>
+struct DepthAttention {
+  AttentionOperand<T> q, k, v;
+  const int64_t *q_positions, *k_positions;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  const int32_t *q_depths, *k_depths;  // optional
+  const acc_t<T>* key_bias;            // optional
+  int64_t num_queries, num_keys;
+  int num_sequences, num_heads, num_kv_heads, head_dim;
+  bool causal;
+  acc_t<T> scale;
+  int32_t* key_ends;  // [Nq] scratch: row one past the last key that a query's position lets it see
+
+  T* out;         // [Nq, H, hd]
+  acc_t<T>* lse;  // [H, Nq]
+
+  // Backward only.
+  AttentionOperand<T> grad_out, forward_out;
+  acc_t<T>* delta;  // [H, Nq] scratch: <grad_out, out> of each row
+  T *grad_q, *grad_k, *grad_v;
+  acc_t<T>* grad_bias_parts;  // [Hkv, Nk] scratch, with key_bias
+  acc_t<T>* grad_key_bias;    // [Nk], with key_bias
+
+  bool aligned;  // every row of every operand is a whole number of aligned 16-byte chunks
+
+  __host__ __device__ int group() const { return num_heads / num_kv_heads; }
+};
+
+// One thread per query: searches its sequence, then the end of its keys in ascending positions.
+template <class T>
+__global__ void depth_attention_key_ends_kernel(DepthAttention<T> p) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.num_queries; i += step) {
+    int low = 0, high = p.num_sequences - 1;  // the last sequence that begins at or before i
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (p.cu_seqlens_q[middle] <= i) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    int32_t begin = p.cu_seqlens_k[low], end = p.cu_seqlens_k[low + 1];
+    const int64_t position = p.q_positions[i];
+    while (p.causal && begin < end) {
+      const int32_t middle = begin + (end - begin) / 2;
+      if (p.k_positions[middle] <= position) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    p.key_ends[i] = end;
+  }
+}
+
+struct SequenceTile {
+  int sequence;   // -1: there are fewer tiles
+  int64_t first;  // row in the sequence
+};
+
+// Tile number `tile` of sequences that have `per_row` rows for each row of cu_seqlens, cut into
+// `tile_rows`. Every warp finds it alone, 32 sequences a step.
+__device__ __forceinline__ SequenceTile find_tile(const int32_t* cu_seqlens, int num_sequences,
+                                                  int per_row, int tile_rows, int64_t tile) {
+  const int lane = threadIdx.x % 32;
+  for (int base = 0; base < num_sequences; base += 32) {
+    const int b = base + lane;
+    int64_t tiles = 0;
+    if (b < num_sequences) {
+      const int64_t rows = int64_t(cu_seqlens[b + 1] - cu_seqlens[b]) * per_row;
+      tiles = (rows + tile_rows - 1) / tile_rows;
+    }
+    int64_t up_to = tiles;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int64_t below = __shfl_up_sync(~0u, up_to, distance);
+      if (lane >= distance) up_to += below;
+    }
+    const unsigned reached = __ballot_sync(~0u, up_to > tile);
+    if (reached != 0) {
+      const int owner = __ffs(int(reached)) - 1;
+      return {base + owner, (tile - __shfl_sync(~0u, up_to - tiles, owner)) * tile_rows};
+    }
+    tile -= __shfl_sync(~0u, up_to, 31);
+  }
+  return {-1, 0};
+}
+
+inline int64_t most_tiles(int64_t rows, int num_sequences, int tile_rows) {
+  return rows / tile_rows + num_sequences;
+}
+
+// A tile of packed query rows of a sequence.
+template <class T>
+struct QueryTile {
+  int64_t q_begin, num_rows;  // of the sequence; num_rows are packed
+  int group, kv_head;
+  int64_t first;  // packed row where the tile begins: query first_query, head first_head of group
+  int64_t first_query;
+  unsigned first_head;
+
+  __device__ __forceinline__ QueryTile(const DepthAttention<T>& p, int sequence, int kv_head)
+      : q_begin(p.cu_seqlens_q[sequence]),
+        num_rows((p.cu_seqlens_q[sequence + 1] - q_begin) * p.group()),
+        group(p.group()),
+        kv_head(kv_head) {
+    move_to(0);
+  }
+
+  __device__ __forceinline__ void move_to(int64_t row) {
+    first = row;
+    first_query = q_begin + row / group;
+    first_head = unsigned(row % group);
+  }
+
+  __device__ __forceinline__ bool has(int r) const { return first + r < num_rows; }
+  __device__ __forceinline__ int64_t query(int r) const {  // a division of small numbers
+    return first_query + (first_head + unsigned(r)) / unsigned(group);
+  }
+  __device__ __forceinline__ int head(int r) const {
+    return kv_head * group + int((first_head + unsigned(r)) % unsigned(group));
+  }
+  // Of row r in `from`; null if there is no such row.
+  __device__ __forceinline__ const T* row(const AttentionOperand<T>& from, int r) const {
+    return has(r) ? from.at(query(r), head(r)) : nullptr;
+  }
+};
+
+// First tile start at or after `begin` that holds a key as deep as `depth`; `end` if none does.
+__device__ __forceinline__ int64_t next_key_tile(const int32_t* k_depths, int depth, int tile_keys,
+                                                 int64_t begin, int64_t end) {
+  if (k_depths == nullptr) return begin;
+  for (; begin < end; begin += tile_keys) {
+    bool deep = false;
+    for (int64_t j = begin + threadIdx.x % 32; j < min(begin + tile_keys, end); j += 32) {
+      deep |= k_depths[j] >= depth;
+    }
+    if (__any_sync(~0u, deep)) break;
+  }
+  return begin;
+}
+
+// First packed row of the sequence that sees any key from row `key` on: key ends ascend.
+template <class T>
+__device__ __forceinline__ int64_t first_row_seeing(const DepthAttention<T>& p,
+                                                    const QueryTile<T>& sequence, int64_t key) {
+  int64_t low = 0, high = sequence.num_rows / sequence.group;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (p.key_ends[sequence.q_begin + middle] > key) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low * sequence.group;
+}
+
+// First tile start at or after `first` with a row that sees one of the keys from row `key` on, of
+// which the deepest has `depth`.
+template <class T>
+__device__ __forceinline__ int64_t next_query_tile(const DepthAttention<T>& p,
+                                                   const QueryTile<T>& sequence, int tile_rows,
+                                                   int64_t key, int depth, int64_t first) {
+  if (p.q_depths == nullptr) return first;
+  for (; first < sequence.num_rows; first += tile_rows) {
+    bool sees = false;
+    for (int64_t r = first + threadIdx.x % 32; r < min(first + tile_rows, sequence.num_rows);
+         r += 32) {
+      const int64_t query = sequence.q_begin + r / sequence.group;
+      sees |= p.key_ends[query] > key && p.q_depths[query] <= depth;
+    }
+    if (__any_sync(~0u, sees)) break;
+  }
+  return first;
+}
+
+// What the rows of a query tile may see. A row that does not exist sees nothing.
+template <int ROWS>
+struct QueryMask {
+  int32_t key_end[ROWS], depth[ROWS];
+
+  template <class T>
+  __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile) {
+    for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
+      key_end[r] = tile.has(r) ? p.key_ends[tile.query(r)] : 0;
+      depth[r] = !tile.has(r)            ? INT32_MAX
+                 : p.q_depths == nullptr ? INT32_MIN
+                                         : p.q_depths[tile.query(r)];
+    }
+  }
+
+  __device__ __forceinline__ int least_depth() const {
+    int least = INT32_MAX;
+    for (int r = threadIdx.x % 32; r < ROWS; r += 32) least = min(least, depth[r]);
+    return __reduce_min_sync(~0u, least);
+  }
+};
+
+// Depth and bias of the keys of a tile, the bias times `factor`.
+template <class Acc, int KEYS>
+struct KeyFacts {
+  int32_t depth[KEYS];
+  Acc bias[KEYS];
+
+  template <class T>
+  __device__ __forceinline__ void load(const DepthAttention<T>& p, int64_t begin, int64_t end,
+                                       Acc factor = Acc(1)) {
+    for (int j = threadIdx.x; j < KEYS; j += blockDim.x) {
+      const bool exists = begin + j < end;
+      depth[j] = exists && p.k_depths != nullptr ? p.k_depths[begin + j] : INT32_MIN;
+      bias[j] = exists && p.key_bias != nullptr ? p.key_bias[begin + j] * factor : Acc(0);
+    }
+  }
+};
+
+__device__ __forceinline__ float exp2_acc(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_acc(double x) { return exp2(x); }
+__device__ __forceinline__ float log_acc(float x) { return logf(x); }
+__device__ __forceinline__ double log_acc(double x) { return log(x); }
+
+template <class Acc>
+inline constexpr Acc kLog2E = Acc(1.4426950408889634074);
+template <class Acc>
+inline constexpr Acc kLn2 = Acc(0.69314718055994530942);
+
+template <class T>
+cudaError_t launch_depth_attention_key_ends(const DepthAttention<T>& p, cudaStream_t stream) {
+  MOR_LAUNCH(depth_attention_key_ends_kernel<T>, grid_for(p.num_queries, 128), 128, 0, stream, p);
+  return cudaGetLastError();
+}
+
+// Kernels are compiled for few head sizes; others are padded with zeros in shared memory.
+template <class Body>
+cudaError_t dispatch_head_dim(int head_dim, Body&& body) {
+  if (head_dim <= 64) return body.template operator()<64>();
+  if (head_dim <= 128) return body.template operator()<128>();
+  return body.template operator()<256>();
+}
+
+// One block for each tile and key head.
+template <class T>
+cudaError_t launch_attention(void (*kernel)(DepthAttention<T>), int64_t tiles, int threads,
+                             size_t shared_bytes, const DepthAttention<T>& p, cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error != cudaSuccess) return error;
+  MOR_LAUNCH(kernel, dim3(unsigned(tiles), unsigned(p.num_kv_heads)), threads, shared_bytes, stream,
+             p);
+  return cudaGetLastError();
+}
+
+}  // namespace mor

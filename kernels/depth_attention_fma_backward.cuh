@@ -1,0 +1,158 @@
+// Backward of depth_attention in float32 and float64; depth_attention_backward.cuh has the
+// formulas.
+#pragma once
+
+#include "depth_attention_fma.cuh"
+#include "tuning.h"
+
+namespace mor {
+
+template <class T, int HEAD_DIM>
+struct AttentionBackwardSmem {
+  using Acc = acc_t<T>;
+  static constexpr int kQueries = AttentionFmaTile<Acc, HEAD_DIM>::kBackward, kKeys = kQueries;
+  RowTile<Acc, kQueries, HEAD_DIM> q, grad_out;
+  RowTile<Acc, kKeys, HEAD_DIM> k, v;
+  RowTile<Acc, kQueries, kKeys> weights, d_scores;
+  QueryMask<kQueries> queries;
+  KeyFacts<Acc, kKeys> keys;
+  Acc lse[kQueries], delta[kQueries];
+
+  __device__ __forceinline__ void load_queries(const DepthAttention<T>& p,
+                                               const QueryTile<T>& tile) {
+    queries.load(p, tile);
+    for (int r = threadIdx.x; r < kQueries; r += blockDim.x) {
+      const int64_t at = tile.has(r) ? tile.head(r) * p.num_queries + tile.query(r) : 0;
+      lse[r] = p.lse[at];
+      delta[r] = p.delta[at];
+    }
+    load_rows(q, p, [&](int r) { return tile.row(p.q, r); });
+    load_rows(grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
+  }
+
+  __device__ __forceinline__ void load_keys(const DepthAttention<T>& p, int kv_head, int64_t begin,
+                                            int64_t end) {
+    keys.load(p, begin, end);
+    load_rows(k, p, [&](int r) { return begin + r < end ? p.k.at(begin + r, kv_head) : nullptr; });
+    load_rows(v, p, [&](int r) { return begin + r < end ? p.v.at(begin + r, kv_head) : nullptr; });
+  }
+
+  // Fills weights and d_scores of the tiles loaded; key 0 is row `begin` of k.
+  __device__ __forceinline__ void score(const DepthAttention<T>& p, int64_t begin) {
+    const int down = threadIdx.x / 8, across = threadIdx.x % 8;
+    Acc scores[kQueries / 16][kKeys / 8], d_weights[kQueries / 16][kKeys / 8];
+    dot_rows(scores, q, k);
+    dot_rows(d_weights, grad_out, v);
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+        const int r = down + 16 * i, n = across + 8 * j;
+        const bool visible = begin + n < queries.key_end[r] && keys.depth[n] >= queries.depth[r];
+        const Acc score = scores[i][j] * p.scale + keys.bias[n] - lse[r];
+        const Acc weight = visible ? exp2_acc(score * kLog2E<Acc>) : Acc(0);
+        weights.data[r][n] = weight;
+        d_scores.data[r][n] = visible ? weight * (d_weights[i][j] - delta[r]) : Acc(0);
+      }
+  }
+};
+
+// One block: one tile of packed query rows for one key head, over all its keys.
+template <class T, int HEAD_DIM>
+__global__ void __launch_bounds__(128) depth_attention_grad_q_kernel(DepthAttention<T> p) {
+  using Smem = AttentionBackwardSmem<T, HEAD_DIM>;
+  using Acc = acc_t<T>;
+  constexpr int kQueries = Smem::kQueries, kKeys = Smem::kKeys;
+  MOR_DYN_SMEM(raw);
+  Smem& s = *reinterpret_cast<Smem*>(raw);
+  const int down = threadIdx.x / 8;
+  const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_sequences, p.group(), kQueries,
+                                       int64_t(gridDim.x) - 1 - blockIdx.x);  // longest rows first
+  if (place.sequence < 0) return;
+  QueryTile<T> tile(p, place.sequence, int(blockIdx.y));
+  tile.move_to(place.first);
+  const int num_rows = int(min(int64_t(kQueries), tile.num_rows - tile.first));
+  s.load_queries(p, tile);
+  __syncthreads();
+  const int64_t key_end = s.queries.key_end[num_rows - 1];
+  const int least_depth = s.queries.least_depth();
+  const auto next = [&](int64_t begin) {
+    return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
+  };
+
+  Acc sums[kQueries / 16][HEAD_DIM / 8] = {};
+  for (int64_t begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
+       begin = next(begin + kKeys)) {
+    s.load_keys(p, tile.kv_head, begin, key_end);
+    __syncthreads();
+    s.score(p, begin);
+    __syncthreads();
+    add_rows(sums, s.k, [&](int i, int n) { return s.d_scores.data[down + 16 * i][n]; });
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kQueries / 16; ++i) {
+    const int r = down + 16 * i;
+    if (!tile.has(r)) continue;
+    store_row<T, HEAD_DIM>(p.grad_q + (tile.query(r) * p.num_heads + tile.head(r)) * p.head_dim,
+                           sums[i], p.scale, p.head_dim);
+  }
+}
+
+// One block: one tile of keys for one key head, over all packed query rows of the sequence.
+template <class T, int HEAD_DIM>
+__global__ void __launch_bounds__(128) depth_attention_grad_kv_kernel(DepthAttention<T> p) {
+  using Smem = AttentionBackwardSmem<T, HEAD_DIM>;
+  using Acc = acc_t<T>;
+  constexpr int kQueries = Smem::kQueries, kKeys = Smem::kKeys;
+  MOR_DYN_SMEM(raw);
+  Smem& s = *reinterpret_cast<Smem*>(raw);
+  const int down = threadIdx.x / 8, across = threadIdx.x % 8;
+  const SequenceTile place =
+      find_tile(p.cu_seqlens_k, p.num_sequences, 1, kKeys, int64_t(blockIdx.x));
+  if (place.sequence < 0) return;
+  const int kv_head = int(blockIdx.y);
+  const int64_t begin = p.cu_seqlens_k[place.sequence] + place.first;
+  const int64_t end = min(begin + kKeys, int64_t(p.cu_seqlens_k[place.sequence + 1]));
+  s.load_keys(p, kv_head, begin, end);
+  __syncthreads();
+  int deepest = INT32_MIN;
+  for (int n = threadIdx.x % 32; n < end - begin; n += 32) deepest = max(deepest, s.keys.depth[n]);
+  deepest = __reduce_max_sync(~0u, deepest);
+
+  QueryTile<T> tile(p, place.sequence, kv_head);
+  const auto next = [&](int64_t first) {
+    return next_query_tile(p, tile, kQueries, begin, deepest, first);
+  };
+
+  Acc sums_k[kKeys / 16][HEAD_DIM / 8] = {}, sums_v[kKeys / 16][HEAD_DIM / 8] = {};
+  Acc sums_bias[kKeys / 16] = {};
+  for (tile.move_to(next(first_row_seeing(p, tile, begin))); tile.first < tile.num_rows;
+       tile.move_to(next(tile.first + kQueries))) {
+    s.load_queries(p, tile);
+    __syncthreads();
+    s.score(p, begin);
+    __syncthreads();
+    add_rows(sums_v, s.grad_out, [&](int i, int m) { return s.weights.data[m][down + 16 * i]; });
+    add_rows(sums_k, s.q, [&](int i, int m) { return s.d_scores.data[m][down + 16 * i]; });
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      if (across != 0 || p.key_bias == nullptr) break;
+      for (int m = 0; m < kQueries; ++m) sums_bias[i] += s.d_scores.data[m][down + 16 * i];
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; ++i) {
+    const int64_t key = begin + down + 16 * i;
+    if (key >= end) continue;
+    const int64_t row = (key * p.num_kv_heads + kv_head) * p.head_dim;
+    store_row<T, HEAD_DIM>(p.grad_k + row, sums_k[i], p.scale, p.head_dim);
+    store_row<T, HEAD_DIM>(p.grad_v + row, sums_v[i], Acc(1), p.head_dim);
+    if (across == 0 && p.key_bias != nullptr) {
+      p.grad_bias_parts[kv_head * p.num_keys + key] = sums_bias[i];
+    }
+  }
+}
+
+}  // namespace mor

@@ -1,0 +1,136 @@
+// Forward of depth_attention in bfloat16 and float16 on tensor cores.
+#pragma once
+
+#include "depth_attention_mma.cuh"
+#include "tuning.h"
+
+namespace mor {
+
+template <class T, int HEAD_DIM>
+struct AttentionMmaForwardSmem {
+  static constexpr int kQueries = AttentionMmaTile<HEAD_DIM>::kRows;
+  static constexpr int kKeys = AttentionMmaTile<HEAD_DIM>::kForwardKeys;
+  MmaTile<T, kQueries, HEAD_DIM> q;
+  struct Stage {  // one is computed with while the other fills
+    MmaTile<T, kKeys, HEAD_DIM> k, v;
+    KeyFacts<float, kKeys> keys;
+  } stages[2];
+  QueryMask<kQueries> queries;
+};
+
+// One block: one tile of packed query rows for one key head, over all its keys, online softmax. A
+// warp: 16 of the rows.
+template <class T, int HEAD_DIM>
+__global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthAttention<T> p) {
+  using Smem = AttentionMmaForwardSmem<T, HEAD_DIM>;
+  constexpr int kQueries = Smem::kQueries, kKeys = Smem::kKeys;
+  MOR_DYN_SMEM(raw);
+  Smem& s = *reinterpret_cast<Smem*>(raw);
+  const int warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
+  const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_sequences, p.group(), kQueries,
+                                       int64_t(gridDim.x) - 1 - blockIdx.x);  // longest rows first
+  if (place.sequence < 0) return;
+  QueryTile<T> tile(p, place.sequence, int(blockIdx.y));
+  tile.move_to(place.first);
+  const int num_rows = int(min(int64_t(kQueries), tile.num_rows - tile.first));
+
+  load_rows_async(s.q, p, [&](int r) { return tile.row(p.q, r); });
+  s.queries.load(p, tile);
+  __syncthreads();
+  const int64_t key_end = s.queries.key_end[num_rows - 1];
+  const int64_t all_see_until = s.queries.key_end[0];
+  const int least_depth = s.queries.least_depth();
+  const auto next = [&](int64_t begin) {
+    return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
+  };
+  const auto fetch = [&](int64_t begin, typename Smem::Stage& stage) {
+    const auto row = [&](const AttentionOperand<T>& from, int r) {
+      return begin + r < key_end ? from.at(begin + r, tile.kv_head) : nullptr;
+    };
+    load_rows_async(stage.k, p, [&](int r) { return row(p.k, r); });
+    load_rows_async(stage.v, p, [&](int r) { return row(p.v, r); });
+    stage.keys.load(p, begin, key_end, kLog2E<float>);
+  };
+
+  float sums[HEAD_DIM / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  int my_key_end[2], my_depth[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    my_key_end[half] = s.queries.key_end[warp_row + lane / 4 + 8 * half];
+    my_depth[half] = s.queries.depth[warp_row + lane / 4 + 8 * half];
+  }
+  const float scale = p.scale * kLog2E<float>;
+  int64_t begin = next(p.cu_seqlens_k[place.sequence]);
+  int turn = 0;
+  if (begin < key_end) fetch(begin, s.stages[turn]);
+  cp_async_commit();
+  while (begin < key_end) {
+    const int64_t following = next(begin + kKeys);
+    if (following < key_end) fetch(following, s.stages[turn ^ 1]);
+    cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();
+    const auto& stage = s.stages[turn];
+    float scores[kKeys / 8][4];
+    dot_rows(scores, s.q, warp_row, stage.k);
+    const bool masked = p.k_depths != nullptr || begin + kKeys > all_see_until;
+    float highest[2] = {top[0], top[1]};
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int key = 8 * n + lane % 4 * 2 + r % 2, half = r / 2;
+        float score = scores[n][r] * scale;
+        if (p.key_bias != nullptr) score += stage.keys.bias[key];
+        if (masked &&
+            !(begin + key < my_key_end[half] && stage.keys.depth[key] >= my_depth[half])) {
+          score = -INFINITY;
+        }
+        scores[n][r] = score;
+        highest[half] = fmaxf(highest[half], score);
+      }
+    float reference[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      highest[half] = row_max(highest[half]);
+      reference[half] = highest[half] == -INFINITY ? 0.f : highest[half];
+      const float shrink = exp2f(top[half] - reference[half]);
+      top[half] = highest[half];
+      total[half] *= shrink;
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 8; ++d) {
+        sums[d][2 * half] *= shrink;
+        sums[d][2 * half + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        scores[n][r] = exp2f(scores[n][r] - reference[r / 2]);
+        total[r / 2] += scores[n][r];  // of this lane's keys only, until the end
+      }
+    add_rows<T, kKeys, HEAD_DIM, HEAD_DIM>(sums, scores, stage.v, 0);
+    __syncthreads();  // the stage may be filled again
+    begin = following;
+    turn ^= 1;
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    total[half] = row_sum(total[half]);
+    const int r = warp_row + lane / 4 + 8 * half;
+    if (!tile.has(r)) continue;
+    const int64_t query = tile.query(r);
+    const int head = tile.head(r);
+    const bool sees = total[half] > 0;
+    store_row<T, HEAD_DIM>(p.out + (query * p.num_heads + head) * p.head_dim, sums, half,
+                           sees ? 1.f / total[half] : 0.f, 0, p.head_dim);
+    if (lane % 4 == 0) {
+      p.lse[head * p.num_queries + query] =
+          sees ? top[half] * kLn2<float> + logf(total[half]) : -INFINITY;
+    }
+  }
+}
+
+}  // namespace mor

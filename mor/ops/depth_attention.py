@@ -1,0 +1,133 @@
+"""depth_attention: attention over packed sequences, restricted by position and depth."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor.ops.depth_attention_check import check, check_backward
+
+__all__ = ["depth_attention", "reference"]
+
+
+def depth_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    q_depths: Tensor | None = None,
+    k_depths: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which query i sees key j of its own sequence iff position and depth allow it.
+
+    Visible means: `k_positions[j] <= q_positions[i]` (if `causal`) and `k_depths[j] >= q_depths[i]`
+    (if depths are given). No S x S mask exists; extra memory is O(rows). Unused cache slots at the
+    end of a sequence, of position 2**63 - 1, cost nothing.
+
+    Args:
+        q: [Nq, H, head_dim] queries, float32, bfloat16, float16 or float64; head_dim 1 to 256.
+        k: [Nk, Hkv, head_dim] keys; H is a multiple of Hkv (grouped-query attention).
+        v: [Nk, Hkv, head_dim] values.
+        q_positions: [Nq] int64, must not fall inside a sequence.
+        k_positions: [Nk] int64, must not fall inside a sequence.
+        cu_seqlens_q: [B + 1] int32; sequence b owns query rows `cu[b] .. cu[b + 1] - 1`.
+        cu_seqlens_k: [B + 1] int32, the same for keys.
+        q_depths: [Nq] int32 recursion step of each query; with `k_depths` or not at all.
+        k_depths: [Nk] int32 last recursion step that each key takes part in.
+        key_bias: [Nk] float32 (float64 for float64), added to every scaled score of a key.
+        causal: whether positions restrict.
+        scale: factor of the scores, by default head_dim**-0.5.
+
+    Returns:
+        out [Nq, H, head_dim], differentiable in q, k, v and key_bias, and softmax_lse [H, Nq]
+        float32 (float64 for float64), which is not. A query that sees no key gives 0 and -inf.
+
+    Raises:
+        RuntimeError: wrong rank, size, dtype or device; on the CPU also falling positions or
+            wrong `cu_seqlens` (undefined on CUDA).
+
+    Under autocast q, k and v are cast to its dtype.
+
+    Reference: MoR paper, section 2.2.2 (recursion-wise caching and recursive KV sharing).
+
+    Example:
+        >>> q, k, v = torch.zeros(1, 1, 2), torch.zeros(2, 1, 2), torch.ones(2, 1, 2)
+        >>> cu_q, cu_k = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32)
+        >>> depth_attention(q, k, v, torch.tensor([1]), torch.tensor([0, 1]), cu_q, cu_k)[0]
+        tensor([[[1., 1.]]])
+    """
+    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if scale is None:
+        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
+    return torch.ops.mor.depth_attention(
+        q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias,
+        causal, scale,
+    )  # fmt: skip
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, q_depths: Tensor | None = None,
+    k_depths: Tensor | None = None, key_bias: Tensor | None = None, causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in plain PyTorch, one dense mask, softmax in float32 as Transformers does it."""
+    total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+    scores = scores.to(total) if key_bias is None else scores + key_bias
+    rows = [
+        torch.bucketize(torch.arange(n, device=q.device), cu[1:].long(), right=True)
+        for n, cu in ((q.shape[0], cu_seqlens_q), (k.shape[0], cu_seqlens_k))
+    ]
+    visible = rows[0][:, None] == rows[1]
+    if causal:
+        visible = visible & (k_positions <= q_positions[:, None])
+    if q_depths is not None and k_depths is not None:
+        visible = visible & (k_depths >= q_depths[:, None])
+    scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~visible, 0).to(q.dtype)
+    return torch.einsum("hij,jhd->ihd", weights, v), scores.detach().logsumexp(-1)
+
+
+@torch.library.register_fake("mor::depth_attention")
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    check(q, *rest)
+    total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=total)
+
+
+@torch.library.register_fake("mor::depth_attention_backward")
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> Any:
+    check_backward(grad_out, q, k, v, out, lse, *rest)
+    bias = rest[6]
+    grad_bias = q.new_empty(0, dtype=lse.dtype) if bias is None else bias.new_empty(bias.shape)
+    return *(t.new_empty(t.shape) for t in (q, k, v)), grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets it be read a single time
+    *grads, grad_bias = torch.ops.mor.depth_attention_backward(grad, *saved, ctx.causal, ctx.scale)
+    bias = None if saved[-1] is None else grad_bias
+    return *grads, *(None,) * 6, bias, None, None
+
+
+torch.library.register_autograd("mor::depth_attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,58 @@
+"""Builds the CUDA kernels for the CPU and hands every test of this folder each build.
+
+Three builds, because none finds everything: plain in several thread orders (missing barriers), the
+race checker, and (in a process of its own, test_simt_sanitizers.py) AddressSanitizer with
+UndefinedBehaviorSanitizer.
+"""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from simt import Kernels
+
+HERE = Path(__file__).parent
+BUILD_FOLDER = HERE.parents[1] / "build" / "simt"
+UNDER_SANITIZERS = "MOR_SIMT_SANITIZERS" in os.environ
+BUILDS = ["asan"] if UNDER_SANITIZERS else ["plain-0", "plain-1", "plain-2", "race"]
+
+
+def compiler() -> str | None:
+    """The first of the compilers known to build the kernels."""
+    return next(filter(shutil.which, ("clang++-19", "clang++", "g++")), None)
+
+
+@functools.cache
+def build(target: str) -> Path:
+    """Compiles what changed and returns the library; skips the test where that is impossible."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the SIMT harness switches stacks on x86-64 only")
+    if not shutil.which("cmake") or not shutil.which("ninja") or compiler() is None:
+        pytest.skip("no cmake, ninja or C++ compiler")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if not any(home and (Path(home) / "include/cuda_runtime_api.h").exists() for home in homes):
+        pytest.skip("no CUDA headers (set CUDA_HOME)")
+    options = ["-G", "Ninja", f"-DCMAKE_CXX_COMPILER={compiler()}"]
+    for command in (
+        ["cmake", "-S", HERE, "-B", BUILD_FOLDER, *options],
+        ["cmake", "--build", BUILD_FOLDER, "--target", f"simt_{target}"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.fail(f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}", pytrace=False)
+    return BUILD_FOLDER / f"libsimt_{target}.so"
+
+
+@pytest.fixture
+def race_kernels() -> Kernels:
+    return Kernels("race", build("race"), 0)
+
+
+@pytest.fixture(params=BUILDS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    target, _, order = request.param.partition("-")
+    return Kernels(target, build(target), int(order or 0))

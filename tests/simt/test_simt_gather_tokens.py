@@ -1,0 +1,24 @@
+import pytest
+import torch
+from simt import Kernels
+
+from mor.ops.gather_tokens import reference
+
+SHAPES = {"one": (1, 1, 1), "odd": (7, 5, 33), "wide": (40, 90, 64), "none": (3, 0, 4)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("strided", [False, True])
+def test_gather_tokens(
+    kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, strided: bool
+) -> None:
+    num_rows, num_taken, width = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-99, 99, (num_rows, width * 2), generator=generator).to(dtype)
+    x = x[:, width:] if strided else x[:, :width].contiguous()
+    rows = torch.randint(0, num_rows, (num_taken,), generator=generator)
+    y = torch.empty(num_taken, width, dtype=dtype)
+    size = x.element_size()
+    kernels.call("gather_tokens", x, rows, y, num_taken, x.stride(0) * size, width * size)
+    assert torch.equal(y, reference(x, rows))

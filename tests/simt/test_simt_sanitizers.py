@@ -1,0 +1,49 @@
+"""This folder's tests once more, in a process that loads the sanitizers before Python."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, UNDER_SANITIZERS, build, compiler
+
+pytestmark = pytest.mark.skipif(UNDER_SANITIZERS, reason="this is the inner run")
+PAST_THE_END = """
+import sys, torch
+from simt import Kernels
+Kernels("asan", sys.argv[1], 0).call("selftest_past_the_end", torch.zeros(64, dtype=torch.int32))
+"""
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    for name in ("libclang_rt.asan-x86_64.so", "libasan.so"):
+        command = [compiler() or "c++", f"-print-file-name={name}"]
+        runtime = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if Path(runtime).is_absolute():
+            return {
+                **os.environ,
+                "MOR_SIMT_SANITIZERS": "1",
+                "LD_PRELOAD": runtime,
+                "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps memory until it ends
+            }
+    pytest.skip("the compiler has no shared AddressSanitizer (Debian: libclang-rt-19-dev)")
+
+
+def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
+
+
+def test_write_past_the_end_is_found(environment: dict[str, str]) -> None:
+    done = run(environment, "-c", PAST_THE_END, str(build("asan")))
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert "libsimt_asan.so" in done.stderr
+
+
+def test_everything_under_sanitizers(environment: dict[str, str]) -> None:
+    build("asan")
+    done = run(environment, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", ".")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
