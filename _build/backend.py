@@ -1,8 +1,8 @@
 """PEP 517 backend: scikit-build-core, plus the folder of the torch that is already installed.
 
-pip's isolated build environment hides site-packages from sys.path, but it still runs the user's interpreter, so
-sysconfig names the user's site-packages. Torch is found there by path and never imported; it becomes a build
-requirement only where none is installed.
+pip's isolated build environment hides site-packages from sys.path, but it still runs the user's
+interpreter, so sysconfig names the user's site-packages. Torch is found there by path and never
+imported; it becomes a build requirement only where none is installed.
 """
 
 import importlib.machinery
@@ -33,7 +33,8 @@ def _checked_torch_dir():
     if torch_dir is None or not (torch_dir / "version.py").exists():
         where = f" in {torch_dir}" if torch_dir else ""
         raise SystemExit(
-            f"mor: no PyTorch found{where}; install torch>=2.11 first (any build), or set MOR_TORCH_DIR."
+            f"mor: no PyTorch found{where}; install torch>=2.11 first (any build), or set "
+            "MOR_TORCH_DIR."
         )
     match = re.search(r"__version__ = '(\d+)\.(\d+)", (torch_dir / "version.py").read_text())
     if match and (int(match[1]), int(match[2])) < _OLDEST_TORCH:

@@ -1,4 +1,4 @@
-"""Timing for benchmarks/bench_*.py: interleaved repeats in one process, medians, a table and a JSON file."""
+"""Timing for bench_*.py: interleaved repeats in one process, medians, a table, a JSON file."""
 
 import argparse
 import json
@@ -15,8 +15,10 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    """The options every benchmark has."""
+def parse_args(
+    description: str | None, add: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """The options every benchmark has, and those that `add` puts into the parser."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--smoke", action="store_true", help="smallest sizes, one repeat: proves that it runs"
@@ -26,7 +28,11 @@ def parse_args(description: str) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    if add is not None:
+        add(parser)
     args = parser.parse_args()
+    if args.smoke:
+        args.repeats = 1
     torch.set_num_threads(args.threads)
     return args
 

@@ -55,20 +55,20 @@ inline void check_same_device(const Tensor& t, const Tensor& reference, const ch
                   device_str(reference), ", got ", device_str(t));
 }
 
-// cu_seqlens [B + 1] int32 on the CPU: starts at 0, never falls, ends at num_rows. Returns B.
+// cu_seqlens [B + 1], contiguous, on the CPU: starts at 0, never falls, ends at num_rows. Returns
+// B.
 inline int64_t check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t num_rows, const char* op,
                                        const char* name) {
+  const int64_t num_sequences = cu_seqlens.size(0) - 1;
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t last = cu_seqlens.size(0) - 1, stride = cu_seqlens.stride(0);
-  STD_TORCH_CHECK(cu[0] == 0, op, ": expected ", name, "[0] = 0, got ", cu[0]);
-  for (int64_t b = 1; b <= last; ++b) {
-    STD_TORCH_CHECK(cu[b * stride] >= cu[(b - 1) * stride], op, ": expected ", name,
-                    " that never falls, got ", name, "[", b, "] = ", cu[b * stride], " after ",
-                    cu[(b - 1) * stride]);
+  STD_TORCH_CHECK(cu[0] == 0, op, ": expected ", name, " to start at 0, got ", cu[0]);
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    STD_TORCH_CHECK(cu[b] <= cu[b + 1], op, ": expected ", name, " never to fall, got ", cu[b],
+                    " then ", cu[b + 1], " at ", b + 1);
   }
-  STD_TORCH_CHECK(cu[last * stride] == num_rows, op, ": expected ", name, "[", last,
-                  "] = ", num_rows, " (the number of rows), got ", cu[last * stride]);
-  return last;
+  STD_TORCH_CHECK(cu[num_sequences] == num_rows, op, ": expected ", name, " to end at ", num_rows,
+                  " (the number of rows), got ", cu[num_sequences]);
+  return num_sequences;
 }
 
 // Calls body with a value of the C++ type of a floating dtype: dispatch_floating(x, [&]<class T>(T)

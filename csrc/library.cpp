@@ -14,9 +14,8 @@ std::string cuda_architectures() { return MOR_CUDA_ARCHITECTURES; }
 
 STABLE_TORCH_LIBRARY(mor, m) {
   m.def(
-      "route_topk(Tensor scores, Tensor k, Tensor cu_seqlens, SymInt num_rows, Tensor? candidates, "
-      "Tensor? protected_rows, "
-      "bool by_score) -> Tensor");
+      "route_topk(Tensor scores, SymInt k, Tensor? k_each, Tensor cu_seqlens, SymInt num_rows, "
+      "Tensor? candidates, Tensor? protected_rows, bool by_score) -> Tensor");
   m.def(
       "group_rows(Tensor keys, SymInt num_keys, Tensor? cu_seqlens) -> (Tensor rows, Tensor "
       "offsets)");
@@ -30,10 +29,11 @@ STABLE_TORCH_LIBRARY(mor, m) {
   m.def(
       "scatter_tokens_(Tensor(a!) base, Tensor updates, Tensor rows, Tensor? gate, Tensor? "
       "base_scale) -> ()");
-  // Gradients that are not asked for come back empty.
+  // base asks for the gradient of base_scale, updates for that of gate; what is not asked for comes
+  // back empty.
   m.def(
-      "scatter_tokens_backward(Tensor grad, Tensor? base, Tensor updates, Tensor rows, Tensor? "
-      "gate, Tensor? base_scale) "
+      "scatter_tokens_backward(Tensor grad, Tensor? base, Tensor? updates, Tensor rows, Tensor? "
+      "gate, Tensor? base_scale, bool need_base, bool need_updates) "
       "-> (Tensor grad_base, Tensor grad_updates, Tensor grad_gate, Tensor grad_base_scale)");
 
   m.def(

@@ -1,7 +1,8 @@
 #include "gather_tokens.cuh"
 
 #include "../csrc/ops/gather_tokens.h"
-#include "glue.h"
+#include "../csrc/rows.h"
+#include "row_hits.h"
 
 namespace mor {
 namespace {
@@ -9,16 +10,32 @@ namespace {
 Tensor gather_tokens_cuda(const Tensor& x_in, const Tensor& rows_in) {
   const auto dims = check_gather_tokens(x_in, rows_in);
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor x =
-      x_in.size(1) == 1 || x_in.stride(1) == 1 ? x_in : torch::stable::contiguous(x_in);
+  const Rows x = contiguous_rows(x_in);
   const Tensor rows = torch::stable::contiguous(rows_in);
-  Tensor y = torch::stable::new_empty(x, {dims.num_taken, dims.width});
-  check_launch(
-      launch_gather_tokens(x.const_data_ptr(), rows.const_data_ptr<int64_t>(), y.mutable_data_ptr(),
-                           dims.num_taken, x.stride(0) * x.element_size(),
-                           dims.width * x.element_size(), current_stream(x)),
-      "gather_tokens");
+  Tensor y = torch::stable::new_empty(x_in, {dims.num_taken, dims.width});
+  const int64_t item = x_in.element_size();
+  check_launch(launch_gather_tokens(x.data, rows.const_data_ptr<int64_t>(), y.mutable_data_ptr(),
+                                    dims.num_taken, x.stride * item, dims.width * item,
+                                    current_stream(x_in)),
+               "gather_tokens");
   return y;
+}
+
+Tensor gather_tokens_backward_cuda(const Tensor& grad_in, const Tensor& rows_in, int64_t num_rows) {
+  const auto dims = check_gather_tokens_backward(grad_in, rows_in, num_rows);
+  const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
+  const Rows grad = contiguous_rows(grad_in);
+  const Tensor rows = torch::stable::contiguous(rows_in);
+  Tensor grad_x = torch::stable::new_empty(grad_in, {dims.num_rows, dims.width});
+  Tensor scratch = hit_scratch(rows, dims.num_rows, "gather_tokens_backward");
+  dispatch_floating_cuda(grad_in.scalar_type(), [&]<class T>(T) {
+    check_launch(launch_gather_tokens_backward(
+                     static_cast<const T*>(grad.data), grad.stride, rows.const_data_ptr<int64_t>(),
+                     static_cast<T*>(grad_x.mutable_data_ptr()), scratch.mutable_data_ptr<int>(),
+                     dims.num_rows, dims.num_taken, dims.width, current_stream(grad_in)),
+                 "gather_tokens_backward");
+  });
+  return grad_x;
 }
 
 }  // namespace
@@ -26,4 +43,5 @@ Tensor gather_tokens_cuda(const Tensor& x_in, const Tensor& rows_in) {
 
 STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
   m.impl("gather_tokens", TORCH_BOX(&mor::gather_tokens_cuda));
+  m.impl("gather_tokens_backward", TORCH_BOX(&mor::gather_tokens_backward_cuda));
 }

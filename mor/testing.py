@@ -1,18 +1,30 @@
-"""The checks every operator passes, written once: `check_op` for values, gradients, registration and determinism.
+"""The checks every operator passes, written once: values, gradients, registration, determinism.
 
-Tests give it a case (how to make the inputs) and it compares the operator with its plain-PyTorch reference in float64.
+Tests give `check_op` a case (how to make the inputs), and it compares the operator with its
+plain-PyTorch reference in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OpCase", "assert_close_to_reference", "check_bad_input", "check_op"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "OpCase",
+    "assert_close_to_reference",
+    "check_bad_input",
+    "check_op",
+    "instruction_set",
+]
 
-#: Smallest error allowed whatever the reference in the same dtype does, relative to the largest value.
+#: Levels of the CPU kernels, each including the ones before it.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+#: Error allowed whatever the reference in the same dtype does, relative to the largest value.
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -25,8 +37,8 @@ class OpCase:
         op: the public function of `mor.ops`.
         reference: the same in plain PyTorch, taking the same arguments.
         raw: the dispatcher's operator, for opcheck; None skips opcheck (checked elsewhere).
-        make: makes the keyword arguments from (dtype, device, generator); floating tensors come in `dtype` unless the
-            operator fixes their dtype.
+        make: makes the keyword arguments from (dtype, device, generator); floating tensors come in
+            `dtype` unless the operator fixes theirs.
         differentiable: names of the arguments that have a gradient.
         exact: the result is a copy or an index, so it must equal the reference bit for bit.
         raw_args: turns the keyword arguments into the dispatcher's positional ones.
@@ -46,7 +58,7 @@ class OpCase:
 
 
 def check_op(case: OpCase, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Runs every check that applies to `case` in `dtype`; raises AssertionError with the worst element."""
+    """Runs every check that applies to `case` in `dtype`; a failure names the worst element."""
     inputs = case.make(dtype, device, torch.Generator().manual_seed(0))
     _check_values(case, inputs, dtype)
     _check_strided(case, inputs)
@@ -61,7 +73,7 @@ def check_op(case: OpCase, dtype: torch.dtype, device: str = "cpu") -> None:
 def assert_close_to_reference(
     name: str, got: Tensor, same_dtype: Tensor, exact: Tensor, factor: float = 2.0
 ) -> None:
-    """Asserts that `got` errs at most `factor` times as much as plain PyTorch in the same dtype does.
+    """Asserts that `got` errs at most `factor` times as much as PyTorch in the same dtype.
 
     Args:
         name: what is compared, for the message.
@@ -87,27 +99,46 @@ def assert_close_to_reference(
     worst = int(error.argmax())
     where = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
     assert error.max().item() <= bound, (
-        f"{name}: error {error.max().item():.3g} at {where} (got {got.flatten()[worst].item():.6g}, expected "
-        f"{want.flatten()[worst].item():.6g}), allowed {bound:.3g}; {int((error > bound).sum())} of {error.numel()} wrong"
+        f"{name}: error {error.max().item():.3g} at {where} (got "
+        f"{got.flatten()[worst].item():.6g}, expected {want.flatten()[worst].item():.6g}), allowed "
+        f"{bound:.3g}; {int((error > bound).sum())} of {error.numel()} wrong"
     )
 
 
 def check_bad_input(
     message: str, op: Callable[..., Any], *args: Any, fake: bool = True, **kwargs: Any
 ) -> None:
-    """Asserts that `op` refuses the arguments with `message`, on real tensors and (if `fake`) on fake ones."""
+    """Asserts that `op` refuses the arguments with `message`, on real and on fake tensors."""
     import pytest
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         op(*args, **kwargs)
     if fake:
-        with (
-            FakeTensorMode() as mode,
-            pytest.raises((RuntimeError, ValueError, TypeError), match=message),
-        ):
-            to_fake = lambda a: mode.from_tensor(a) if isinstance(a, Tensor) else a  # noqa: E731
-            op(*(to_fake(a) for a in args), **{k: to_fake(v) for k, v in kwargs.items()})
+        with FakeTensorMode() as mode:
+
+            def convert(a: Any) -> Any:
+                return mode.from_tensor(a) if isinstance(a, Tensor) else a
+
+            fake_args = [convert(a) for a in args]
+            fake_kwargs = {name: convert(a) for name, a in kwargs.items()}
+            with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+                op(*fake_args, **fake_kwargs)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Forces the CPU kernels of one of `INSTRUCTION_SETS`; skips a test the machine cannot run."""
+    import pytest
+
+    best = torch.ops.mor.instruction_set("best")
+    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(best):
+        pytest.skip(f"this machine has only {best}")
+    torch.ops.mor.instruction_set(name)
+    try:
+        yield
+    finally:
+        torch.ops.mor.instruction_set("best")
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:
@@ -140,9 +171,7 @@ def _strided(t: Tensor) -> Tensor:
     larger = torch.zeros(
         [s * 2 + 1 for s in t.shape[:-1]] + [t.shape[-1] + 3], dtype=t.dtype, device=t.device
     )
-    view = larger[
-        tuple(slice(1, 1 + 2 * s, 2) for s in t.shape[:-1]) + (slice(2, 2 + t.shape[-1]),)
-    ]
+    view = larger[(*(slice(1, 1 + 2 * s, 2) for s in t.shape[:-1]), slice(2, 2 + t.shape[-1]))]
     return view.copy_(t)
 
 

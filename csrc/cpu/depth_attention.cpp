@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <tuple>
 
 #include "depth_attention.scalar.h"
@@ -42,6 +46,7 @@ struct Operands {
   AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale) const {
     AttentionProblem p{};
     p.dims = dims;
+    p.dtype = q.scalar_type();
     p.group = dims.num_heads / dims.num_kv_heads;
     p.q = operand(q), p.k = operand(k), p.v = operand(v);
     p.q_positions = q_positions.const_data_ptr<int64_t>();
@@ -75,8 +80,162 @@ void check_values(const AttentionProblem& p, const Operands& operands) {
   check_positions(p.k_positions, p.cu_k, p.dims.num_sequences, "k_positions");
 }
 
-template <class T>
-using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+void scalar_forward(const AttentionProblem& p) {
+  const int64_t heads = p.dims.num_heads;
+  for (int64_t b = 0; b < p.dims.num_sequences; ++b) {
+    torch::stable::parallel_for(
+        p.cu_q[b] * heads, p.cu_q[b + 1] * heads, 16, [&](int64_t begin, int64_t end) {
+          std::vector<double> scores;
+          for (int64_t row = begin; row < end; ++row)
+            scalar_attention_row<double>(p, b, row / heads, row % heads, scores);
+        });
+  }
+}
+
+struct FreeDeleter {
+  void operator()(char* p) const { std::free(p); }
+};
+
+using Scratch = std::unique_ptr<char, FreeDeleter>;
+
+Scratch allocate(int64_t bytes) {
+  return Scratch(
+      static_cast<char*>(std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64)));
+}
+
+// Tasks of every sequence and `heads` key heads, cut into pieces of at most `rows` rows.
+struct TaskList {
+  const AttentionProblem& p;
+  int64_t rows, heads, head_tasks;
+  std::vector<int64_t> first;  // task of each sequence
+
+  TaskList(const AttentionProblem& problem, int64_t rows_of_task, int64_t heads_of_task = 1)
+      : p(problem), rows(rows_of_task), heads(heads_of_task), first(p.dims.num_sequences + 1, 0) {
+    head_tasks = (p.dims.num_kv_heads + heads - 1) / heads;
+    for (int64_t b = 0; b < p.dims.num_sequences; ++b) {
+      const int64_t pieces = (sequence_rows(b) + rows - 1) / rows;
+      first[b + 1] = first[b] + pieces * head_tasks;
+    }
+  }
+
+  int64_t size() const { return first.back(); }
+  int64_t sequence_rows(int64_t b) const { return (p.cu_q[b + 1] - p.cu_q[b]) * p.group; }
+
+  AttentionTask operator[](int64_t i) const {
+    const int64_t b = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+    const int64_t head = (i - first[b]) % head_tasks * heads,
+                  begin = (i - first[b]) / head_tasks * rows;
+    return {b, head, std::min(heads, p.dims.num_kv_heads - head), begin,
+            std::min(begin + rows, sequence_rows(b))};
+  }
+
+  // Calls body(task number, scratch of `bytes`) for every task. Threads take them in turn from a
+  // counter, the later rows, which see more keys, first; which thread does a task changes nothing
+  // in its result.
+  template <class Body>
+  void run(int64_t bytes, Body&& body) const {
+    double products = 0;
+    for (int64_t b = 0; b < p.dims.num_sequences; ++b)
+      products += static_cast<double>(sequence_rows(b)) * (p.cu_k[b + 1] - p.cu_k[b]);
+    products *= p.dims.num_kv_heads * p.dims.head_dim;
+    // Waking threads costs some microseconds, as much as about this many products.
+    int64_t threads = products < 2e5 ? 1 : torch::stable::get_num_threads();
+    threads = std::min(threads, size());
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      const Scratch scratch = allocate(bytes);
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < size();)
+        body(size() - 1 - i, scratch.get());
+    });
+  }
+};
+
+int64_t most_rows(const AttentionProblem& p) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.dims.num_sequences; ++b)
+    most = std::max(most, (p.cu_q[b + 1] - p.cu_q[b]) * p.group);
+  return most;
+}
+
+void tiled_forward(const AttentionProblem& p) {
+  int64_t heads = most_rows(p) <= kFewRows ? p.dims.num_kv_heads : 1;
+  const int64_t enough = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  while (heads > 1 && p.dims.num_sequences * (p.dims.num_kv_heads / heads) < enough) heads /= 2;
+  const TaskList tasks(p, kForwardRows, heads);
+  const auto kernel = MOR_BEST(attention_forward);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < tasks.size(); ++i) bytes = std::max(bytes, kernel(p, tasks[i], nullptr));
+  tasks.run(bytes, [&](int64_t i, char* scratch) { kernel(p, tasks[i], scratch); });
+}
+
+// The sums over queries of the gradients of the keys are the backward's one obstacle to more tasks
+// than sequences times key heads. With too few of those, the rows of a sequence are cut into pieces
+// with sums of their own, added up in a fixed order afterwards: a choice by shape, never by
+// threads.
+void tiled_backward(const AttentionProblem& p) {
+  constexpr int64_t kEnoughTasks = 16;
+  const DepthAttentionDims& dims = p.dims;
+  const int64_t heads = std::max<int64_t>(dims.num_sequences * dims.num_kv_heads, 1);
+  const int64_t wanted = (kEnoughTasks + heads - 1) / heads;
+  const int64_t steps = (most_rows(p) + kBackwardRows - 1) / kBackwardRows;
+  const int64_t steps_of_task = std::max<int64_t>((steps + wanted - 1) / wanted, 1);
+  const int64_t pieces = (steps + steps_of_task - 1) / steps_of_task;
+  const TaskList tasks(p, steps_of_task * kBackwardRows);
+
+  const int64_t bias_stride = dims.num_kv_heads * dims.num_keys;
+  const int64_t row = (dims.head_dim + 15) / 16 * 16, stride = bias_stride * row;
+  const int64_t floats = 2 * stride + (p.key_bias ? bias_stride : 0);
+  // At least one piece: a sequence without queries has its bias gradient's zeros written there.
+  const Scratch memory = allocate(std::max<int64_t>(pieces, 1) * floats * sizeof(float));
+  float* const grad_k = reinterpret_cast<float*>(memory.get());
+  const KeyGradients all{grad_k, grad_k + pieces * stride, grad_k + 2 * pieces * stride};
+  const auto sums_of = [&](int64_t b, int64_t g, int64_t piece) -> KeyGradients {
+    const int64_t at = (piece * dims.num_kv_heads + g) * dims.num_keys + p.cu_k[b];
+    return {all.k + at * row, all.v + at * row, all.bias + at};
+  };
+
+  const auto kernel = MOR_BEST(attention_backward);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < tasks.size(); ++i)
+    bytes = std::max(bytes, kernel(p, tasks[i], all, nullptr));
+  tasks.run(bytes, [&](int64_t i, char* scratch) {
+    const AttentionTask task = tasks[i];
+    kernel(p, task, sums_of(task.sequence, task.kv_head, task.row_begin / tasks.rows), scratch);
+  });
+
+  const auto sum_keys = MOR_BEST(attention_sum_keys);
+  torch::stable::parallel_for(
+      0, dims.num_sequences * dims.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t b = i / dims.num_kv_heads, g = i % dims.num_kv_heads;
+          const int64_t count = (tasks.sequence_rows(b) + tasks.rows - 1) / tasks.rows;
+          sum_keys(p, b, g, sums_of(b, g, 0), count, stride, bias_stride);
+        }
+      });
+  for (int64_t j = 0; p.key_bias && j < dims.num_keys; ++j) {
+    float sum = 0;
+    for (int64_t g = 0; g < dims.num_kv_heads; ++g) sum += all.bias[g * dims.num_keys + j];
+    static_cast<float*>(p.grad_key_bias)[j] = sum;
+  }
+}
+
+void scalar_backward(const AttentionProblem& p) {
+  const int64_t kv_heads = p.dims.num_kv_heads, num_keys = p.dims.num_keys;
+  std::vector<double> bias(p.key_bias ? kv_heads * num_keys : 0, 0.0);
+  torch::stable::parallel_for(
+      0, p.dims.num_sequences * kv_heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t g = i % kv_heads;
+          scalar_attention_backward<double>(p, i / kv_heads, g,
+                                            bias.data() + (p.key_bias ? g * num_keys : 0));
+        }
+      });
+  for (int64_t j = 0; p.key_bias && j < num_keys; ++j) {
+    double sum = 0;
+    for (int64_t g = 0; g < kv_heads; ++g) sum += bias[g * num_keys + j];
+    static_cast<double*>(p.grad_key_bias)[j] = sum;
+  }
+}
 
 std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor q_positions,
                                                Tensor k_positions, Tensor cu_seqlens_q,
@@ -94,17 +253,8 @@ std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Ten
   Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries},
                                         is_double ? ScalarType::Double : ScalarType::Float);
   p.out_data = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
-  dispatch_floating(q.scalar_type(), [&]<class T>(T) {
-    for (int64_t b = 0; b < dims.num_sequences; ++b) {
-      torch::stable::parallel_for(p.cu_q[b] * dims.num_heads, p.cu_q[b + 1] * dims.num_heads, 16,
-                                  [&](int64_t begin, int64_t end) {
-                                    std::vector<AccOf<T>> scores;
-                                    for (int64_t row = begin; row < end; ++row)
-                                      scalar_attention_row<T>(p, b, row / dims.num_heads,
-                                                              row % dims.num_heads, scores);
-                                  });
-    }
-  });
+  if (is_double) scalar_forward(p);
+  else tiled_forward(p);
   return {out, lse};
 }
 
@@ -131,23 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
       torch::stable::new_empty(q, {key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr(), p.grad_key_bias = grad_key_bias.mutable_data_ptr();
-  dispatch_floating(q.scalar_type(), [&]<class T>(T) {
-    using Acc = AccOf<T>;
-    std::vector<Acc> bias(p.key_bias ? dims.num_kv_heads * dims.num_keys : 0, Acc{0});
-    torch::stable::parallel_for(
-        0, dims.num_sequences * dims.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t g = task % dims.num_kv_heads;
-            scalar_attention_backward<T>(p, task / dims.num_kv_heads, g,
-                                         bias.data() + (p.key_bias ? g * dims.num_keys : 0));
-          }
-        });
-    for (int64_t j = 0; p.key_bias && j < dims.num_keys; ++j) {
-      Acc sum = 0;
-      for (int64_t g = 0; g < dims.num_kv_heads; ++g) sum += bias[g * dims.num_keys + j];
-      static_cast<Acc*>(p.grad_key_bias)[j] = sum;
-    }
-  });
+  if (q.scalar_type() == ScalarType::Double) scalar_backward(p);
+  else tiled_backward(p);
   return {grad_q, grad_k, grad_v, grad_key_bias};
 }
 

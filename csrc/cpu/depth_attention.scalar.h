@@ -1,6 +1,7 @@
 // depth_attention one row at a time, in plain loops: the float64 path.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -9,12 +10,19 @@
 
 namespace mor {
 
+// First key of sequence b that a query at `position` cannot see for its position.
+inline int64_t key_end(const AttentionProblem& p, int64_t b, int64_t position) {
+  if (!p.causal) return p.cu_k[b + 1];
+  return std::upper_bound(p.k_positions + p.cu_k[b], p.k_positions + p.cu_k[b + 1], position) -
+         p.k_positions;
+}
+
 // One query row of one head; `scores` is scratch.
-template <class T, class Acc>
+template <class T, class Acc = T>
 void scalar_attention_row(const AttentionProblem& p, int64_t b, int64_t i, int64_t h,
                           std::vector<Acc>& scores) {
   const int64_t hd = p.dims.head_dim, g = h / p.group;
-  const int64_t begin = p.cu_k[b], end = p.key_end(b, p.q_positions[i]);
+  const int64_t begin = p.cu_k[b], end = key_end(p, b, p.q_positions[i]);
   const Acc* bias = static_cast<const Acc*>(p.key_bias);
   const T* q = p.q.at<T>(i, h);
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
@@ -44,7 +52,7 @@ void scalar_attention_row(const AttentionProblem& p, int64_t b, int64_t i, int64
 }
 
 // Every gradient of sequence b and key head g; grad_bias [Nk] belongs to this head alone.
-template <class T, class Acc>
+template <class T, class Acc = T>
 void scalar_attention_backward(const AttentionProblem& p, int64_t b, int64_t g, Acc* grad_bias) {
   const int64_t hd = p.dims.head_dim, heads = p.dims.num_heads, kv_heads = p.dims.num_kv_heads;
   const int64_t begin = p.cu_k[b], num_keys = p.cu_k[b + 1] - begin;
@@ -52,7 +60,7 @@ void scalar_attention_backward(const AttentionProblem& p, int64_t b, int64_t g, 
   const Acc* bias = static_cast<const Acc*>(p.key_bias);
   std::vector<Acc> grad_q(hd), grad_k(num_keys * hd, Acc{0}), grad_v(num_keys * hd, Acc{0});
   for (int64_t i = p.cu_q[b]; i < p.cu_q[b + 1]; ++i) {
-    const int64_t end = p.key_end(b, p.q_positions[i]);
+    const int64_t end = key_end(p, b, p.q_positions[i]);
     for (int64_t h = g * p.group; h < (g + 1) * p.group; ++h) {
       const T *q = p.q.at<T>(i, h), *out = p.out.at<T>(i, h), *grad = p.grad_out.at<T>(i, h);
       const Acc lse = static_cast<const Acc*>(p.lse)[h * p.dims.num_queries + i];

@@ -1,9 +1,9 @@
-// What the kernels of depth_attention share: the operands as raw pointers.
+// What the kernels of depth_attention share: the operands as raw pointers, one task, the entries of
+// each instruction set. No standard-library templates here: an inline function compiled for AVX-512
+// must not become the one that every machine runs.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "../ops/depth_attention.h"
 #include "simd/isa.h"
@@ -16,14 +16,15 @@ struct AttentionOperand {
   int64_t row_stride = 0, head_stride = 0;
 
   template <class T>
-  const T* at(int64_t row, int64_t head) const {
+  [[gnu::always_inline]] const T* at(int64_t row, int64_t head) const {
     return static_cast<const T*>(data) + row * row_stride + head * head_stride;
   }
 };
 
-// Acc is float, or double for float64. Outputs are contiguous.
+// "Acc" is float, or double for float64. Outputs are contiguous.
 struct AttentionProblem {
   DepthAttentionDims dims;
+  ScalarType dtype;
   int64_t group;  // query heads for each key head
   AttentionOperand q, k, v, out, grad_out;
   const int64_t *q_positions, *k_positions;
@@ -36,13 +37,39 @@ struct AttentionProblem {
 
   void* out_data;  // forward, [Nq, H, hd]
   void *grad_q, *grad_k, *grad_v, *grad_key_bias;
-
-  // First key of sequence b that a query at `position` cannot see for its position.
-  int64_t key_end(int64_t b, int64_t position) const {
-    if (!causal) return cu_k[b + 1];
-    return std::upper_bound(k_positions + cu_k[b], k_positions + cu_k[b + 1], position) -
-           k_positions;
-  }
 };
+
+// Rows [row_begin, row_end) of one sequence and of `kv_heads` key heads, counted over its queries
+// and, inside a query, over the heads that share the key head.
+struct AttentionTask {
+  int64_t sequence, kv_head, kv_heads, row_begin, row_end;
+};
+
+constexpr int64_t kForwardRows = 256;  // of a task
+// Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle. It
+// also gains from taking several key heads at once, whose rows are neighbours in memory.
+constexpr int64_t kFewRows = 12;
+constexpr int64_t kBackwardRows = 128;  // of a step of a task
+
+// Does the task; with scratch null does nothing. Returns the bytes of scratch that it needs,
+// aligned to 64.
+MOR_DECLARE_SIMD(int64_t, attention_forward, const AttentionProblem& p, const AttentionTask& task,
+                 char* scratch)
+
+// Gradients of the keys from some rows: [keys of the sequence][head_dim rounded up to 16] each, and
+// [keys of the sequence] for the bias.
+struct KeyGradients {
+  float *k, *v, *bias;
+};
+
+// As attention_forward; writes the task's rows of grad_q and `sums`.
+MOR_DECLARE_SIMD(int64_t, attention_backward, const AttentionProblem& p, const AttentionTask& task,
+                 const KeyGradients& sums, char* scratch)
+
+// Adds up `count` sums, each `stride` (`bias_stride`) floats after the last, for one sequence and
+// key head; writes grad_k and grad_v, and the total of the bias to sums.bias.
+MOR_DECLARE_SIMD(void, attention_sum_keys, const AttentionProblem& p, int64_t sequence,
+                 int64_t kv_head, const KeyGradients& sums, int64_t count, int64_t stride,
+                 int64_t bias_stride)
 
 }  // namespace mor

@@ -5,10 +5,9 @@
 namespace mor {
 namespace MOR_ISA {
 
-void add_row_f32(float* sum, const float* x, int64_t width) {
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(sum + d, load(sum + d) + load(x + d));
-  for (; d < width; ++d) sum[d] += x[d];
+void copy_rows(const char* in, int64_t stride, const int64_t* index, char* out, int64_t bytes,
+               int64_t count, bool) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * bytes, in + index[i] * stride, bytes);
 }
 
 }  // namespace MOR_ISA

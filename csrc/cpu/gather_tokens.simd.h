@@ -1,4 +1,4 @@
-// Row kernels of gather_tokens, one set for each instruction set.
+// Row kernel of gather_tokens, one for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,9 @@
 
 namespace mor {
 
-// sum[d] += x[d] for d < width.
-MOR_DECLARE_SIMD(void, add_row_f32, float* sum, const float* x, int64_t width)
+// Row i of out is row index[i] of in, for i < count; rows of `bytes`, `stride` bytes apart in `in`
+// and packed in `out`. stream: write around the cache.
+MOR_DECLARE_SIMD(void, copy_rows, const char* in, int64_t stride, const int64_t* index, char* out,
+                 int64_t bytes, int64_t count, bool stream)
 
 }  // namespace mor

@@ -1,10 +1,12 @@
 // gather_tokens: y[i] = x[rows[i]].
-//   x     [N, D], any dtype; a row is contiguous, rows may be strided
+//   x     [N, D], any dtype; any strides, free of a copy where a row is contiguous
 //   rows  [K] int64, each in [0, N); any order, repeats allowed
 //   y     [K, D], contiguous
 // Backward (gather_tokens_backward): grad_x[n] = sum of grad[i] over rows[i] == n, accumulated in
-// float32 (double for double) in the order of i, so it is deterministic for any thread count. Empty
-// inputs give empty outputs. A row out of range is an error on the CPU and undefined on CUDA.
+// float32 (double for double) in the order of i, so it is deterministic for any thread count. Rows
+// that never fall (those of route_topk) are summed in one pass that writes each row of grad_x once;
+// others pay a counting sort, O(N + K), first. Empty inputs give empty outputs. A row out of range
+// is an error on the CPU and undefined on CUDA. MoR paper, section 2.2.1.
 #pragma once
 
 #include "../checks.h"
@@ -31,12 +33,13 @@ inline GatherTokensDims check_gather_tokens(const Tensor& x, const Tensor& rows)
 
 inline GatherTokensDims check_gather_tokens_backward(const Tensor& grad, const Tensor& rows,
                                                      int64_t num_rows) {
-  check_dim(grad, 2, "gather_tokens_backward", "grad", "[K, D]");
-  check_floating(grad, "gather_tokens_backward", "grad");
-  check_rows_index(rows, grad, "gather_tokens_backward");
-  STD_TORCH_CHECK(grad.size(0) == rows.size(0), "gather_tokens_backward: expected grad of ",
-                  rows.size(0), " rows, got ", shape_str(grad));
-  STD_TORCH_CHECK(num_rows >= 0, "gather_tokens_backward: expected num_rows >= 0, got ", num_rows);
+  const char* op = "gather_tokens_backward";
+  check_dim(grad, 2, op, "grad", "[K, D]");
+  check_floating(grad, op, "grad");
+  check_rows_index(rows, grad, op);
+  STD_TORCH_CHECK(grad.size(0) == rows.size(0), op, ": expected grad of ", rows.size(0),
+                  " rows (the elements of rows), got ", shape_str(grad));
+  STD_TORCH_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
   return {num_rows, rows.size(0), grad.size(1)};
 }
 

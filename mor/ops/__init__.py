@@ -1,4 +1,4 @@
-"""Operators of mor: one file each, the public function with its plain-PyTorch reference, fake kernel and autograd.
+"""Operators of mor: one file each, with its plain-PyTorch reference, fake kernel and autograd.
 
 Importing the package loads the compiled library; `torch.ops.mor.*` are the raw operators.
 """
@@ -11,7 +11,7 @@ import mor
 
 
 def _load_library() -> None:
-    # In an editable install the library and the sources lie in different folders; both are in mor.__path__.
+    # In an editable install the library and the sources lie in different folders, both in __path__.
     for folder in mor.__path__:
         path = Path(folder) / "_ops.so"
         if path.exists():
@@ -26,5 +26,15 @@ _load_library()
 
 from mor.ops.depth_attention import depth_attention  # noqa: E402
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
+from mor.ops.group_rows import group_rows  # noqa: E402
+from mor.ops.route_topk import route_topk  # noqa: E402
+from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
 
-__all__ = ["depth_attention", "gather_tokens"]
+__all__ = [
+    "depth_attention",
+    "gather_tokens",
+    "group_rows",
+    "route_topk",
+    "scatter_tokens",
+    "scatter_tokens_",
+]

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.ops.depth_attention_check import check, check_backward
+
 __all__ = ["depth_attention", "reference"]
 
 
@@ -51,6 +53,8 @@ def depth_attention(
         RuntimeError: wrong rank, size, dtype or device; on the CPU also falling positions or
             wrong `cu_seqlens` (undefined on CUDA).
 
+    Under autocast q, k and v are cast to its dtype.
+
     Reference: MoR paper, section 2.2.2 (recursion-wise caching and recursive KV sharing).
 
     Example:
@@ -59,6 +63,9 @@ def depth_attention(
         >>> depth_attention(q, k, v, torch.tensor([1]), torch.tensor([0, 1]), cu_q, cu_k)[0]
         tensor([[[1., 1.]]])
     """
+    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
     return torch.ops.mor.depth_attention(
@@ -93,50 +100,9 @@ def reference(
     return torch.einsum("hij,jhd->ihd", weights, v), scores.detach().logsumexp(-1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, *rest: Any, op: str = "depth_attention") -> None:
-    q_positions, k_positions, cu_q, cu_k, q_depths, k_depths, key_bias, *_ = rest
-
-    def expect(condition: Any, text: str, got: Any) -> None:
-        torch._check(condition, lambda: f"{op}: expected {text}, got {got}")
-
-    def expect_vector(t: Tensor, name: str, shape: str, size: Any, dtype: torch.dtype) -> None:
-        expect(t.dim() == 1, f"{name} of shape {shape}", list(t.shape))
-        expect(t.dtype == dtype, f"{name} of dtype {dtype}", t.dtype)
-        expect(t.device == q.device, f"{name} on {q.device}", t.device)
-        expect(t.shape[0] == size, f"{name} of {size} elements", list(t.shape))
-
-    expect(q.dim() == 3, "q of shape [Nq, H, head_dim]", list(q.shape))
-    expect(q.dtype.is_floating_point, "q of dtype float32, bfloat16, float16 or float64", q.dtype)
-    for t, name in ((k, "k"), (v, "v")):
-        expect(t.dim() == 3, f"{name} of shape [Nk, Hkv, head_dim]", list(t.shape))
-        expect(t.dtype == q.dtype, f"{name} of dtype {q.dtype}", t.dtype)
-        expect(t.device == q.device, f"{name} on {q.device}", t.device)
-    head_dim = q.shape[2]
-    expect(1 <= head_dim <= 256, "head_dim in 1..256", head_dim)
-    expect(k.shape[2] == head_dim, f"k with head_dim {head_dim}", list(k.shape))
-    expect(v.shape == k.shape, f"v of the shape of k {list(k.shape)}", list(v.shape))
-    kv_heads = k.shape[1]
-    multiple = kv_heads > 0 and q.shape[1] % kv_heads == 0
-    expect(multiple, f"the {q.shape[1]} heads of q to be a multiple of those of k", kv_heads)
-    expect_vector(q_positions, "q_positions", "[Nq]", q.shape[0], torch.int64)
-    expect_vector(k_positions, "k_positions", "[Nk]", k.shape[0], torch.int64)
-    rows = cu_q.shape[0] if cu_q.dim() == 1 else 1
-    expect(rows >= 1, "cu_seqlens_q of at least one element", list(cu_q.shape))
-    expect_vector(cu_q, "cu_seqlens_q", "[B + 1]", rows, torch.int32)
-    expect_vector(cu_k, "cu_seqlens_k", "[B + 1]", rows, torch.int32)
-    only = "only k_depths" if q_depths is None else "only q_depths"
-    expect((q_depths is None) == (k_depths is None), "q_depths and k_depths together", only)
-    if q_depths is not None:
-        expect_vector(q_depths, "q_depths", "[Nq]", q.shape[0], torch.int32)
-        expect_vector(k_depths, "k_depths", "[Nk]", k.shape[0], torch.int32)
-    if key_bias is not None:
-        total = torch.float64 if q.dtype == torch.float64 else torch.float32
-        expect_vector(key_bias, "key_bias", "[Nk]", k.shape[0], total)
-
-
 @torch.library.register_fake("mor::depth_attention")
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check(q, *rest)
+    check(q, *rest)
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=total)
 
@@ -145,7 +111,7 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> Any:
-    _check(q, k, v, *rest)
+    check_backward(grad_out, q, k, v, out, lse, *rest)
     bias = rest[6]
     grad_bias = q.new_empty(0, dtype=lse.dtype) if bias is None else bias.new_empty(bias.shape)
     return *(t.new_empty(t.shape) for t in (q, k, v)), grad_bias
@@ -158,10 +124,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *grads, grad_bias = torch.ops.mor.depth_attention_backward(
-        grad, *ctx.saved_tensors, ctx.causal, ctx.scale
-    )
-    bias = None if ctx.saved_tensors[-1] is None else grad_bias
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets it be read a single time
+    *grads, grad_bias = torch.ops.mor.depth_attention_backward(grad, *saved, ctx.causal, ctx.scale)
+    bias = None if saved[-1] is None else grad_bias
     return *grads, *(None,) * 6, bias, None, None
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index
+
 __all__ = ["gather_tokens", "reference"]
 
 
@@ -12,14 +14,17 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
     """Takes rows of a packed matrix: `y[i] = x[rows[i]]`.
 
     Args:
-        x: [N, D] values, any dtype; differentiable for floating dtypes.
+        x: [N, D] values, or [N] or [N, ...] (trailing dimensions are one row); any dtype;
+            differentiable for floating dtypes.
         rows: [K] int64 rows in [0, N), any order; repeats are allowed.
 
     Returns:
-        [K, D], contiguous. The backward is a deterministic scatter-add in float32.
+        [K, D] (or [K], or [K, ...]), contiguous. The backward is a deterministic scatter-add in
+        float32, one pass where rows never fall (as `route_topk` returns them).
 
     Raises:
-        RuntimeError: wrong rank, dtype or device; on the CPU also a row out of range (undefined on CUDA).
+        RuntimeError: wrong rank, dtype or device; on the CPU also a row out of range (undefined
+            on CUDA).
 
     Reference: MoR paper, section 2.2.1 (tokens selected for a recursion step).
 
@@ -28,6 +33,11 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
+    if x.dim() == 1:
+        return torch.ops.mor.gather_tokens(x.unsqueeze(1), rows).squeeze(1)
+    if x.dim() > 2:
+        y = torch.ops.mor.gather_tokens(x.flatten(1), rows)
+        return y.view(y.shape[0], *x.shape[1:])
     return torch.ops.mor.gather_tokens(x, rows)
 
 
@@ -36,24 +46,27 @@ def reference(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows]
 
 
-def _check(x: Tensor, rows: Tensor) -> None:
-    torch._check(
-        x.dim() == 2, lambda: f"gather_tokens: expected x of shape [N, D], got {list(x.shape)}"
-    )
-    torch._check(
-        rows.dim() == 1,
-        lambda: f"gather_tokens: expected rows of shape [K], got {list(rows.shape)}",
-    )
-
-
 @torch.library.register_fake("mor::gather_tokens")
 def _(x: Tensor, rows: Tensor) -> Tensor:
-    _check(x, rows)
+    check_dim(x, 2, "gather_tokens", "x", "[N, D]")
+    check_rows_index(rows, x, "gather_tokens")
     return x.new_empty(rows.shape[0], x.shape[1])
 
 
 @torch.library.register_fake("mor::gather_tokens_backward")
 def _(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    op = "gather_tokens_backward"
+    check_dim(grad, 2, op, "grad", "[K, D]")
+    check_dtype(grad, FLOATING, "float32, bfloat16, float16 or float64", op, "grad")
+    check_rows_index(rows, grad, op)
+    torch._check(
+        grad.shape[0] == rows.shape[0],
+        lambda: (
+            f"{op}: expected grad of {rows.shape[0]} rows (the elements of rows), "
+            f"got {list(grad.shape)}"
+        ),
+    )
+    torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows >= 0, got {num_rows}")
     return grad.new_empty(num_rows, grad.shape[1])
 
 

@@ -1,0 +1,81 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv, installs the pinned
+# requirements and builds mor first, where that is not done yet.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= runs/demo
+PYTEST_ARGS ?=
+
+bin := $(VENV)/bin
+installed := $(VENV)/.installed
+built := $(VENV)/.built
+compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+
+.PHONY: help demo test test-slow build lint format typecheck docs-test bench-smoke cuda-check \
+  wheel-check clean
+
+help:
+	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
+	@echo "make test         run the tests"
+	@echo "make test-slow    run the tests that take minutes"
+	@echo "make build        make .venv and build mor into it"
+	@echo "make lint         check format and style of Python, C++ and CUDA (make format: repair)"
+	@echo "make typecheck    mypy --strict"
+	@echo "make docs-test    run the examples in docstrings, README and docs"
+	@echo "make bench-smoke  run each benchmark at its smallest size"
+	@echo "make cuda-check   compile the CUDA operators, warnings as errors (needs nvcc)"
+	@echo "make wheel-check  build sdist and wheel, try the wheel in an empty environment"
+	@echo "make clean        delete build results, not .venv"
+
+demo: $(built)
+	$(bin)/mor demo --output-dir $(DEMO)
+
+test: $(built)
+	$(bin)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(built)
+	$(bin)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+build: $(built)
+
+$(installed): requirements.txt tools/bootstrap.py
+	$(PYTHON) tools/bootstrap.py $(VENV)
+	@touch $@
+
+# Editable: Python files are used where they lie, so only compiled sources ask for a new build.
+# The virtual environment's ninja does the work; CMake comes from the machine.
+$(built): $(installed) $(compiled)
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+cxx_files = $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(installed)
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/clang-format --dry-run -Werror $(cxx_files)
+
+format: $(installed)
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+	$(bin)/clang-format -i $(cxx_files)
+
+typecheck: $(built)
+	$(bin)/python -m mypy
+
+docs-test: $(built)
+	$(bin)/python -m pytest -q --doctest-modules mor
+	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md)
+
+bench-smoke: $(built)
+	@set -e; for benchmark in benchmarks/bench_*.py; do $(bin)/python $$benchmark --smoke; done
+
+cuda-check: $(installed)
+	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOR_CUDA=ON \
+	  -DPython_EXECUTABLE=$(abspath $(bin))/python -Dpybind11_DIR="$$($(bin)/python -m pybind11 --cmakedir)"
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/cuda-check --target _ops
+
+wheel-check: $(installed)
+	$(bin)/python tools/wheel_check.py build/wheel-check
+
+clean:
+	rm -rf build dist $(built) mor/_ops.so mor/_host*.so .pytest_cache .mypy_cache .ruff_cache

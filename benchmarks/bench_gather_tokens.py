@@ -1,0 +1,68 @@
+"""gather_tokens against torch.gather over an expanded index (the authors' form) and index_select.
+
+Forward and forward + backward, every result freshly allocated; `limit clone` is a copy of the
+result. A ratio above 1 means that ours is faster.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from harness import parse_args, report
+from routed import DTYPES, SHAPES, ascending_rows, compiled, line, packed
+from torch import Tensor
+
+from mor.ops import gather_tokens
+
+
+def forms(shape: tuple[int, int, int], k: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    batch, length, width = shape
+    chosen = ascending_rows(batch, length, k)
+    rows = packed(chosen, length)
+    expanded = chosen[:, :, None].expand(-1, -1, width)
+    compiled_index = compiled(lambda x: x[rows])
+    compiled_select = compiled(lambda x: torch.index_select(x, 0, rows))
+    return {
+        "ours": lambda x: gather_tokens(x, rows),
+        "authors": lambda x: x.view(shape).gather(1, expanded).view(-1, width),
+        "index_select": lambda x: torch.index_select(x, 0, rows),
+        "x[rows]": lambda x: x[rows],
+        "compiled x[rows]": compiled_index,
+        "compiled index_select": compiled_select,
+    }
+
+
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    x = torch.randn(shape[0] * shape[1], shape[2], dtype=dtype)
+    what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch.")}
+    candidates = forms(shape, shape[1] // 2)
+    result = candidates["ours"](x)
+    for function in candidates.values():
+        assert torch.equal(function(x), result)
+    with torch.inference_mode():
+        forward = {name: partial(function, x) for name, function in candidates.items()}
+        forward["limit clone"] = result.clone
+        lines = [line({**what, "pass": "forward"}, forward, repeats)]
+    leaf, grad = x.requires_grad_(), torch.randn_like(result)
+
+    def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(function(leaf), leaf, grad)[0]
+
+    both = {name: partial(gradient, function) for name, function in candidates.items()}
+    want = both["ours"]()
+    for run in both.values():
+        torch.testing.assert_close(run(), want)
+    return [*lines, line({**what, "pass": "forward + backward"}, both, repeats)]
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    shapes = [SHAPES[name] for name in (("smoke",) if args.smoke else ("small", "large"))]
+    lines = (measure(shape, dtype, args.repeats) for shape in shapes for dtype in DTYPES)
+    report("gather_tokens", list(chain.from_iterable(lines)), args)
+
+
+if __name__ == "__main__":
+    main()

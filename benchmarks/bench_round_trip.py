@@ -1,0 +1,105 @@
+"""Choose the best half of the tokens, take them, add them back gated.
+
+This is the whole detour of one recursion step around its block, forward.
+The block itself is left out (updates are the tokens taken), so this is routing alone. Peers choose
+with topk, put the choice in ascending order (attention needs it) by a sort or by a mask, and add
+with index_add or, as no row repeats, with index_copy; eager and compiled. In place against in
+place, a new tensor against a new tensor. A ratio above 1 means that ours is faster.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from harness import parse_args, report
+from routed import DTYPES, SHAPES, compiled, line
+from torch import Tensor
+
+from mor.ops import gather_tokens, route_topk, scatter_tokens, scatter_tokens_
+
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
+def ours(shape: tuple[int, int, int], k: int, in_place: bool) -> Form:
+    cu_seqlens = torch.arange(shape[0] + 1, dtype=torch.int32) * shape[1]
+    scatter = scatter_tokens_ if in_place else scatter_tokens
+
+    def round_trip(hidden: Tensor, scores: Tensor) -> Tensor:
+        rows = route_topk(scores, k, cu_seqlens)
+        return scatter(hidden, gather_tokens(hidden, rows), rows, gather_tokens(scores, rows))
+
+    return round_trip
+
+
+def authors(shape: tuple[int, int, int], k: int) -> Form:
+    batch, length, width = shape
+
+    def round_trip(hidden: Tensor, scores: Tensor) -> Tensor:
+        weights, chosen = torch.topk(scores.view(batch, length), k, dim=1, sorted=False)
+        chosen, order = torch.sort(chosen, dim=1)
+        weights = torch.gather(weights, 1, order)
+        expanded = chosen[:, :, None].expand(-1, -1, width)
+        x = torch.gather(hidden.view(shape), 1, expanded)
+        gated = x * weights[:, :, None].to(x.dtype)
+        return torch.scatter_add(hidden.view(shape), 1, expanded, gated).view(-1, width)
+
+    return round_trip
+
+
+def plain(shape: tuple[int, int, int], k: int, in_place: bool, order: str, add: str) -> Form:
+    batch, length, _ = shape
+    offsets = torch.arange(batch)[:, None] * length
+
+    def round_trip(hidden: Tensor, scores: Tensor) -> Tensor:
+        chosen = torch.topk(scores.view(batch, length), k, dim=1, sorted=False).indices
+        if order == "sort":
+            rows = (chosen.sort(dim=1).values + offsets).flatten()
+        else:
+            mask = torch.zeros(batch, length, dtype=torch.bool).scatter_(1, chosen, True)
+            rows = mask.flatten().nonzero().flatten()
+        x = torch.index_select(hidden, 0, rows)
+        gate = scores[rows, None].to(x.dtype)
+        if add == "index_add":
+            gated = x * gate
+            return (hidden.index_add_ if in_place else hidden.index_add)(0, rows, gated)
+        sums = torch.addcmul(x, x, gate)
+        return (hidden.index_copy_ if in_place else hidden.index_copy)(0, rows, sums)
+
+    return round_trip
+
+
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    k = shape[1] // 2
+    hidden = torch.randn(shape[0] * shape[1], shape[2]).to(dtype)
+    scores = torch.rand(shape[0] * shape[1])
+    small = scores * 1e-4  # hundreds of runs in place stay finite
+    lines = []
+    for in_place in (True, False):
+        forms = {"ours": ours(shape, k, in_place), "authors": authors(shape, k)}
+        for add in ("index_add", "index_copy"):
+            for order in ("sort", "mask"):
+                forms[f"{order}, {add}"] = plain(shape, k, in_place, order, add)
+            forms[f"compiled sort, {add}"] = compiled(plain(shape, k, in_place, "sort", add))
+        what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch.")}
+        what["form"] = "in place" if in_place else "new tensor"
+        with torch.inference_mode():
+            want = forms["ours"](hidden.clone(), scores)
+            for form in forms.values():
+                got = form(hidden.clone(), scores)
+                torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+            candidates = {name: partial(form, hidden, small) for name, form in forms.items()}
+            lines.append(line(what, candidates, repeats))
+    return lines
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    shape = SHAPES["smoke"] if args.smoke else (8, 2048, 576)
+    lines = (measure(shape, dtype, args.repeats) for dtype in DTYPES)
+    report("round_trip", list(chain.from_iterable(lines)), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One training step (forward and backward) of MoR against the dense model of the same depth.
+
+Prints the ratio of the times beside the ratio of the FLOPs that mor.analysis predicts. Both models
+run eagerly, or both compiled with --compile; the dense one is Transformers' Llama with SDPA.
+"""
+
+import torch
+from harness import interleave, parse_args, report
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mor import MoRConfig, MoRForCausalLM, analysis
+
+
+def models(block_depth: int, smoke: bool) -> dict[str, torch.nn.Module]:
+    """MoR variants and the dense model of the same unrolled depth, SmolLM-135M's width."""
+    small = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}
+    model = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    width = small if smoke else model
+    base = LlamaConfig(
+        **width,
+        num_key_value_heads=width["num_attention_heads"] // 3,
+        num_hidden_layers=3 * block_depth + 2,
+        vocab_size=512 if smoke else 49152,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    return {
+        "vanilla": LlamaForCausalLM(base),
+        "recursive": MoRForCausalLM(MoRConfig(base_config=base, router=None)),
+        "MoR expert": MoRForCausalLM(MoRConfig(base_config=base)),
+        "MoR token": MoRForCausalLM(MoRConfig(base_config=base, router="token")),
+        "MoR expert, shared KV": MoRForCausalLM(MoRConfig(base_config=base, kv_strategy="shared")),
+    }
+
+
+def main() -> None:
+    def options(parser):
+        parser.add_argument("--block-depth", type=int, default=8, help="layers of the shared block")
+        parser.add_argument("--seq-len", type=int, default=1024)
+        parser.add_argument("--batch-size", type=int, default=1)
+        parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+        parser.add_argument("--compile", action="store_true", help="torch.compile both models")
+        parser.add_argument("--models", nargs="*", help="only these (vanilla is always there)")
+
+    args = parse_args(__doc__, options)
+    length = 64 if args.smoke else args.seq_len
+    found = models(2 if args.smoke else args.block_depth, args.smoke)
+    chosen = {n: m for n, m in found.items() if n == "vanilla" or n in (args.models or found)}
+    vocab = chosen["vanilla"].config.vocab_size
+    tokens = torch.randint(vocab, (args.batch_size, length))
+    shares = {}
+
+    def step(name: str, model: torch.nn.Module):
+        call = torch.compile(model, dynamic=False) if args.compile else model
+
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                output = call(input_ids=tokens, labels=tokens, use_cache=False)
+            output.loss.backward()
+            depths = getattr(output, "token_depths", None)
+            if depths is not None:
+                shares[name] = [float((depths > r).float().mean()) for r in range(3)]
+
+        return run
+
+    for model in chosen.values():
+        model.train()
+    times = interleave({n: step(n, m) for n, m in chosen.items()}, args.repeats)
+    rows = []
+    for name, model in chosen.items():
+        capacities = shares.get(name)
+        flops = analysis.flops_per_token(model.config, length, training=True, shares=capacities)
+        rows.append(
+            {
+                "model": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "s/step": times[name],
+                "GFLOP/token": flops / 1e9,
+                "GFLOP/s": flops * tokens.numel() / times[name] / 1e9,
+                "time ratio": times[name] / times["vanilla"],
+            }
+        )
+        rows[-1]["FLOPs ratio"] = rows[-1]["GFLOP/token"] / rows[0]["GFLOP/token"]
+        rows[-1]["time / FLOPs"] = rows[-1]["time ratio"] / rows[-1]["FLOPs ratio"]
+    report(
+        "train" + ("_bf16" if args.bf16 else "") + ("_compiled" if args.compile else ""), rows, args
+    )
+
+
+if __name__ == "__main__":
+    main()

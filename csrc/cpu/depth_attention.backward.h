@@ -1,0 +1,277 @@
+// Backward of depth_attention by tiles, weights recomputed from softmax_lse. Included by
+// depth_attention.simd.cpp only.
+//
+// With S = K Q^T (scaled), P = exp(S - lse), dP = V dO^T and dS = P (dP - <dO, out>):
+// dV = P dO, dQ = scale dS^T K, dK = scale dS Q, and the bias gets the row sums of dS.
+#pragma once
+
+#include "depth_attention.pack.h"
+
+namespace mor {
+namespace MOR_ISA {
+
+// [kBlockKeys][kBackwardRows] elements that hold kPerElement neighbouring lanes.
+template <class E>
+constexpr int kLaneStride = kBackwardRows / kPerElement<E>;
+
+// Per lane of a step: softmax_lse in log2 units and <dO, out>.
+struct RowGradients {
+  float *lse, *delta;
+};
+
+// A step's weights and score gradients. By key along the lanes: p, ds; a group's by lane along the
+// keys: ds_lanes (floats: the same as ds).
+template <class E>
+struct ScoreGradients {
+  E *p, *ds, *ds_lanes;
+};
+
+// Values of two vectors of neighbouring lanes for key j.
+inline void store_key(VecF low, VecF high, int64_t j, int64_t lane, float* to) {
+  store(to + j * kLaneStride<float> + lane, low);
+  store(to + j * kLaneStride<float> + lane + kLanes, high);
+}
+inline void store_pair_of_keys(VecF, VecF, int64_t, int, float*) {}
+#if defined(__AVX512BF16__)
+inline void store_key(VecF low, VecF high, int64_t j, int64_t lane, uint32_t* to) {
+  _mm512_storeu_si512(to + j * kLaneStride<uint32_t> + lane / 2,
+                      (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+inline void store_pair_of_keys(VecF even, VecF odd, int64_t j, int lane, uint32_t* to) {
+  _mm512_storeu_si512(to + j / 2 * kWidth + lane, round_pairs(even, odd));
+}
+#endif
+
+// From scores and dP [count][kWidth] of one group, whose first lane is `lane`, to P and dS. Keys up
+// to `block.count` that the group does not see get zeros.
+template <class E, bool kPlain>
+void differentiate_scores(const float* scores, const float* dp, int64_t count, float scale,
+                          const KeyBlock<E>& block, const RowLimits& seen, const RowGradients& rows,
+                          int64_t lane, const ScoreGradients<E>& to, float* bias_sums) {
+  static_assert(kVectors == 2);
+  constexpr int kDegree = kPerElement<E> == 2 ? 4 : 6;
+  VecF lse[2], delta[2];
+  for (int n = 0; n < 2; ++n) {
+    lse[n] = load(rows.lse + n * kLanes);
+    delta[n] = load(rows.delta + n * kLanes);
+  }
+  for (int64_t j = 0; j < block.count; j += 2) {
+    VecF ds[2][2]{};
+    for (int odd = 0; odd < 2 && j + odd < block.count; ++odd) {
+      VecF p[2]{};
+      for (int n = 0; n < 2 && j + odd < count; ++n) {
+        const int64_t at = (j + odd) * kWidth + n * kLanes;
+        VecF x = load(scores + at) * splat(scale) - lse[n];
+        if (!kPlain && block.bias) x += splat(block.bias[j + odd]);
+        p[n] = exp2_vec<kDegree>(x);
+        if (!kPlain) {
+          const int32_t* depth = block.depths ? block.depths + j + odd : nullptr;
+          p[n] = visible_rows(seen, n * kLanes, block.first + j + odd, depth) ? p[n] : VecF{};
+        }
+        ds[odd][n] = p[n] * (load(dp + at) - delta[n]);
+      }
+      store_key(p[0], p[1], j + odd, lane, to.p);
+      store_key(ds[odd][0], ds[odd][1], j + odd, lane, to.ds);
+      if (bias_sums) {
+        float* sum = bias_sums + (j + odd) * kLanes;
+        store(sum, load(sum) + ds[odd][0] + ds[odd][1]);
+      }
+    }
+    for (int n = 0; n < 2; ++n) store_pair_of_keys(ds[0][n], ds[1][n], j, n * kLanes, to.ds_lanes);
+  }
+}
+
+// sums[row of the key] += weights (by key along the lanes) times `rows` (reduced along the lanes).
+template <class E>
+void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t depth, int64_t padded,
+                  const E* weights, const E* rows, float* tile, float* sums) {
+  int64_t d = 0;
+  for (; d + kWidth <= padded; d += kWidth) {
+    multiply<E, kVectors, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
+        block.count, depth, weights, rows + d, tile + d);
+  }
+  for (; d < padded; d += kLanes) {
+    multiply<E, 1, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
+        block.count, depth, weights, rows + d, tile + d);
+  }
+  for (int64_t j = 0; j < block.count; ++j) {
+    float* sum = sums + (keys.row(block.first + j) - keys.begin) * padded;
+    for (d = 0; d < padded; d += kLanes)
+      store(sum + d, load(sum + d) + load(tile + j * kKeyStride + d));
+  }
+}
+
+// The step's rows for a reduction along the lanes, zeros up to the padded number of rows.
+template <class T, class E>
+void pack_rows(const AttentionOperand& x, const AttentionProblem& p, const AttentionTask& step,
+               int64_t padded, E* to) {
+  const int64_t rows = step.row_end - step.row_begin;
+  const auto at = [&](int64_t row) {
+    const RowIndex index = row_index(p, step, step.row_begin + row);
+    return x.at<T>(index.query, index.head);
+  };
+  for (int64_t row = 0; row < round_up(rows, kWidth); row += kPerElement<E>) {
+    E* line = to + row / kPerElement<E> * kKeyStride;
+    if (row < rows)
+      copy_keys(at(row), row + 1 < rows ? at(row + 1) : nullptr, p.dims.head_dim, padded, line);
+    else std::memset(line, 0, padded * sizeof(E));
+  }
+}
+
+// <dO, out> is summed as `multiply` sums dP = <dO, v>: a row that sees one key, whose out is its v,
+// gets gradients of exactly 0. `out_lanes` is scratch.
+template <class T, class E>
+void fill_row_gradients(const AttentionProblem& p, const AttentionTask& step, int64_t padded,
+                        const E* grad_lanes, E* out_lanes, const RowGradients& to) {
+  const int64_t rows = step.row_end - step.row_begin, depth = padded / kPerElement<E>;
+  pack_lanes<T>(p.out, p, step, padded, out_lanes);
+  for (int64_t row = 0; row < round_up(rows, kWidth); row += kLanes) {
+    const int64_t first = row / kWidth * kWidth * depth + row % kWidth;
+    VecF sum{};
+    for (int64_t e = 0; e < depth; ++e)
+      sum = multiply_add(sum, grad_lanes + first + e * kWidth, out_lanes + first + e * kWidth);
+    store(to.delta + row, sum);
+  }
+  for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
+    to.lse[row] = kInfinity;  // a weight of 0
+    if (row >= rows) continue;
+    const RowIndex at = row_index(p, step, step.row_begin + row);
+    const float lse = static_cast<const float*>(p.lse)[at.head * p.dims.num_queries + at.query];
+    if (lse != -kInfinity) to.lse[row] = lse * kLog2e;
+  }
+}
+
+template <class T>
+void write_grad_q(const AttentionProblem& p, const AttentionTask& step, const float* dq,
+                  int64_t padded) {
+  const int64_t hd = p.dims.head_dim;
+  alignas(64) float line[kMaxHeadDim];
+  for (int64_t row = 0; row < step.row_end - step.row_begin; ++row) {
+    const RowIndex at = row_index(p, step, step.row_begin + row);
+    const float* column = dq + row / kWidth * padded * kWidth + row % kWidth;
+    for (int64_t d = 0; d < hd; ++d) line[d] = column[d * kWidth] * static_cast<float>(p.scale);
+    store_row(line, hd, static_cast<T*>(p.grad_q) + (at.query * p.dims.num_heads + at.head) * hd);
+  }
+}
+
+template <class T, class E>
+int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
+                       const KeyGradients& sums, char* scratch) {
+  const int64_t padded = round_up(p.dims.head_dim, 16), depth = padded / kPerElement<E>;
+  const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
+  constexpr bool kPairs = kPerElement<E> == 2;
+  Arena arena{scratch};
+  E* q_lanes = arena.take<E>(kBackwardRows * depth);
+  E* grad_lanes = arena.take<E>(kBackwardRows * depth);
+  E* q_rows = arena.take<E>(kLaneStride<E> * kKeyStride);
+  E* grad_rows = arena.take<E>(kLaneStride<E> * kKeyStride);
+  float* dq = arena.take<float>(kBackwardRows * padded);
+  const RowGradients rows{arena.take<float>(kBackwardRows), arena.take<float>(kBackwardRows)};
+  const RowLimits limits{arena.take<int32_t>(kBackwardRows), arena.take<int32_t>(kBackwardRows)};
+  float* scores = arena.take<float>(kBlockKeys * kWidth);
+  float* dp = arena.take<float>(kBlockKeys * kWidth);
+  ScoreGradients<E> gradients{arena.take<E>(kBlockKeys * kLaneStride<E>),
+                              arena.take<E>(kBlockKeys * kLaneStride<E>),
+                              arena.take<E>(kPairs ? kBlockKeys / 2 * kWidth : 0)};
+  float* tile = arena.take<float>(kBlockKeys * kKeyStride);
+  KeyBlock<E> block{};
+  block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
+  block.v_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
+  block.k_keys = kPairs ? arena.take<E>(kBlockKeys / 2 * kKeyStride) : block.k_rows;
+  float* bias = arena.take<float>(kBlockKeys);
+  float* bias_sums = arena.take<float>(p.key_bias ? kBlockKeys * kLanes : 0);
+  int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
+  int32_t* list = arena.take<int32_t>(p.q_depths ? sequence_keys : 0);
+  if (!scratch) return arena.used;
+
+  std::memset(sums.k, 0, sequence_keys * padded * sizeof(float));
+  std::memset(sums.v, 0, sequence_keys * padded * sizeof(float));
+  if (p.key_bias) std::memset(sums.bias, 0, sequence_keys * sizeof(float));
+  const float log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
+  AttentionTask step = task;
+  for (; step.row_begin < task.row_end; step.row_begin = step.row_end) {
+    step.row_end = min(step.row_begin + kBackwardRows, task.row_end);
+    const int64_t lanes = round_up(step.row_end - step.row_begin, kWidth);
+    const KeyList keys = list_keys(p, step, list);
+    block.bias = p.key_bias ? bias : nullptr;
+    block.depths = keys.mask_depths ? key_depths : nullptr;
+    pack_lanes<T>(p.q, p, step, padded, q_lanes);
+    pack_lanes<T>(p.grad_out, p, step, padded, grad_lanes);
+    pack_rows<T>(p.q, p, step, padded, q_rows);
+    pack_rows<T>(p.grad_out, p, step, padded, grad_rows);
+    fill_row_gradients<T>(p, step, padded, grad_lanes, reinterpret_cast<E*>(dq), rows);
+    fill_limits(p, step, keys, limits);
+    std::memset(dq, 0, lanes * padded * sizeof(float));
+
+    for (block.first = 0; block.first < keys.count; block.first += kBlockKeys) {
+      block.count = min(kBlockKeys, keys.count - block.first);
+      pack_keys<T>(p, task.kv_head, keys, padded, block);
+      if (p.key_bias) std::memset(bias_sums, 0, block.count * kLanes * sizeof(float));
+      int64_t first_lane = 0;  // of the groups that see any of the block: positions ascend
+      while (limits.limit[first_lane + kWidth - 1] <= block.first) first_lane += kWidth;
+      for (int64_t lane = first_lane; lane < lanes; lane += kWidth) {
+        const RowLimits seen{limits.limit + lane, limits.depth + lane};
+        const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
+        multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
+            count, depth, block.k_rows, q_lanes + lane * depth, scores);
+        multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
+            count, depth, block.v_rows, grad_lanes + lane * depth, dp);
+        const bool plain = seen.limit[0] >= block.first + count && !block.bias && !block.depths;
+        const auto differentiate =
+            plain ? &differentiate_scores<E, true> : &differentiate_scores<E, false>;
+        differentiate(scores, dp, count, log2_scale, block, seen,
+                      {rows.lse + lane, rows.delta + lane}, lane, gradients,
+                      p.key_bias ? bias_sums : nullptr);
+        const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
+        if constexpr (kPairs) {
+          multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
+              padded, reduced, block.k_keys, gradients.ds_lanes, dq + lane * padded);
+        } else {
+          multiply<E, kVectors, 1, kKeyStride, kLaneStride<E>, kWidth, Into::kAdd>(
+              padded, reduced, block.k_keys, gradients.ds + lane, dq + lane * padded);
+        }
+      }
+      const int64_t skipped = first_lane / kPerElement<E>;
+      const int64_t reduced = (lanes - first_lane) / kPerElement<E>;
+      add_key_sums(block, keys, reduced, padded, gradients.p + skipped,
+                   grad_rows + skipped * kKeyStride, tile, sums.v);
+      add_key_sums(block, keys, reduced, padded, gradients.ds + skipped,
+                   q_rows + skipped * kKeyStride, tile, sums.k);
+      for (int64_t j = 0; p.key_bias && j < block.count; ++j) {
+        sums.bias[keys.row(block.first + j) - keys.begin] +=
+            reduce_add(load(bias_sums + j * kLanes));
+      }
+    }
+    write_grad_q<T>(p, step, dq, padded);
+  }
+  return arena.used;
+}
+
+template <class T>
+void sum_key_gradients(const AttentionProblem& p, int64_t sequence, int64_t kv_head,
+                       const KeyGradients& sums, int64_t count, int64_t stride,
+                       int64_t bias_stride) {
+  const int64_t hd = p.dims.head_dim, padded = round_up(hd, 16);
+  const int64_t begin = p.cu_k[sequence], end = p.cu_k[sequence + 1];
+  alignas(64) float line[kMaxHeadDim];
+  const auto write = [&](const float* from, int64_t row, float scale, void* to) {
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      VecF sum{};
+      for (int64_t c = 0; c < count; ++c)
+        sum += load(from + c * stride + (row - begin) * padded + d);
+      store(line + d, sum * splat(scale));
+    }
+    store_row(line, hd, static_cast<T*>(to) + (row * p.dims.num_kv_heads + kv_head) * hd);
+  };
+  for (int64_t row = begin; row < end; ++row) {
+    write(sums.k, row, static_cast<float>(p.scale), p.grad_k);
+    write(sums.v, row, 1.0f, p.grad_v);
+    if (!p.key_bias) continue;
+    float sum = 0;
+    for (int64_t c = 0; c < count; ++c) sum += sums.bias[c * bias_stride + row - begin];
+    sums.bias[row - begin] = sum;
+  }
+}
+
+}  // namespace MOR_ISA
+}  // namespace mor

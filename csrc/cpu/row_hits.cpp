@@ -1,0 +1,61 @@
+#include "row_hits.h"
+
+#include <cstdint>
+#include <vector>
+
+#include "row_hits.simd.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace mor {
+namespace {
+
+RowOrder scan(const int64_t* rows, int64_t count, int64_t num_rows, const char* op) {
+  const RowOrder order = MOR_BEST(scan_rows)(rows, count, num_rows);
+  if (!order.in_range) {
+    int64_t i = 0;
+    while (rows[i] >= 0 && rows[i] < num_rows) ++i;
+    STD_TORCH_CHECK(false, op, ": expected rows in [0, ", num_rows, "), got rows[", i,
+                    "] = ", rows[i]);
+  }
+  return order;
+}
+
+}  // namespace
+
+void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op) {
+  scan(rows, count, num_rows, op);
+}
+
+RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op) {
+  if (!scan(rows, count, num_rows, op).falls) return {rows, nullptr, count, nullptr};
+  std::vector<int64_t> next(num_rows + 1, 0);
+  for (int64_t i = 0; i < count; ++i) ++next[rows[i] + 1];
+  for (int64_t n = 0; n < num_rows; ++n) next[n + 1] += next[n];
+  std::unique_ptr<int64_t[]> memory(new int64_t[2 * count]);
+  int64_t *sorted = memory.get(), *order = sorted + count;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t j = next[rows[i]]++;
+    sorted[j] = rows[i];
+    order[j] = i;
+  }
+  return {sorted, order, count, std::move(memory)};
+}
+
+Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t width) {
+  Tensor rows = torch::stable::new_empty(like, {num_rows, width});
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(rows.mutable_data_ptr());
+  const uintptr_t end = begin + num_rows * width * rows.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) & -kHugePage, last = end & -kHugePage;
+  // Only advice: where the kernel has no huge page the result is the same.
+  if (last >= first + 2 * kHugePage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return rows;
+}
+
+}  // namespace mor

@@ -1,0 +1,56 @@
+// What the CPU kernels of gather_tokens and scatter_tokens share: a scale for each row, and which
+// hits fall on which row.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#include "../rows.h"
+
+namespace mor {
+
+// One factor for each row, of either dtype; absent, the factor is 1.
+struct RowScale {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t stride = 1;
+};
+
+inline RowScale row_scale(const std::optional<Tensor>& t) {
+  return t.has_value() ? RowScale{t->const_data_ptr(), t->scalar_type(), t->stride(0)} : RowScale{};
+}
+
+// Which hits fall on which row: hit j, in ascending order of (row, i), is update order[j] on row
+// rows[j].
+struct RowHits {
+  const int64_t* rows;
+  const int64_t* order;  // null: the identity, the caller's rows never fall
+  int64_t count;
+  std::unique_ptr<int64_t[]> memory;
+
+  // The first hit on a row >= row.
+  int64_t first_at(int64_t row) const { return std::lower_bound(rows, rows + count, row) - rows; }
+};
+
+// Checks rows [count] against [0, num_rows), naming the first one outside.
+void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op);
+
+// Checks the range and puts the hits in order: nothing to do if rows never fall, else a stable
+// counting sort, O(count + num_rows).
+RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op);
+
+// A contiguous uninitialised [num_rows, width] like `like`, its memory in huge pages where that
+// saves page faults: for results above some MiB they cost more than the copy.
+Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t width);
+
+// Results of this size leave the last-level cache before anybody reads them, so kernels write them
+// around it.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
+// Rows of `bytes` for one task: enough to pay for waking a thread.
+inline int64_t rows_per_task(int64_t bytes) {
+  return std::max<int64_t>((int64_t{64} << 10) / std::max<int64_t>(bytes, 1), 1);
+}
+
+}  // namespace mor

@@ -1,0 +1,74 @@
+// Small matrix products from packed operands, the inner loops of attention: C = A B with C in
+// float32. Included by *.simd.cpp only.
+//
+// An element E of A and B is a float, or (avx512_bf16) a uint32_t holding two bfloat16 that are
+// neighbours along the reduction, multiplied and added by one vdpbf16ps. A is read by broadcasts,
+// so it may lie in either order; B and C have their columns in vector lanes.
+#pragma once
+
+#include "vec.h"
+
+namespace mor {
+namespace MOR_ISA {
+
+constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // AVX-512 has 32 registers, the others 16
+
+inline VecF multiply_add(VecF sum, float a, const float* b) { return sum + splat(a) * load(b); }
+template <class T>
+inline VecF multiply_add(VecF sum, const float* a, const T* b) {
+  return sum + load(a) * load(b);
+}
+
+#if defined(__AVX512BF16__)
+inline __m512bh load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline VecF multiply_add(VecF sum, uint32_t a, const uint32_t* b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), load_pairs(b));
+}
+inline VecF multiply_add(VecF sum, const uint32_t* a, const uint32_t* b) {
+  return _mm512_dpbf16_ps(sum, load_pairs(a), load_pairs(b));
+}
+#endif
+
+enum class Into { kOverwrite, kAdd, kScaleAndAdd };  // C = AB, C + AB, C * scale[column] + AB
+
+// C [kTileRows, kVectors * kLanes]; element (m, r) of A at a[m * kRowA + r * kDepthA], row r of B
+// at b + r * kRowB, row m of C at c + m * kRowC. Strides are constants: they become displacements.
+template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, Into kInto>
+inline void multiply_tile(int64_t depth, const E* a, const E* b, float* c, const float* scale) {
+  VecF sum[kTileRows][kVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      if constexpr (kInto == Into::kOverwrite) sum[m][n] = VecF{};
+      else sum[m][n] = load(c + m * kRowC + n * kLanes);
+      if constexpr (kInto == Into::kScaleAndAdd) sum[m][n] *= load(scale + n * kLanes);
+    }
+  }
+  for (int64_t r = 0; r < depth; ++r, a += kDepthA, b += kRowB) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n)
+        sum[m][n] = multiply_add(sum[m][n], a[m * kRowA], b + n * kLanes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) store(c + m * kRowC + n * kLanes, sum[m][n]);
+  }
+}
+
+// As multiply_tile for `rows` rows, rounded up to a multiple of kTileRows.
+template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, Into kInto>
+void multiply(int64_t rows, int64_t depth, const E* a, const E* b, float* c,
+              const float* scale = nullptr) {
+  for (int64_t m = 0; m < rows; m += kTileRows) {
+    multiply_tile<E, kVectors, kRowA, kDepthA, kRowB, kRowC, kInto>(depth, a + m * kRowA, b,
+                                                                    c + m * kRowC, scale);
+  }
+}
+
+}  // namespace MOR_ISA
+}  // namespace mor

@@ -1,0 +1,44 @@
+// group_rows: stable counting sort of the rows 0 .. N - 1 by key (recursion depth, "continues",
+// expert, destination).
+//   keys        [N] int64, int32 or bool, each in [0, num_keys)
+//   cu_seqlens  [B + 1] int32, optional: sequence b owns rows cu_seqlens[b] .. cu_seqlens[b + 1] -
+//   1 rows        [N] int64: the rows of key 0, then of key 1, ...; ascending for each key offsets
+//   [num_keys + 1] int64: rows[offsets[key] : offsets[key + 1]] have that key; with
+//               cu_seqlens [num_keys * B + 1]: rows[offsets[key * B + b] : offsets[key * B + b +
+//               1]] are those of sequence b
+// A key out of range or bad cu_seqlens are errors on the CPU; on CUDA keys are clamped to
+// [0, num_keys) and cu_seqlens to [0, N]. The result is unique, so deterministic for any number of
+// threads. No host synchronisation. Not differentiable. MoR paper, section 2.2.1 (token-choice).
+#pragma once
+
+#include <optional>
+
+#include "../checks.h"
+
+namespace mor {
+
+struct GroupRowsDims {
+  int64_t num_rows;       // N
+  int64_t num_keys;       // K
+  int64_t num_sequences;  // B; 1 without cu_seqlens
+};
+
+inline GroupRowsDims check_group_rows(const Tensor& keys, int64_t num_keys,
+                                      const std::optional<Tensor>& cu_seqlens) {
+  const char* op = "group_rows";
+  check_dim(keys, 1, op, "keys", "[N]");
+  const auto dtype = keys.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Bool, op,
+      ": expected keys of dtype int64, int32 or bool, got ", dtype_str(dtype));
+  STD_TORCH_CHECK(num_keys >= 1, op, ": expected num_keys >= 1, got ", num_keys);
+  if (!cu_seqlens.has_value()) return {keys.size(0), num_keys, 1};
+  check_dim(*cu_seqlens, 1, op, "cu_seqlens", "[B + 1]");
+  check_dtype(*cu_seqlens, ScalarType::Int, op, "cu_seqlens");
+  check_same_device(*cu_seqlens, keys, op, "cu_seqlens");
+  STD_TORCH_CHECK(cu_seqlens->size(0) >= 1, op,
+                  ": expected cu_seqlens of at least one element, got [0]");
+  return {keys.size(0), num_keys, cu_seqlens->size(0) - 1};
+}
+
+}  // namespace mor

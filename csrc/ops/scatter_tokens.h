@@ -1,0 +1,108 @@
+// scatter_tokens: out = base_scale * base, then out[rows[i]] += gate[i] * updates[i].
+//   base        [N, D] float32, bfloat16, float16 or float64
+//   updates     [K, D] as base
+//   rows        [K] int64, each in [0, N); any order, repeats allowed
+//   gate        [K], optional, float32 or the dtype of base; absent: 1
+//   base_scale  [N], optional, float32 or the dtype of base; absent: 1
+//   out         [N, D] contiguous; scatter_tokens_ writes base instead
+// Any strides, free of a copy where a row is contiguous. One pass: float32 accumulation (double for
+// double), repeated rows in the order of i, one rounding; so the result is the same for any number
+// of threads. Rows that never fall (those of route_topk) need no sort; others pay a counting sort,
+// O(N + K), on the CPU. The in-place form touches only the rows hit unless base_scale is given, and
+// is the fast form: a fresh result costs more than the sum. Its other operands must not share
+// memory with base. Empty inputs give base. A row out of range is an error on the CPU and undefined
+// on CUDA.
+// Backward (scatter_tokens_backward), each gradient only where it is asked for, else empty [0]:
+//   grad_base[n]       = base_scale[n] * grad[n]       need_base and base_scale present (absent, it
+//                                                      is grad itself: the caller has it)
+//   grad_updates[i]    = gate[i] * grad[rows[i]]       need_updates
+//   grad_gate[i]       = <grad[rows[i]], updates[i]>   updates present; in the dtype of gate
+//   grad_base_scale[n] = <grad[n], base[n]>            base present; in the dtype of base_scale
+// The in-place form has no gradient. MoR paper, section 2.2.1 (H += g * f(H)).
+#pragma once
+
+#include <optional>
+
+#include "gather_tokens.h"
+
+namespace mor {
+
+struct ScatterTokensDims {
+  int64_t num_rows;  // N
+  int64_t num_hits;  // K
+  int64_t width;     // D
+};
+
+inline void check_row_scale(const Tensor& scale, int64_t size, const Tensor& reference,
+                            const char* op, const char* name, const char* shape) {
+  check_dim(scale, 1, op, name, shape);
+  STD_TORCH_CHECK(
+      scale.scalar_type() == ScalarType::Float || scale.scalar_type() == reference.scalar_type(),
+      op, ": expected ", name, " of dtype Float or ", dtype_str(reference.scalar_type()), ", got ",
+      dtype_str(scale.scalar_type()));
+  check_same_device(scale, reference, op, name);
+  STD_TORCH_CHECK(scale.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
+                  shape_str(scale));
+}
+
+inline void check_rows_like(const Tensor& t, int64_t num_rows, const Tensor& reference,
+                            const char* op, const char* name, const char* shape) {
+  check_dim(t, 2, op, name, shape);
+  check_dtype(t, reference.scalar_type(), op, name);
+  check_same_device(t, reference, op, name);
+  STD_TORCH_CHECK(t.size(0) == num_rows && t.size(1) == reference.size(1), op, ": expected ", name,
+                  " of shape [", num_rows, ", ", reference.size(1), "], got ", shape_str(t));
+}
+
+inline ScatterTokensDims check_scatter_tokens(const Tensor& base, const Tensor& updates,
+                                              const Tensor& rows, const std::optional<Tensor>& gate,
+                                              const std::optional<Tensor>& base_scale,
+                                              const char* op = "scatter_tokens") {
+  check_dim(base, 2, op, "base", "[N, D]");
+  check_floating(base, op, "base");
+  check_rows_index(rows, base, op);
+  const ScatterTokensDims dims{base.size(0), rows.size(0), base.size(1)};
+  check_rows_like(updates, dims.num_hits, base, op, "updates", "[K, D]");
+  if (gate.has_value()) check_row_scale(*gate, dims.num_hits, base, op, "gate", "[K]");
+  if (base_scale.has_value())
+    check_row_scale(*base_scale, dims.num_rows, base, op, "base_scale", "[N]");
+  return dims;
+}
+
+inline ScatterTokensDims check_scatter_tokens_(const Tensor& base, const Tensor& updates,
+                                               const Tensor& rows,
+                                               const std::optional<Tensor>& gate,
+                                               const std::optional<Tensor>& base_scale) {
+  const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale, "scatter_tokens_");
+  const bool expanded =
+      (base.size(0) > 1 && base.stride(0) == 0) || (base.size(1) > 1 && base.stride(1) == 0);
+  STD_TORCH_CHECK(
+      !expanded, "scatter_tokens_: expected base whose elements do not share memory, got strides [",
+      base.stride(0), ", ", base.stride(1), "]");
+  return dims;
+}
+
+inline ScatterTokensDims check_scatter_tokens_backward(const Tensor& grad,
+                                                       const std::optional<Tensor>& base,
+                                                       const std::optional<Tensor>& updates,
+                                                       const Tensor& rows,
+                                                       const std::optional<Tensor>& gate,
+                                                       const std::optional<Tensor>& base_scale) {
+  const char* op = "scatter_tokens_backward";
+  check_dim(grad, 2, op, "grad", "[N, D]");
+  check_floating(grad, op, "grad");
+  check_rows_index(rows, grad, op);
+  const ScatterTokensDims dims{grad.size(0), rows.size(0), grad.size(1)};
+  if (base.has_value()) check_rows_like(*base, dims.num_rows, grad, op, "base", "[N, D]");
+  if (updates.has_value()) check_rows_like(*updates, dims.num_hits, grad, op, "updates", "[K, D]");
+  if (gate.has_value()) check_row_scale(*gate, dims.num_hits, grad, op, "gate", "[K]");
+  if (base_scale.has_value())
+    check_row_scale(*base_scale, dims.num_rows, grad, op, "base_scale", "[N]");
+  STD_TORCH_CHECK(gate.has_value() || !updates.has_value(), op,
+                  ": expected gate with updates (they ask for its gradient), got none");
+  STD_TORCH_CHECK(base_scale.has_value() || !base.has_value(), op,
+                  ": expected base_scale with base (it asks for its gradient), got none");
+  return dims;
+}
+
+}  // namespace mor

@@ -1,0 +1,168 @@
+// Adding rows to rows, deterministic for any index list, without float atomics, sort or a word to
+// the host: shared by the backward of gather_tokens and by scatter_tokens.
+//
+// Integer atomics find the first and the last hit on every row (minimum and maximum do not depend
+// on the order of arrival). A row with one hit, every row after route_topk, adds it; a row with
+// more walks its hits in the order of i, looking for them in rows[first .. last]. Cost: scratch of
+// 8 bytes a row, written once and read once; two integer atomics a hit; the sum itself moves base,
+// updates and out once. Two launches more than a kernel told that rows are unique. A row whose hits
+// lie s apart reads s indices (8 bytes each, from cache) for every 512 bytes of the row; so all
+// hits repeated at distance K/2 read K * K / 4 indices: correct, but slow for K above some 10^5.
+#pragma once
+
+#include "common.cuh"
+
+namespace mor {
+
+constexpr int kRowThreads = 256;  // eight warps, each on a row of its own
+
+// The row (or hit) of this warp, and the distance to its next one.
+__device__ __forceinline__ int64_t row_item() {
+  return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32;
+}
+__device__ __forceinline__ int64_t row_item_step() {
+  return int64_t(gridDim.x) * (kRowThreads / 32);
+}
+inline unsigned row_grid(int64_t count) { return grid_for(count, kRowThreads / 32); }
+
+// kPack elements that travel in one access.
+template <class T, int kPack>
+struct alignas(kPack * sizeof(T)) Pack {
+  T v[kPack];
+};
+
+// Elements of a 16-byte access where every row of every operand allows it, else 1; `bits` is the
+// bitwise or of all addresses and row strides in bytes.
+template <class T>
+bool packs(uintptr_t bits, int64_t width) {
+  return (bits | uintptr_t(width) * sizeof(T)) % 16 == 0;
+}
+template <class T>
+uintptr_t row_bits(const T* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) | uintptr_t(stride) * sizeof(T);
+}
+
+// One factor for each row, float or T; absent, the factor is 1.
+template <class T>
+struct RowFactor {
+  const void* data;
+  bool is_float;
+  int64_t stride;
+
+  __device__ __forceinline__ acc_t<T> at(int64_t i) const {
+    if (data == nullptr) return acc_t<T>(1);
+    if (is_float) return acc_t<T>(static_cast<const float*>(data)[i * stride]);
+    return to_acc(static_cast<const T*>(data)[i * stride]);
+  }
+};
+
+// out[n] = base_scale[n] * base[n] + sum of gate[i] * updates[i] over rows[i] == n; strides in
+// elements.
+template <class T>
+struct RowSums {
+  T* out;
+  int64_t out_stride;
+  const T* base;  // null: zeros; may be out
+  int64_t base_stride;
+  RowFactor<T> base_scale;
+  const T* updates;
+  int64_t updates_stride;
+  RowFactor<T> gate;
+  const int64_t* rows;
+  int64_t num_rows, num_hits, width;
+  int* first;  // [N] smallest i with rows[i] == n, else INT32_MAX
+  int* last;   // [N] largest, else -1
+};
+
+// One thread a row.
+static __global__ void clear_hits_kernel(int* first, int* last, int64_t num_rows) {
+  for (int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; n < num_rows;
+       n += int64_t(gridDim.x) * blockDim.x) {
+    first[n] = INT32_MAX;
+    last[n] = -1;
+  }
+}
+
+// One thread a hit.
+static __global__ void mark_hits_kernel(const int64_t* rows, int64_t num_hits, int* first,
+                                        int* last) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < num_hits;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    atomicMin(first + rows[i], int(i));
+    atomicMax(last + rows[i], int(i));
+  }
+}
+
+template <class T, int kPack>
+__device__ __forceinline__ void add_hit(const RowSums<T>& s, int64_t i, int64_t d,
+                                        acc_t<T> (&acc)[kPack]) {
+  const acc_t<T> gate = s.gate.at(i);
+  const auto update =
+      *reinterpret_cast<const Pack<T, kPack>*>(s.updates + i * s.updates_stride + d);
+#pragma unroll
+  for (int k = 0; k < kPack; ++k) acc[k] += gate * to_acc(update.v[k]);
+}
+
+// A warp owns one output row at a time, a lane kPack elements of every 32 * kPack. kOnlyHit: items
+// are hits, and the first hit on a row brings its warp; other rows are left alone (in place).
+template <class T, int kPack, bool kOnlyHit>
+__global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(RowSums<T> s) {
+  const int lane = threadIdx.x % 32;
+  const int64_t count = kOnlyHit ? s.num_hits : s.num_rows;
+  for (int64_t item = row_item(); item < count; item += row_item_step()) {
+    const int64_t n = kOnlyHit ? s.rows[item] : item;
+    const int first = s.first[n], last = s.last[n];
+    if (kOnlyHit && first != item) continue;
+    const acc_t<T> scale = s.base_scale.at(n);
+    for (int64_t begin = 0; begin < s.width; begin += 32 * kPack) {
+      const int64_t d = begin + lane * kPack;
+      const bool active = d < s.width;
+      acc_t<T> acc[kPack]{};
+      if (active && s.base != nullptr) {
+        const auto base = *reinterpret_cast<const Pack<T, kPack>*>(s.base + n * s.base_stride + d);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) acc[k] = scale * to_acc(base.v[k]);
+      }
+      if (active && last >= 0) add_hit<T, kPack>(s, first, d, acc);
+      for (int64_t i = int64_t(first) + 1; i <= last; i += 32) {
+        const bool hit = i + lane <= last && s.rows[i + lane] == n;
+        for (unsigned hits = __ballot_sync(~0u, hit); hits != 0; hits &= hits - 1) {
+          if (active) add_hit<T, kPack>(s, i + __ffs(int(hits)) - 1, d, acc);
+        }
+      }
+      if (active) {
+        Pack<T, kPack> out;
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) out.v[k] = from_acc<T>(acc[k]);
+        *reinterpret_cast<Pack<T, kPack>*>(s.out + n * s.out_stride + d) = out;
+      }
+    }
+  }
+}
+
+// scratch [2 N] int; num_hits below 2^31. Where out is base and nothing scales it, only rows that
+// are hit are touched.
+template <class T>
+cudaError_t launch_row_sums(RowSums<T> s, int* scratch, cudaStream_t stream) {
+  const bool only_hit = s.out == s.base && s.base_scale.data == nullptr;
+  if (s.num_rows == 0 || s.width == 0 || (only_hit && s.num_hits == 0)) return cudaSuccess;
+  s.first = scratch;
+  s.last = scratch + s.num_rows;
+  MOR_LAUNCH(clear_hits_kernel, grid_for(s.num_rows, 256), 256, 0, stream, s.first, s.last,
+             s.num_rows);
+  if (s.num_hits > 0) {
+    MOR_LAUNCH(mark_hits_kernel, grid_for(s.num_hits, 256), 256, 0, stream, s.rows, s.num_hits,
+               s.first, s.last);
+  }
+  const uintptr_t bits = row_bits(s.out, s.out_stride) | row_bits(s.base, s.base_stride) |
+                         row_bits(s.updates, s.updates_stride);
+  constexpr int kPack = 16 / sizeof(T);
+  const auto kernel =
+      packs<T>(bits, s.width)
+          ? (only_hit ? sum_rows_kernel<T, kPack, true> : sum_rows_kernel<T, kPack, false>)
+          : (only_hit ? sum_rows_kernel<T, 1, true> : sum_rows_kernel<T, 1, false>);
+  MOR_LAUNCH(kernel, row_grid(only_hit ? s.num_hits : s.num_rows), kRowThreads, 0, stream, s);
+  return cudaGetLastError();
+}
+
+}  // namespace mor

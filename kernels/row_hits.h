@@ -1,0 +1,24 @@
+// Glue for row_hits.cuh, shared by gather_tokens.cu and scatter_tokens.cu.
+#pragma once
+
+#include <optional>
+
+#include "glue.h"
+#include "row_hits.cuh"
+
+namespace mor {
+
+template <class T>
+RowFactor<T> row_factor(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return {nullptr, false, 0};
+  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Float, t->stride(0)};
+}
+
+// Room for the first and last hit of every row; hits are counted in int.
+inline Tensor hit_scratch(const Tensor& rows, int64_t num_rows, const char* op) {
+  STD_TORCH_CHECK(rows.size(0) <= INT32_MAX, op, ": expected fewer than 2^31 rows on CUDA, got ",
+                  shape_str(rows));
+  return torch::stable::new_empty(rows, {2 * num_rows}, ScalarType::Int);
+}
+
+}  // namespace mor

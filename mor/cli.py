@@ -1,0 +1,145 @@
+"""The `mor` command: train, generate, demo, info."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+# The commands import torch and Transformers themselves: `mor --help` needs neither.
+from mor.options import RunOptions
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Mixture-of-Recursions: train, generate, look inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turns an error in what the user gave into one sentence and exit code 2.
+
+    With MOR_TRACEBACK=1 in the environment the whole traceback is shown.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("MOR_TRACEBACK"):
+            raise
+        typer.echo(f"mor: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _is_default(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
+
+
+def _options_as_parameters(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command `(ctx, **options)` one parameter for each field of RunOptions."""
+    hints = get_type_hints(RunOptions, include_extras=True)
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    ]
+    parameters += [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(RunOptions)
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@app.command()
+@_options_as_parameters
+def train(ctx: typer.Context, **options: Any) -> None:
+    """Train a Mixture-of-Recursions model."""
+    from mor.run import options_of_run, prepare_run
+    from mor.run import train as run_training
+
+    with _one_sentence():
+        if options["resume"]:
+            before = {
+                name: Path(value) if isinstance(options[name], Path) else value
+                for name, value in options_of_run(options["output_dir"]).items()
+                if _is_default(ctx, name)
+            }
+            options = {**options, **before}
+        trainer, checkpoint = prepare_run(RunOptions(**options))
+    if checkpoint is not None:
+        typer.echo(f"Resuming from {checkpoint}")
+    folder = run_training(trainer, checkpoint)
+    typer.echo(f'Model saved in {folder}; try: mor generate {folder} "def main("')
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model, or of a run.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the probability kept.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a trained model."""
+    from mor.generate import continue_text, load_model
+
+    with _one_sentence():
+        language_model, tokenizer = load_model(model)
+    typer.echo(
+        continue_text(
+            language_model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
+    budget: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Training FLOPs as a multiple of the default (minutes on two cores)."
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the order of the data.")] = 0,
+) -> None:
+    """Train MoR and a dense model on the same text with the same FLOPs, and compare them."""
+    from mor.demo import run_demo
+
+    with _one_sentence():
+        output_dir.mkdir(parents=True, exist_ok=True)
+    run_demo(output_dir, budget=budget, seed=seed)
+
+
+@app.command()
+def info() -> None:
+    """Show versions, instruction set and CUDA support: what a bug report needs."""
+    from mor.info import describe
+
+    with _one_sentence():
+        lines = describe()
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        typer.echo(f"{name:<{width}}  {value}")

@@ -1,0 +1,233 @@
+"""Text to train on: local files, a Hugging Face dataset, or the standard library's own sources.
+
+The last one is the default: about 9 MB of real text (code, docstrings, the language reference of
+`pydoc_data`) that is on every machine that runs Python, so training needs no network.
+"""
+
+import hashlib
+import itertools
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Corpus", "Document", "open_corpus", "split_documents"]
+
+#: Share of the documents that is held out for validation.
+HELD_OUT = 0.05
+#: With fewer documents than this, the end of the text is held out instead of whole documents.
+FEW_DOCUMENTS = 40
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+_SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
+#: Parts of the standard library that are tests, vendored or generated tables, or not there on every
+#: machine.
+_STDLIB_SKIPPED = frozenset(
+    "test tests idle_test site-packages dist-packages idlelib lib2to3 turtledemo ensurepip "
+    "encodings lib-dynload __pycache__".split()
+)
+
+
+class Document(NamedTuple):
+    """A text with the key that decides, by a stable hash, whether it is held out."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents from one source.
+
+    Attributes:
+        name: what messages call it.
+        identity: a string that changes whenever the text may have changed.
+        documents: starts a new pass over the documents, always in the same order.
+    """
+
+    name: str
+    identity: str
+    documents: Callable[[], Iterator[Document]]
+
+
+def open_corpus(
+    source: str | Path | None = None,
+    *,
+    text_field: str = "text",
+    config: str | None = None,
+    split: str = "train",
+) -> Corpus:
+    """Opens a source of text.
+
+    Args:
+        source: None for the standard library's sources; a .txt, .md, .rst, .py, .jsonl, .json or
+            .parquet file, or a directory of them (searched recursively, hidden files skipped); else
+            the name of a Hugging Face dataset, which is streamed.
+        text_field: the field that holds the text in JSON, parquet and Hugging Face records.
+        config: configuration of the Hugging Face dataset.
+        split: split of the Hugging Face dataset.
+
+    Returns:
+        The corpus; its text is read when its documents are iterated.
+
+    Raises:
+        ValueError: no such path, a path without readable files, or a dataset that cannot be
+            reached.
+
+    Example:
+        >>> open_corpus().name
+        "the standard library's sources"
+    """
+    if source is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [
+            path
+            for path in sorted(root.rglob("*.py"))
+            if not _STDLIB_SKIPPED.intersection(path.relative_to(root).parts)
+            and not path.name.startswith("_sysconfigdata")
+        ]
+        return _local_corpus("the standard library's sources", root, files, text_field)
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(
+                f"cannot read {path}: expected a file ending in {', '.join(_SUFFIXES)}"
+            )
+        return _local_corpus(str(path), path.parent, [path], text_field)
+    if path.is_dir():
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.suffix in _SUFFIXES
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
+        if not files:
+            raise ValueError(
+                f"no text in {path}: it holds no file ending in {', '.join(_SUFFIXES)}"
+            )
+        return _local_corpus(str(path), path, files, text_field)
+    if (
+        isinstance(source, Path)
+        or path.suffix in _SUFFIXES
+        or str(source).startswith(("/", ".", "~"))
+    ):
+        raise ValueError(f"no such file or directory: {source}")
+    return _hub_corpus(str(source), text_field, config, split)
+
+
+def split_documents(corpus: Corpus) -> Iterator[tuple[str, bool]]:
+    """Yields each text with True if it is held out.
+
+    Documents are held out by a hash of their key: the split does not depend on their order or
+    number. A corpus of few documents (one long book, say) has none held out; there the caller holds
+    out the end of the text.
+    """
+    documents = corpus.documents()
+    first = list(itertools.islice(documents, FEW_DOCUMENTS))
+    by_document = len(first) == FEW_DOCUMENTS
+    for key, text in itertools.chain(first, documents):
+        yield text, by_document and _stable_fraction(key) < HELD_OUT
+
+
+def _stable_fraction(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(f"mor/{key}".encode()).digest()[:8], "big") / 2**64
+
+
+def _local_corpus(name: str, root: Path, files: list[Path], text_field: str) -> Corpus:
+    def documents() -> Iterator[Document]:
+        for path in files:
+            for record in _read(path, text_field):
+                # A file is known by its name, so that an edit does not move it; a record has only
+                # its text.
+                is_file = path.suffix in _TEXT_SUFFIXES
+                yield Document(path.relative_to(root).as_posix() if is_file else record, record)
+
+    try:
+        stats = [(path.relative_to(root).as_posix(), path.stat()) for path in files]
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+    listing = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return Corpus(name, json.dumps([str(root.resolve()), text_field, listing]), documents)
+
+
+def _read(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, text_field)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _text_of(json.loads(line), text_field, f"{path}, line {number}")
+        elif path.suffix == ".json":
+            records = json.loads(path.read_text(encoding="utf-8"))
+            for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+                yield _text_of(record, text_field, f"{path}, record {number}")
+        else:
+            yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"cannot read {path}: not JSON ({error})") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise _missing_field(text_field, file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                yield _text_of({text_field: text}, text_field, str(path))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _missing_field(field: str, found: Iterable[str], where: str) -> ValueError:
+    return ValueError(
+        f"no text field {field!r} in {where}; its fields are {', '.join(sorted(found)) or 'none'}"
+    )
+
+
+def _text_of(record: Any, field: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"expected an object with a text field {field!r} in {where}, "
+            f"got {type(record).__name__}"
+        )
+    if field not in record:
+        raise _missing_field(field, record, where)
+    if not isinstance(record[field], str):
+        raise ValueError(
+            f"expected text in field {field!r} of {where}, got {type(record[field]).__name__}"
+        )
+    return record[field]
+
+
+def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> Corpus:
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(name, config, split=split, streaming=True)
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen types for "not there" and "not reachable"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name!r} is no local path, and opening it as a Hugging Face dataset failed: {reason}"
+        ) from error
+
+    def documents() -> Iterator[Document]:
+        for record in stream:
+            text = _text_of(record, text_field, f"dataset {name}")
+            yield Document(text, text)
+
+    return Corpus(f"dataset {name}", json.dumps([name, config, split, text_field]), documents)

@@ -1,0 +1,296 @@
+"""Tokens to train on: a byte-level BPE tokenizer, memory-mapped token files, blocks of them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mor.corpus import HELD_OUT, Corpus, split_documents
+
+__all__ = ["TokenBlocks", "TokenFiles", "load_tokenizer", "prepare_tokens", "train_tokenizer"]
+
+END_OF_TEXT = "<|endoftext|>"
+
+#: Raise when the token files of the same text and tokenizer would come out different.
+_VERSION = 1
+#: Characters encoded at once; a longer text is cut at a line end, so that one huge file does not
+#: need huge memory.
+_PIECE = 1 << 18
+_BATCH = 64
+
+
+def train_tokenizer(
+    corpus: Corpus, vocab_size: int = 4096, max_characters: int = 20_000_000
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer on the start of a corpus, leaving out held-out documents.
+
+    Args:
+        corpus: the text.
+        vocab_size: entries, among them the 256 bytes and the end-of-text token (id 0, also used for
+            padding).
+        max_characters: how much text to look at.
+
+    Raises:
+        ValueError: `vocab_size` below 257, or an empty corpus.
+    """
+    if vocab_size < 257:
+        raise ValueError(
+            f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}"
+        )
+    characters = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal characters
+        for text, held_out in split_documents(corpus):
+            if not held_out:
+                characters += len(text)
+                yield from _pieces(text)
+            if characters >= max_characters:
+                return
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if characters == 0:
+        raise ValueError(f"empty corpus: {corpus.name} holds no text")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a directory or by its Hugging Face name.
+
+    Raises:
+        ValueError: nothing there, or a tokenizer without an end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as many types as there are ways for a name to be wrong
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {str(source)!r} has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """Token files made by `prepare_tokens`: documents joined, each with the end-of-text token."""
+
+    train: Path
+    validation: Path
+    dtype: str
+    end_of_text: int
+    identity: str
+
+
+def prepare_tokens(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    max_tokens: int | None = None,
+) -> TokenFiles:
+    """Tokenises a corpus once into memory-mapped files.
+
+    The files lie in a folder named after a hash of the corpus, the tokenizer and this code's
+    version: they are reused exactly when all three are unchanged. The folder appears by a rename
+    after it is complete, so a process killed on the way leaves nothing that could be mistaken for
+    it.
+
+    Args:
+        corpus: the text; about 5% of it is held out for validation (`mor.corpus.split_documents`).
+        tokenizer: fast or slow, with an end-of-text token.
+        directory: where to put the folder.
+        max_tokens: stop after this many training tokens; None takes everything.
+
+    Raises:
+        ValueError: empty corpus.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token)")
+    identity = _identity(corpus, tokenizer, max_tokens)
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    folder = Path(directory) / f"tokens-{identity}"
+    if not _is_complete(folder, identity):
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            counts = _tokenise(corpus, tokenizer, partial, dtype, max_tokens)
+            sizes = {name: count * np.dtype(dtype).itemsize for name, count in counts.items()}
+            meta = {"identity": identity, "corpus": corpus.name, "tokens": counts, "bytes": sizes}
+            (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return TokenFiles(
+        folder / "train.bin", folder / "validation.bin", dtype, tokenizer.eos_token_id, identity
+    )
+
+
+class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
+    """Fixed-length blocks of a token file, for `transformers.Trainer`.
+
+    Args:
+        files: what `prepare_tokens` returned.
+        block_length: tokens in a block; the rest at the end of the file is left out.
+        part: which of the files.
+        separate_documents: give `position_ids` that restart at each document, so that attention
+            does not cross from one document into the next, and no document's first token is
+            predicted from the one before.
+        max_blocks: use this many blocks at most, spread evenly over the file.
+
+    Raises:
+        ValueError: fewer tokens than one block.
+    """
+
+    def __init__(
+        self,
+        files: TokenFiles,
+        block_length: int,
+        part: Literal["train", "validation"] = "train",
+        *,
+        separate_documents: bool = False,
+        max_blocks: int | None = None,
+    ) -> None:
+        """Maps the file."""
+        path = files.validation if part == "validation" else files.train
+        if block_length < 2:
+            raise ValueError(f"block_length must be at least 2, got {block_length}")
+        count = path.stat().st_size // np.dtype(files.dtype).itemsize
+        if count < block_length:
+            raise ValueError(
+                f"corpus too short: its {part} part has {count} tokens, one block needs "
+                f"{block_length}; give more text or a smaller --seq-len"
+            )
+        self.tokens = np.memmap(path, dtype=files.dtype, mode="r")
+        self.end_of_text = files.end_of_text
+        self.block_length = block_length
+        self.separate_documents = separate_documents
+        blocks = count // block_length
+        self.blocks = np.arange(blocks)
+        if max_blocks is not None and max_blocks < blocks:
+            self.blocks = np.arange(max_blocks) * blocks // max_blocks
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Returns input_ids and labels [S], and position_ids [S] where documents are separated."""
+        start = int(self.blocks[index]) * self.block_length
+        ids = torch.from_numpy(self.tokens[start : start + self.block_length].astype(np.int64))
+        if not self.separate_documents:
+            return {"input_ids": ids, "labels": ids.clone()}
+        positions = torch.arange(self.block_length)
+        starts = torch.zeros_like(positions)
+        starts[1:] = torch.where(ids[:-1] == self.end_of_text, positions[1:], 0)
+        positions = positions - starts.cummax(0).values
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(positions == 0, -100),
+            "position_ids": positions,
+        }
+
+
+def _identity(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts: list[Any] = [_VERSION, corpus.identity, vocabulary, tokenizer.eos_token_id, max_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _is_complete(folder: Path, identity: str) -> bool:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in meta["bytes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return meta.get("identity") == identity and sizes == meta["bytes"]
+
+
+def _tokenise(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: str,
+    max_tokens: int | None,
+) -> dict[str, int]:
+    counts = {"train": 0, "validation": 0}
+    paths = {name: folder / f"{name}.bin" for name in counts}
+    batch: list[tuple[str, str, bool]] = []
+
+    with paths["train"].open("wb") as train, paths["validation"].open("wb") as validation:
+        files = {"train": train, "validation": validation}
+
+        def flush() -> None:
+            # The text of a document may spell a special token; it is text, not an end of document.
+            encoded = tokenizer(
+                [piece for piece, _, _ in batch],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                verbose=False,
+            )["input_ids"]
+            for (_, part, ends), ids in zip(batch, encoded, strict=True):
+                ids = [*ids, tokenizer.eos_token_id] if ends else ids
+                np.asarray(ids, dtype=dtype).tofile(files[part])
+                counts[part] += len(ids)
+            batch.clear()
+
+        for text, held_out in split_documents(corpus):
+            if not text:
+                continue
+            pieces = list(_pieces(text))
+            for number, piece in enumerate(pieces, 1):
+                batch.append((piece, "validation" if held_out else "train", number == len(pieces)))
+                if len(batch) == _BATCH:
+                    flush()
+            if max_tokens is not None and counts["train"] >= max_tokens:
+                break
+        if batch:
+            flush()
+    if sum(counts.values()) == 0:
+        raise ValueError(f"empty corpus: {corpus.name} holds no text")
+    if counts["validation"] == 0:
+        _hold_out_end(paths, counts, dtype)
+    return counts
+
+
+def _hold_out_end(paths: dict[str, Path], counts: dict[str, int], dtype: str) -> None:
+    held_out = max(1, round(counts["train"] * HELD_OUT))
+    tokens = np.fromfile(paths["train"], dtype=dtype, offset=0)
+    tokens[-held_out:].tofile(paths["validation"])
+    tokens[:-held_out].tofile(paths["train"])
+    counts["train"] -= held_out
+    counts["validation"] = held_out
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE:
+        end = text.rfind("\n", start, start + _PIECE) + 1
+        end = end if end > start else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]

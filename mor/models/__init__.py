@@ -1,0 +1,16 @@
+"""Hugging Face models: MoRConfig, MoRModel, MoRForCausalLM, registered with the Auto classes."""
+
+from mor.models.configuration_mor import MoRConfig
+from mor.models.modeling_mor import MoRForCausalLM, MoRModel
+from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
+from mor.models.swap import load_swapped, swap
+
+__all__ = [
+    "MoRCausalLMOutput",
+    "MoRConfig",
+    "MoRForCausalLM",
+    "MoRModel",
+    "MoRModelOutput",
+    "load_swapped",
+    "swap",
+]

@@ -1,0 +1,155 @@
+"""Transformers' attention interface, served by depth_attention under the name "mor"."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from mor.models.cache import RecursionCacheLayer
+from mor.modules.packing import Packing
+from mor.ops.depth_attention import depth_attention
+
+__all__ = ["AttentionContext", "SharedKV", "mor_attention", "skip_reused_projections"]
+
+KeyView = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Keys, values [Nk, Hkv, head_dim], positions [Nk] and cu_seqlens [B + 1]."""
+
+
+class SharedKV:
+    """Keys and values of a layer's first use, for its later uses (recursive KV sharing).
+
+    Attributes:
+        keys, values: [N, Hkv, head_dim] of this call's tokens.
+        view: what the first use attended over: those, or the whole cache.
+        packing: all tokens of this call.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.view: KeyView | None = None
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What one call of a decoder layer attends over.
+
+    Attributes:
+        packing: the active tokens, which are the queries.
+        cache: where their keys and values are kept, if there is a cache.
+        longest: most active tokens any sequence can have in this call.
+        shared: with KV sharing, where the first use of this layer leaves its keys and values.
+        reuses_kv: a later use, which computes no keys and values of its own.
+        rows: a later use that overwrites the shared keys of its active tokens (hybrid): their rows
+            among all tokens of this call.
+    """
+
+    packing: Packing
+    cache: RecursionCacheLayer | None = None
+    longest: int = 0
+    shared: SharedKV | None = None
+    reuses_kv: bool = False
+    rows: Tensor | None = None
+
+    def keys_for(self, keys: Tensor, values: Tensor) -> KeyView:
+        """Everything the queries may see, given the keys and values just computed."""
+        if self.shared is None:
+            return self._append(keys, values, self.packing)
+        if self.reuses_kv:
+            assert self.shared.view is not None, "the first use of a layer comes first"
+            return self.shared.view
+        if self.rows is not None:
+            assert self.shared.keys is not None and self.shared.values is not None
+            keys = self.shared.keys.index_copy(0, self.rows, keys)
+            values = self.shared.values.index_copy(0, self.rows, values)
+            return self._append(keys, values, self.shared.packing)
+        self.shared.keys, self.shared.values = keys, values
+        self.shared.view = self._append(keys, values, self.packing)
+        return self.shared.view
+
+    def _append(self, keys: Tensor, values: Tensor, packing: Packing) -> KeyView:
+        if self.cache is None:
+            return keys, values, packing.positions, packing.cu_seqlens
+        return self.cache.append(keys, values, packing, self.longest)
+
+
+def mor_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    mor_context: AttentionContext,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed tokens; query [1, H, K, head_dim], key and value [1, Hkv, K, head_dim].
+
+    Returns:
+        [1, K, H, head_dim] and None (there are no attention weights).
+
+    Raises:
+        ValueError: attention dropout, sliding windows or soft-capping, which depth_attention lacks.
+    """
+    if dropout > 0.0:
+        raise ValueError(f"mor attention: attention_dropout is not supported, got {dropout}")
+    for name in ("sliding_window", "softcap"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"mor attention: {name} is not supported, got {kwargs[name]}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Under autocast the rotary embedding leaves queries and keys in float32.
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    k, v, k_positions, cu_seqlens_k = mor_context.keys_for(k, v)
+    out, _ = depth_attention(
+        q,
+        k,
+        v,
+        mor_context.packing.positions,
+        k_positions,
+        mor_context.packing.cu_seqlens,
+        cu_seqlens_k,
+        scale=scaling,
+    )
+    return out.unsqueeze(0), None
+
+
+class _NoProjection(nn.Module):
+    """Stands for k_proj and v_proj where keys and values are reused: one head of zeros, unread."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], self.head_dim)
+
+
+def skip_reused_projections(attention: nn.Module) -> None:
+    """Makes a Transformers attention module skip k_proj and v_proj in calls that reuse keys.
+
+    By hooks on the call, so that it holds in gradient checkpointing's second forward as well, and
+    whatever the projections have become meanwhile (LoRA).
+    """
+    nothing = _NoProjection(int(attention.head_dim))  # type: ignore[arg-type]
+    projections = ("k_proj", "v_proj")
+    kept: dict[str, nn.Module | None] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["mor_context"].reuses_kv:
+            for name in projections:
+                kept[name] = module._modules[name]
+                module._modules[name] = nothing
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for name in list(kept):
+            module._modules[name] = kept.pop(name)
+
+    attention.register_forward_pre_hook(before, with_kwargs=True)
+    attention.register_forward_hook(after, always_call=True)
+
+
+AttentionInterface.register("mor", mor_attention)

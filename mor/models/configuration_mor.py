@@ -1,0 +1,197 @@
+"""MoRConfig: a dense model's configuration plus how its depth is shared and routed."""
+
+import copy
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from mor.modules.recursion import check_capacities
+from mor.modules.routers import ROUTER_TYPES, SCORE_FUNCTIONS
+
+__all__ = ["MoRConfig"]
+
+SHARINGS = ("middle_cycle", "cycle", "middle_sequence", "sequence")
+KV_STRATEGIES = ("recursion", "shared", "hybrid")
+
+
+@strict
+class MoRConfig(PreTrainedConfig):
+    """Configuration of `MoRModel` and `MoRForCausalLM`.
+
+    Attributes that are not its own (`hidden_size`, `vocab_size`, ...) are those of `base_config`;
+    `num_hidden_layers` is the unrolled depth L.
+
+    Args:
+        base_config: configuration of the dense model of the same unrolled depth, an object or a
+            dict with `model_type` (default Llama); its decoder layers are used.
+        num_recursions: R, how often the shared block can run.
+        sharing: "middle_cycle" (own first and last layer, the (L - 2) / R layers between cycle; the
+            paper's choice for MoR), "cycle", "middle_sequence" or "sequence" (paper, table 1). The
+            sequence strategies have no recursion step a token could leave after, so no router.
+        router: "expert" (each recursion picks its tokens), "token" (each token picks its depth) or
+            None (every token takes all recursions).
+        kv_strategy: "recursion": at recursion r a token sees only keys of tokens active at r.
+            "shared": later uses of a layer attend over the keys and values its first use computed
+            for all tokens, and compute none. "hybrid": as shared, but active tokens overwrite
+            their own keys and values with fresh ones (paper, section 2.2.2).
+        capacities: expert-choice, share of the tokens that recursion r takes, non-increasing, in
+            (0, 1]; default (R - r) / R.
+        router_type: "linear", "mlp" (hidden size 2D) or "wide_mlp" (4D).
+        router_func: "sigmoid", "tanh", "softmax" (token-choice only) or "none"; default sigmoid for
+            expert-choice, softmax for token-choice.
+        router_alpha: factor on the score; default 1 for softmax, else 0.1.
+        router_temperature: the router reads hidden / temperature.
+        router_gating: "weighted" or "additive".
+        router_aux: expert-choice, how causal routing is learnt: "loss", "router" or None.
+        router_aux_coef: weight of that loss.
+        router_balancing: token-choice: "loss", "loss_free" or None.
+        router_balance_coef: weight of the balancing loss.
+        router_bias_update_rate: u of loss-free balancing.
+        router_z_coef: weight of the z-loss; 0 leaves it out.
+        capacity_warmup_steps: expert-choice, training forwards over which capacities fall from 1.
+        balance_warmup_steps: token-choice, training forwards in which all tokens go all the way.
+        eval_routing: expert-choice in evaluation: "threshold" (causal) or "topk", which looks at
+            later tokens and exists to reproduce published numbers.
+
+    Raises:
+        ValueError: an option outside its values, a depth the recursions do not divide, capacities
+            that rise or leave (0, 1]; the message names the option.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = MoRConfig(base_config=LlamaConfig(num_hidden_layers=8), num_recursions=3)
+        >>> config.layer_schedule
+        [0, 1, 2, 1, 2, 1, 2, 3]
+    """
+
+    model_type = "mor"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "lm_loss",
+        "aux_loss",
+        "z_loss",
+        "balancing_loss",
+        "token_depths",
+        "router_loss",
+        "routing",
+    ]
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+
+    base_config: Any = None
+    num_recursions: int = 3
+    sharing: str = "middle_cycle"
+    router: str | None = "expert"
+    kv_strategy: str = "recursion"
+    capacities: list[float] | tuple[float, ...] | None = None
+    router_type: str = "linear"
+    router_func: str | None = None
+    router_alpha: float | None = None
+    router_temperature: float = 1.0
+    router_gating: str = "weighted"
+    router_aux: str | None = "loss"
+    router_aux_coef: float = 0.001
+    router_balancing: str | None = "loss"
+    router_balance_coef: float = 0.1
+    router_bias_update_rate: float = 0.001
+    router_z_coef: float = 0.0
+    capacity_warmup_steps: int = 0
+    balance_warmup_steps: int = 0
+    eval_routing: str = "threshold"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fills the defaults that depend on other options, then checks everything."""
+        if isinstance(self.base_config, PreTrainedConfig):
+            # Transformers writes to sub-configs; the caller's dense model may still use this one.
+            self.base_config = copy.deepcopy(self.base_config)
+        super().__post_init__(**kwargs)
+        if self.router_func is None:
+            self.router_func = "softmax" if self.router == "token" else "sigmoid"
+        if self.router_alpha is None:
+            self.router_alpha = 1.0 if self.router_func == "softmax" else 0.1
+        if self.router == "expert":
+            self.capacities = check_capacities(self.capacities, self.num_recursions)
+        self._check_options()
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the dense model: hidden_size, vocab_size, rms_norm_eps, ..."""
+        base = self.__dict__.get("base_config")
+        if name.startswith("_") or not isinstance(base, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Cache layer type of every unrolled layer."""
+        return ["mor_recursion"] * self.num_hidden_layers
+
+    @property
+    def block_depth(self) -> int:
+        """b, layers of the shared block (or, for the sequence strategies, of the repeated part)."""
+        ends = 2 if self.sharing.startswith("middle") else 0
+        return (self.num_hidden_layers - ends) // self.num_recursions
+
+    @property
+    def num_unique_layers(self) -> int:
+        """Layers that have their own weights."""
+        return max(self.layer_schedule) + 1
+
+    @property
+    def layer_schedule(self) -> list[int]:
+        """The unique layer used at each unrolled depth (paper, table 1)."""
+        b, r = self.block_depth, self.num_recursions
+        if self.sharing.endswith("sequence"):
+            middle = [layer for layer in range(b) for _ in range(r)]
+        else:
+            middle = list(range(b)) * r
+        if not self.sharing.startswith("middle"):
+            return middle
+        return [0, *(layer + 1 for layer in middle), b + 1]
+
+    def validate_layer_type(self) -> None:
+        """The cache layers are mor's own, which Transformers' list does not know."""
+
+    def _check_options(self) -> None:
+        options = {
+            "sharing": SHARINGS,
+            "router": ("expert", "token", None),
+            "kv_strategy": KV_STRATEGIES,
+            "router_type": ROUTER_TYPES,
+            "router_func": SCORE_FUNCTIONS,
+            "router_gating": ("weighted", "additive"),
+            "router_aux": ("loss", "router", None),
+            "router_balancing": ("loss", "loss_free", None),
+            "eval_routing": ("threshold", "topk"),
+        }
+        for name, allowed in options.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"MoRConfig.{name}: expected one of {allowed}, got {value!r}")
+        if self.num_recursions < 1:
+            raise ValueError(
+                f"MoRConfig.num_recursions: expected at least 1, got {self.num_recursions}"
+            )
+        ends = 2 if self.sharing.startswith("middle") else 0
+        depth = self.num_hidden_layers
+        if depth - ends < self.num_recursions or (depth - ends) % self.num_recursions:
+            raise ValueError(
+                f"MoRConfig.num_recursions: {self.num_recursions} recursions must divide the "
+                f"{depth - ends} layers that {self.sharing} shares (base_config has "
+                f"num_hidden_layers = {depth})"
+            )
+        if self.router is not None and self.sharing.endswith("sequence"):
+            raise ValueError(
+                f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
+                "could leave; use cycle or middle_cycle with a router, or router=None"
+            )
+        first = self.capacities[0] if self.router == "expert" and self.capacities else 1
+        if self.kv_strategy != "recursion" and first != 1:
+            raise ValueError(
+                f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at the "
+                f"first recursion (capacity 1), got {self.capacities}"
+            )
+        if self.router == "expert" and self.router_func == "softmax":
+            raise ValueError("MoRConfig.router_func: softmax needs token-choice routing")

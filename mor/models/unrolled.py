@@ -1,0 +1,99 @@
+"""One forward call of the unrolled layers: packing, caches and shared keys."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from mor.models.attention import AttentionContext, SharedKV
+from mor.modules.packing import PackedBatch, Packing
+from mor.modules.recursion import RecursionOutput
+
+if TYPE_CHECKING:
+    from mor.models.modeling_mor import MoRModel
+
+__all__ = ["UnrolledLayers", "states_of_all_tokens"]
+
+
+class UnrolledLayers:
+    """The layers of a model during one forward call: packing, cache and shared keys."""
+
+    def __init__(
+        self, model: "MoRModel", batch: PackedBatch, cache: Cache | None, kwargs: dict[str, Any]
+    ) -> None:
+        self.model, self.packing, self.kwargs = model, batch.packing, kwargs
+        self.caches = cache.layers if cache is not None else [None] * len(model.schedule)
+        self.longest = batch.shape[1]
+        self.strategy = model.config.kv_strategy
+        self.shared: dict[int, SharedKV] = {}
+
+    def rotary(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin [1, K, head_dim] at the original positions."""
+        return self.model.rotary_emb(x.unsqueeze(0), packing.positions.unsqueeze(0))
+
+    def run(
+        self,
+        depth: int,
+        x: Tensor,
+        packing: Packing,
+        rotary: tuple[Tensor, Tensor],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The layer of one unrolled depth on rows [K, D], `rows` of all N (default: all)."""
+        unique = self.model.schedule[depth]
+        shared, reuses, overwritten = None, False, None
+        if self.strategy != "recursion":
+            first_use = self.model.schedule.index(unique) == depth
+            if first_use:
+                self.shared[unique] = SharedKV(self.packing)
+            shared = self.shared[unique]
+            reuses = not first_use and self.strategy == "shared"
+            if not first_use and self.strategy == "hybrid":
+                overwritten = rows
+                if rows is None:
+                    overwritten = torch.arange(x.shape[0], device=x.device)
+        context = AttentionContext(
+            packing, self.caches[depth], self.longest, shared, reuses, overwritten
+        )
+        return self._layer(unique, x, rotary, context)
+
+    def run_without_rows(self, x: Tensor, depths: range) -> Tensor:
+        """A step that no token takes: its layers run on one row of zeros, whose result is dropped.
+
+        Every process must call every layer, or FSDP and DDP wait for gradients that never come;
+        and Transformers' layers cannot reshape zero rows.
+        """
+        row = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
+        packing = Packing.uniform(1, 1, self.packing.positions.new_zeros(1))
+        rotary = self.rotary(row, packing)
+        for depth in depths:
+            unique = self.model.schedule[depth]
+            row = self._layer(unique, row, rotary, AttentionContext(packing))
+            cache = self.caches[depth]
+            if self.strategy == "hybrid" and cache is not None:
+                shared = self.shared[unique]
+                cache.append(shared.keys, shared.values, self.packing, self.longest)
+        return row[:0]
+
+    def _layer(
+        self, unique: int, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
+        out = self.model.layers[unique](
+            x.unsqueeze(0), position_embeddings=rotary, mor_context=context, **self.kwargs
+        )
+        return (out[0] if isinstance(out, tuple) else out).squeeze(0)
+
+
+def states_of_all_tokens(
+    routing: RecursionOutput, outputs: list[list[Tensor]], block_depth: int
+) -> list[Tensor]:
+    """States [N, D] after each layer of each step; inactive tokens show the state before it."""
+    states = []
+    for index, step in enumerate(routing.steps):
+        assert step.before is not None and step.after is not None
+        inner = outputs[index] if index < len(outputs) else []
+        states += [step.before.index_copy(0, step.rows, x) for x in inner[:-1]]
+        states += [step.before] * (block_depth - 1 - len(inner[:-1]))
+        states.append(step.after)
+    return states

@@ -1,0 +1,23 @@
+"""torch modules of mor: packing, routers and recursion, independent of any model library."""
+
+from mor.modules.expert_choice import ExpertChoice
+from mor.modules.metrics import RoutingMetrics
+from mor.modules.mixture_of_recursions import MixtureOfRecursions
+from mor.modules.packing import PackedBatch, Packing, pack
+from mor.modules.recursion import RecursionOutput, RecursionStep
+from mor.modules.routers import Router, RouterScore
+from mor.modules.token_choice import TokenChoice
+
+__all__ = [
+    "ExpertChoice",
+    "MixtureOfRecursions",
+    "PackedBatch",
+    "Packing",
+    "RecursionOutput",
+    "RecursionStep",
+    "Router",
+    "RouterScore",
+    "RoutingMetrics",
+    "TokenChoice",
+    "pack",
+]

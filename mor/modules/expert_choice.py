@@ -1,0 +1,183 @@
+"""Expert-choice routing: each recursion step picks its tokens."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mor.modules.metrics import RoutingMetrics
+from mor.modules.packing import Packing
+from mor.modules.recursion import Block, RecursionOutput, RecursionStep, check_capacities
+from mor.modules.routers import Router, RouterScore, aux_loss, z_loss
+from mor.ops.gather_tokens import gather_tokens
+from mor.ops.group_rows import group_rows
+from mor.ops.route_topk import route_topk
+from mor.ops.scatter_tokens import scatter_tokens
+
+__all__ = ["ExpertChoice"]
+
+
+class ExpertChoice(nn.Module):
+    """Expert-choice routing: each recursion step picks its tokens among those of the step before.
+
+    `H_t <- H_t + g_t * f(H)_t` for the selected tokens, f the whole block with its residual stream.
+    In training the k_r = max(1, int(c_r * T)) best tokens of every sequence of T tokens are
+    selected, which looks at later tokens; in evaluation a token is selected if its logit is above 0
+    (0.5 on the sigmoid), so no result depends on a later token. While capacities are 1, every token
+    is.
+
+    Args:
+        hidden_size: D.
+        num_recursions: R.
+        capacities: c_r, non-increasing, each in (0, 1]; default (R - r) / R.
+        router_type, temperature, std: see `Router`.
+        score: turns logits into gates.
+        gating: "weighted", or "additive" for `H_t + f(H)_t`.
+        aux: "loss" trains the router itself to predict its selection; "router" trains a separate
+            mlp-free twin on detached states and uses it in evaluation; None does neither.
+        eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
+        capacity_warmup_steps: training forward calls over which capacities fall from 1 to c_r.
+
+    Raises:
+        ValueError: capacities that rise, leave (0, 1] or are not R; unknown options.
+
+    Reference: MoR paper, section 2.2.1.
+    """
+
+    warmup_step: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_recursions: int,
+        *,
+        capacities: Sequence[float] | None = None,
+        router_type: str = "linear",
+        temperature: float = 1.0,
+        std: float = 0.02,
+        score: RouterScore = RouterScore("sigmoid", 0.1),  # noqa: B008 - frozen
+        gating: str = "weighted",
+        aux: str | None = "loss",
+        use_z_loss: bool = False,
+        eval_routing: str = "threshold",
+        capacity_warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.capacities = check_capacities(capacities, num_recursions)
+        if gating not in ("weighted", "additive"):
+            raise ValueError(f"router_gating: expected weighted or additive, got {gating!r}")
+        if eval_routing not in ("threshold", "topk"):
+            raise ValueError(f"eval_routing: expected threshold or topk, got {eval_routing!r}")
+        if aux not in ("loss", "router", None):
+            raise ValueError(f"router_aux: expected loss, router or None, got {aux!r}")
+        if score.function == "softmax":
+            raise ValueError("router_func: softmax needs several outputs; expert-choice has one")
+        self.score, self.gating, self.aux, self.use_z_loss = score, gating, aux, use_z_loss
+        self.eval_routing = eval_routing
+        self.capacity_warmup_steps = capacity_warmup_steps
+        self.routers = nn.ModuleList(
+            Router(hidden_size, 1, router_type, temperature, std) for _ in range(num_recursions)
+        )
+        self.aux_routers = nn.ModuleList(
+            Router(hidden_size, 1, router_type, 1.0, std)
+            for _ in range(num_recursions if aux == "router" else 0)
+        )
+        self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
+        self.metrics = RoutingMetrics(num_recursions)
+
+    def forward(
+        self, hidden: Tensor, packing: Packing, block: Block, keep_states: bool = False
+    ) -> RecursionOutput:
+        """Runs R recursion steps over hidden [N, D]; keep_states fills `before` and `after`."""
+        capacities = self._capacities_now()
+        depths = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        total = tuple(packing.lengths) if packing.lengths is not None else None
+        current, steps = packing, []
+        aux_losses, z_losses = [], []
+        for step, router in enumerate(self.routers):
+            candidates = hidden if step == 0 else gather_tokens(hidden, rows)
+            logits = router(candidates).squeeze(-1)
+            aux_logits = (
+                self.aux_routers[step](candidates.detach()).squeeze(-1)
+                if self.aux_routers
+                else None
+            )
+            ranked = logits if aux_logits is None or self.training else aux_logits
+            if capacities[step] == 1 and current is packing:
+                local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
+            elif self.training or self.eval_routing == "topk":
+                assert total is not None, (
+                    "expert-choice training needs sequence lengths on the host"
+                )
+                local, current = self._select_topk(ranked, current, total, capacities[step])
+            else:
+                local, current = _select_above_threshold(ranked, current)
+            self.metrics.update(step, ranked, local, rows, packing.positions)
+            if self.aux == "loss":
+                aux_losses.append(aux_loss(logits, local))
+            elif aux_logits is not None:
+                aux_losses.append(aux_loss(aux_logits, local))
+            if self.use_z_loss:
+                z_losses.append(z_loss(logits.unsqueeze(-1)))
+
+            everything = local.shape[0] == candidates.shape[0]
+            x = candidates if everything else gather_tokens(candidates, local)
+            gates = self.score(logits if everything else gather_tokens(logits, local))
+            rows = rows if everything else gather_tokens(rows, local)
+            y = block(x, current, step, rows)
+            gate = gates if self.gating == "weighted" else None
+            before = hidden
+            hidden = scatter_tokens(hidden, y, rows, gate)
+            depths = depths.index_fill(0, rows, step + 1)
+            gates = gates if gate is not None else torch.ones_like(gates)
+            states = (before, hidden) if keep_states else (None, None)
+            steps.append(RecursionStep(rows, logits, gates, aux_logits, *states))
+        return RecursionOutput(
+            hidden,
+            depths,
+            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
+            z_loss=torch.stack(z_losses).sum() if z_losses else None,
+            steps=steps,
+        )
+
+    def _capacities_now(self) -> list[float]:
+        if not self.training or self.capacity_warmup_steps == 0:
+            return self.capacities
+        left = _warmed_up(self.warmup_step, self.capacity_warmup_steps)
+        self.warmup_step += 1
+        return [c + (1 - c) * left for c in self.capacities]
+
+    def _select_topk(
+        self, logits: Tensor, packing: Packing, total: tuple[int, ...], capacity: float
+    ) -> tuple[Tensor, Packing]:
+        """The k best candidates of every sequence; k counts from its full length."""
+        assert packing.lengths is not None
+        # As the authors: int() of the float product, at least one token, never more than are there.
+        wanted = [
+            min(max(1, int(capacity * n)), have)
+            for n, have in zip(total, packing.lengths, strict=True)
+        ]
+        if wanted == list(packing.lengths):
+            return torch.arange(packing.num_rows, device=logits.device), packing
+        scores = logits.detach()
+        if len(set(wanted)) == 1:
+            local = route_topk(scores, wanted[0], packing.cu_seqlens)
+        else:
+            k = torch.tensor(wanted, dtype=torch.int64).to(logits.device)
+            local = route_topk(scores, k, packing.cu_seqlens, num_rows=sum(wanted))
+        return local, packing.select(local, lengths=wanted)
+
+
+def _warmed_up(steps: Tensor, warmup: int) -> float:
+    """Share of a warm-up that is left, 1 to 0 by a half cosine."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, int(steps) / warmup)))
+
+
+def _select_above_threshold(logits: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    """Candidates whose logit is above 0, and their packing. One host synchronisation."""
+    grouped, offsets = group_rows(logits > 0, 2, packing.cu_seqlens)
+    starts = offsets[packing.num_sequences :]
+    local = grouped[int(starts[0]) :]
+    return local, packing.select(local, cu_seqlens=(starts - starts[0]).to(torch.int32))

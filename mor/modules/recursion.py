@@ -1,0 +1,83 @@
+"""Recursion over packed tokens: the same block several times, on the tokens a router keeps.
+
+The block is any callable `block(x, packing, step, rows) -> y` from rows [K, D] to rows [K, D],
+including its residual stream; `rows` are their places among all N rows. It must accept zero rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from mor.modules.packing import Packing
+
+__all__ = ["Block", "RecursionOutput", "RecursionStep", "check_capacities", "default_capacities"]
+
+Block = Callable[[Tensor, Packing, int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RecursionStep:
+    """What one recursion step did.
+
+    Attributes:
+        rows: [K] int64 packed rows that took part, ascending.
+        logits: expert-choice: [C] router logits of the candidates; token-choice: None.
+        gates: [K] float32 factors (expert-choice), None for token-choice.
+        aux_logits: [C] logits of the auxiliary router, where there is one.
+        before, after: [N, D] states around the step, if asked for.
+    """
+
+    rows: Tensor
+    logits: Tensor | None = None
+    gates: Tensor | None = None
+    aux_logits: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+
+@dataclass
+class RecursionOutput:
+    """Result of the routed middle of a model.
+
+    Attributes:
+        hidden: [N, D].
+        depths: [N] int64 recursion steps each token took.
+        aux_loss, z_loss, balancing_loss: unscaled router losses; None where not used.
+        steps: one per recursion.
+        logits: [N, R] token-choice router logits.
+        gates: [N] token-choice factors.
+    """
+
+    hidden: Tensor
+    depths: Tensor
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    balancing_loss: Tensor | None = None
+    steps: list[RecursionStep] = field(default_factory=list)
+    logits: Tensor | None = None
+    gates: Tensor | None = None
+
+
+def default_capacities(num_recursions: int) -> list[float]:
+    """(R - r) / R for recursion r = 0..R-1, as the paper: 1, 2/3, 1/3 for three recursions."""
+    return [(num_recursions - r) / num_recursions for r in range(num_recursions)]
+
+
+def check_capacities(capacities: Sequence[float] | None, num_recursions: int) -> list[float]:
+    """The capacities as a checked list; default (R - r) / R."""
+    if capacities is None:
+        return default_capacities(num_recursions)
+    values = [float(c) for c in capacities]
+    if len(values) != num_recursions:
+        raise ValueError(
+            f"capacities: expected one for each of the {num_recursions} recursions, got {values}"
+        )
+    if any(not 0 < c <= 1 for c in values):
+        raise ValueError(f"capacities: expected values in (0, 1], got {values}")
+    if any(b > a for a, b in pairwise(values)):
+        raise ValueError(
+            f"capacities: expected values that never rise (who left stays out), got {values}"
+        )
+    return values

@@ -1,0 +1,137 @@
+"""Routers: the small networks that score tokens, and the losses that train them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["Router", "RouterScore", "aux_loss", "balancing_loss", "z_loss"]
+
+ROUTER_TYPES = ("linear", "mlp", "wide_mlp")
+SCORE_FUNCTIONS = ("sigmoid", "tanh", "softmax", "none")
+_WIDTHS = {"mlp": 2, "wide_mlp": 4}
+
+
+class Router(nn.Module):
+    """Scores tokens: [N, D] to logits [N, num_outputs] in float32, whatever the model's dtype.
+
+    float32 because bfloat16 logits tie as soon as a router is confident (paper, section 2.2.1;
+    ranking logits in float32 selects the same tokens without the ties).
+
+    Args:
+        hidden_size: D.
+        num_outputs: 1 for expert-choice, the number of recursions for token-choice.
+        router_type: "linear", "mlp" (hidden size 2D) or "wide_mlp" (4D), GELU, no biases.
+        temperature: the router reads hidden / temperature.
+        std: standard deviation of the initial weights.
+
+    Raises:
+        ValueError: an unknown router_type or a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_outputs: int = 1,
+        router_type: str = "linear",
+        temperature: float = 1.0,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if router_type not in ROUTER_TYPES:
+            raise ValueError(f"router_type: expected one of {ROUTER_TYPES}, got {router_type!r}")
+        if temperature <= 0:
+            raise ValueError(f"router_temperature: expected a positive number, got {temperature}")
+        self.temperature = temperature
+        if router_type == "linear":
+            self.layers = nn.ModuleList([nn.Linear(hidden_size, num_outputs, bias=False)])
+        else:
+            width = _WIDTHS[router_type] * hidden_size
+            self.layers = nn.ModuleList(
+                [
+                    nn.Linear(hidden_size, width, bias=False),
+                    nn.Linear(width, num_outputs, bias=False),
+                ]
+            )
+        for layer in self.layers:
+            nn.init.normal_(layer.get_parameter("weight"), std=std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [N, num_outputs] float32 of the tokens [N, D]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            x = hidden.to(dtype)
+            if self.temperature != 1.0:
+                x = x / self.temperature
+            for i, layer in enumerate(self.layers):
+                weight = layer.get_parameter("weight").to(dtype)
+                x = functional.linear(functional.gelu(x) if i else x, weight)
+            return x
+
+
+@dataclass(frozen=True)
+class RouterScore:
+    """Turns logits into gates: alpha * function(logit).
+
+    Attributes:
+        function: "sigmoid", "tanh", "softmax" (over the outputs) or "none".
+        alpha: factor; the paper uses 0.1 for expert-choice, 1 for softmax token-choice.
+    """
+
+    function: str
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.function not in SCORE_FUNCTIONS:
+            raise ValueError(
+                f"router_func: expected one of {SCORE_FUNCTIONS}, got {self.function!r}"
+            )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Scores of the shape of logits."""
+        if self.function == "sigmoid":
+            logits = logits.sigmoid()
+        elif self.function == "tanh":
+            logits = logits.tanh()
+        elif self.function == "softmax":
+            logits = logits.softmax(dim=-1)
+        return self.alpha * logits
+
+
+def aux_loss(logits: Tensor, rows: Tensor) -> Tensor:
+    """Trains the router's own threshold: mean binary cross-entropy, target 1 for selected tokens.
+
+    Args:
+        logits: [C] logits of the candidates.
+        rows: [K] the candidates that were selected.
+
+    Reference: MoR paper, section 2.2.1 (auxiliary loss against the causality violation).
+    """
+    if logits.shape[0] == 0:
+        return logits.sum()
+    target = torch.zeros_like(logits).index_fill(0, rows, 1.0)
+    return functional.binary_cross_entropy_with_logits(logits, target)
+
+
+def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
+    """Balances token-choice: sum over the outputs of f_i * P_i; 1 at perfect balance (alpha 1).
+
+    Args:
+        scores: [N, R] scores including alpha.
+        choice: [N] chosen output of each token.
+
+    Reference: MoR paper, section 2.2.1 (balancing loss).
+    """
+    num_tokens, num_outputs = scores.shape
+    if num_tokens == 0:
+        return scores.sum()
+    counts = torch.bincount(choice, minlength=num_outputs).to(scores.dtype)
+    return (counts * (num_outputs / num_tokens) * scores.mean(dim=0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Keeps logits small: mean over the tokens of logsumexp(logits)^2; logits [N, R]."""
+    if logits.shape[0] == 0:
+        return logits.sum()
+    return logits.logsumexp(dim=-1).square().mean()

@@ -1,0 +1,143 @@
+"""Token-choice routing: each token decides its depth before the first recursion."""
+
+import torch
+from torch import Tensor, nn
+
+from mor.modules.metrics import RoutingMetrics
+from mor.modules.packing import Packing
+from mor.modules.recursion import Block, RecursionOutput, RecursionStep
+from mor.modules.routers import Router, RouterScore, balancing_loss, z_loss
+from mor.ops.gather_tokens import gather_tokens
+from mor.ops.group_rows import group_rows
+from mor.ops.scatter_tokens import scatter_tokens
+
+__all__ = ["TokenChoice"]
+
+
+class TokenChoice(nn.Module):
+    """Token-choice routing: one decision before the first recursion, causal by construction.
+
+    A token of depth i leaves after recursion i with `x + g * f^i(x)`, g the score of its choice; as
+    the authors' code, and unlike the paper's equation, there is no gate between recursions.
+
+    Args:
+        hidden_size: D.
+        num_recursions: R.
+        router_type, temperature, std: see `Router`.
+        score: turns logits [N, R] into scores; the highest is chosen.
+        gating: "weighted", or "additive" for `x + f^i(x)`.
+        balancing: "loss", "loss_free" (a bias on the selection, see `update_bias`) or None.
+        bias_update_rate: u of loss-free balancing.
+        balance_warmup_steps: training forward calls in which every token takes all recursions.
+
+    Reference: MoR paper, section 2.2.1.
+    """
+
+    bias: Tensor
+    load: Tensor
+    warmup_step: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_recursions: int,
+        *,
+        router_type: str = "linear",
+        temperature: float = 1.0,
+        std: float = 0.02,
+        score: RouterScore = RouterScore("softmax", 1.0),  # noqa: B008 - frozen
+        gating: str = "weighted",
+        balancing: str | None = "loss",
+        bias_update_rate: float = 0.001,
+        use_z_loss: bool = False,
+        balance_warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if gating not in ("weighted", "additive"):
+            raise ValueError(f"router_gating: expected weighted or additive, got {gating!r}")
+        if balancing not in ("loss", "loss_free", None):
+            raise ValueError(
+                f"router_balancing: expected loss, loss_free or None, got {balancing!r}"
+            )
+        self.num_recursions = num_recursions
+        self.score, self.gating, self.balancing = score, gating, balancing
+        self.use_z_loss, self.bias_update_rate = use_z_loss, bias_update_rate
+        self.balance_warmup_steps = balance_warmup_steps
+        self.router = Router(hidden_size, num_recursions, router_type, temperature, std)
+        self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
+        if balancing == "loss_free":
+            self.register_buffer("bias", torch.zeros(num_recursions))
+            self.register_buffer("load", torch.zeros(num_recursions), persistent=False)
+        self.metrics = RoutingMetrics(num_recursions)
+
+    def forward(
+        self, hidden: Tensor, packing: Packing, block: Block, keep_states: bool = False
+    ) -> RecursionOutput:
+        """Runs up to R recursion steps over hidden [N, D]; keep_states fills `before`, `after`."""
+        logits = self.router(hidden)
+        scores = self.score(logits)
+        choice = self._choose(scores)
+        depths = choice + 1
+        chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
+        gates = chosen if self.gating == "weighted" else torch.ones_like(chosen)
+        counts = torch.bincount(choice, minlength=self.num_recursions)
+        if self.training and self.balancing == "loss_free":
+            self.load += counts
+        self.metrics.update_choice(scores, counts, choice, packing.positions)
+
+        # One synchronisation a forward: how many tokens leave after each step.
+        leaving = counts.tolist()
+        x, current, out, steps = hidden, packing, hidden, []
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        for step in range(self.num_recursions):
+            step_rows = rows
+            x = block(x, current, step, rows)
+            before, state = out, out.index_copy(0, rows, x) if keep_states else None
+            if leaving[step] == rows.shape[0]:
+                done, done_x = rows, x
+                local = rows[:0]
+                current = current.select(local, cu_seqlens=torch.zeros_like(current.cu_seqlens))
+            else:
+                stays = gather_tokens(depths, rows) > step + 1
+                grouped, offsets = group_rows(stays, 2, current.cu_seqlens)
+                starts = offsets[current.num_sequences :]
+                local = grouped[leaving[step] :]
+                current = current.select(local, cu_seqlens=(starts - starts[0]).to(torch.int32))
+                leave = grouped[: leaving[step]]
+                done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
+            out = scatter_tokens(out, done_x, done, gather_tokens(gates, done))
+            states = (before, state) if keep_states else (None, None)
+            steps.append(RecursionStep(step_rows, None, None, None, *states))
+            if step + 1 < self.num_recursions:
+                x, rows = gather_tokens(x, local), gather_tokens(rows, local)
+        return RecursionOutput(
+            out,
+            depths,
+            z_loss=z_loss(logits) if self.use_z_loss else None,
+            balancing_loss=balancing_loss(scores, choice) if self.balancing == "loss" else None,
+            steps=steps,
+            logits=logits,
+            gates=gates,
+        )
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        if self.training and self.balance_warmup_steps > 0:
+            self.warmup_step += 1
+            if int(self.warmup_step) <= self.balance_warmup_steps:
+                last = self.num_recursions - 1
+                return torch.full(scores.shape[:1], last, dtype=torch.int64, device=scores.device)
+        biased = scores + self.bias if self.balancing == "loss_free" else scores
+        return biased.detach().argmax(dim=-1)
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Loss-free balancing: b_i += u * sign(mean load - load_i), then forgets the loads.
+
+        Call it after every optimizer step (mor's Trainer does). The loads of all ranks are summed.
+        """
+        if self.balancing != "loss_free":
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load)
+        self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()

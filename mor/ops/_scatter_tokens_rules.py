@@ -1,0 +1,148 @@
+"""Fake kernels and autograd of scatter_tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor.ops._checks import (
+    FLOATING,
+    check_dim,
+    check_dtype,
+    check_rows_index,
+    check_same_device,
+    dtype_str,
+)
+
+
+def _check_rows_like(
+    t: Tensor, num_rows: int, like: Tensor, op: str, name: str, shape: str
+) -> None:
+    check_dim(t, 2, op, name, shape)
+    check_dtype(t, (like.dtype,), dtype_str(like.dtype), op, name)
+    check_same_device(t, like, op, name)
+    torch._check(
+        t.shape[0] == num_rows and t.shape[1] == like.shape[1],
+        lambda: (
+            f"{op}: expected {name} of shape [{num_rows}, {like.shape[1]}], got {list(t.shape)}"
+        ),
+    )
+
+
+def _check_scale(t: Tensor, size: int, like: Tensor, op: str, name: str, shape: str) -> None:
+    check_dim(t, 1, op, name, shape)
+    check_dtype(t, (torch.float32, like.dtype), f"Float or {dtype_str(like.dtype)}", op, name)
+    check_same_device(t, like, op, name)
+    torch._check(
+        t.shape[0] == size,
+        lambda: f"{op}: expected {name} of {size} elements, got {list(t.shape)}",
+    )
+
+
+def _check(
+    target: Tensor,
+    updates: Tensor | None,
+    rows: Tensor,
+    gate: Tensor | None,
+    base_scale: Tensor | None,
+    op: str,
+    target_name: str = "base",
+) -> None:
+    check_dim(target, 2, op, target_name, "[N, D]")
+    check_dtype(target, FLOATING, "float32, bfloat16, float16 or float64", op, target_name)
+    check_rows_index(rows, target, op)
+    if updates is not None:
+        _check_rows_like(updates, rows.shape[0], target, op, "updates", "[K, D]")
+    if gate is not None:
+        _check_scale(gate, rows.shape[0], target, op, "gate", "[K]")
+    if base_scale is not None:
+        _check_scale(base_scale, target.shape[0], target, op, "base_scale", "[N]")
+
+
+@torch.library.register_fake("mor::scatter_tokens")
+def _(
+    base: Tensor, updates: Tensor, rows: Tensor, gate: Tensor | None, base_scale: Tensor | None
+) -> Tensor:
+    _check(base, updates, rows, gate, base_scale, "scatter_tokens")
+    return base.new_empty(base.shape)
+
+
+@torch.library.register_fake("mor::scatter_tokens_")
+def _(
+    base: Tensor, updates: Tensor, rows: Tensor, gate: Tensor | None, base_scale: Tensor | None
+) -> None:
+    op = "scatter_tokens_"
+    _check(base, updates, rows, gate, base_scale, op)
+    expanded = any(
+        size > 1 and step == 0 for size, step in zip(base.shape, base.stride(), strict=True)
+    )
+    torch._check(
+        not expanded,
+        lambda: (
+            f"{op}: expected base whose elements do not share memory, got strides "
+            f"{list(base.stride())}"
+        ),
+    )
+
+
+@torch.library.register_fake("mor::scatter_tokens_backward")
+def _(
+    grad: Tensor,
+    base: Tensor | None,
+    updates: Tensor | None,
+    rows: Tensor,
+    gate: Tensor | None,
+    base_scale: Tensor | None,
+    need_base: bool,
+    need_updates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "scatter_tokens_backward"
+    _check(grad, updates, rows, gate, base_scale, op, "grad")
+    if base is not None:
+        _check_rows_like(base, grad.shape[0], grad, op, "base", "[N, D]")
+    torch._check(
+        gate is not None or updates is None,
+        lambda: f"{op}: expected gate with updates (they ask for its gradient), got none",
+    )
+    torch._check(
+        base_scale is not None or base is None,
+        lambda: f"{op}: expected base_scale with base (it asks for its gradient), got none",
+    )
+    none = grad.new_empty
+    return (
+        grad.new_empty(grad.shape) if need_base and base_scale is not None else none(0),
+        grad.new_empty(rows.shape[0], grad.shape[1]) if need_updates else none(0),
+        torch.empty_like(gate) if gate is not None and updates is not None else none(0),
+        torch.empty_like(base_scale) if base_scale is not None and base is not None else none(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    base, updates, rows, gate, base_scale = inputs
+    # What no gradient needs is not kept alive.
+    ctx.save_for_backward(
+        base if base_scale is not None and ctx.needs_input_grad[4] else None,
+        updates if gate is not None and ctx.needs_input_grad[3] else None,
+        rows,
+        gate,
+        base_scale,
+    )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    base, updates, rows, gate, base_scale = ctx.saved_tensors
+    need_base, need_updates = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    grads = torch.ops.mor.scatter_tokens_backward(
+        grad, base, updates, rows, gate, base_scale, need_base, need_updates
+    )
+    grad_base = grad if base_scale is None else grads[0]  # unscaled, it is grad itself
+    return (
+        grad_base if need_base else None,
+        grads[1] if need_updates else None,
+        None,
+        grads[2] if updates is not None else None,
+        grads[3] if base is not None else None,
+    )
+
+
+torch.library.register_autograd("mor::scatter_tokens", _backward, setup_context=_setup_context)

@@ -1,0 +1,275 @@
+"""Training: `transformers.Trainer` with what a routed model has to say in its logs.
+
+`MoRTrainer` changes nothing in how the Trainer trains. It adds to each log line, and so to the
+progress bar, to TensorBoard and to `trainer_state.json`: the parts of the loss, the routing
+metrics, tokens per second, and the training FLOPs so far.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from mor.analysis import flops_per_token
+from mor.modules import TokenChoice
+
+__all__ = ["MoRTrainer", "UpdateRouterBias", "training_arguments"]
+
+_ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
+
+
+class MoRTrainer(Trainer):
+    """`transformers.Trainer` that also logs loss parts, routing metrics, tokens/s and FLOPs.
+
+    Any causal language model can be trained; what it does not report (a dense model has no router)
+    is not logged. The evaluation loss is the language-model loss alone, so that it compares across
+    models.
+
+    Log keys: `lm_loss`, `aux_loss`, `z_loss`, `balancing_loss` (where the model has them), what
+    `model.routing_metrics.compute()` gives (`selected_share_1`, ...), `tokens_per_second` (without
+    the time for evaluation and checkpoints) and `total_flos` (`mor.analysis.flops_per_token`),
+    which the Trainer also keeps in its state.
+
+    Example:
+        >>> trainer = MoRTrainer(model, arguments, train_dataset=blocks)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the Trainer's arguments."""
+        super().__init__(*args, **kwargs)
+        self._parts: defaultdict[str, Tensor | float] = defaultdict(float)
+        self._window_batches = 0
+        self._window_tokens = 0
+        self._window_start: float | None = None
+        self._window_step = 0
+        self.add_callback(_CloseWindow())
+        self.add_callback(UpdateRouterBias())
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_ProgressLine())
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One forward and backward, counted."""
+        if self._window_start is None:
+            self._window_start, self._window_step = time.perf_counter(), self.state.global_step
+        self._window_tokens += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss in training, its language-model loss in evaluation."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training:
+            lm_loss = outputs.get("lm_loss")
+            loss = loss if lm_loss is None else lm_loss
+            return (loss, outputs) if return_outputs else loss
+        self._window_batches += 1
+        for name in ("lm_loss", *_ROUTER_LOSSES):
+            part = outputs.get(name)
+            if part is not None:
+                self._parts[name] = self._parts[name] + part.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Training FLOPs of a batch, as `mor.analysis` counts them."""
+        rows, length = inputs["input_ids"].shape
+        config = self.accelerator.unwrap_model(self.model).config
+        return round(rows * length * flops_per_token(config, length, training=True))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the window's numbers before any callback or the state sees the line."""
+        if "loss" in logs:
+            logs = {**logs, **self._close_window(), "total_flos": self.state.total_flos}
+        elif "eval_loss" in logs:
+            logs = {**logs, **{f"eval_{name}": value for name, value in self._routing().items()}}
+        super().log(logs, start_time)
+
+    def _close_window(self) -> dict[str, float]:
+        seconds = time.perf_counter() - (self._window_start or 0.0)
+        steps = max(1, self.state.global_step - self._window_step)
+        parts = {}
+        for name, total in self._parts.items():
+            # A router loss is a mean over its batch. The language-model loss is normalised by the
+            # targets of the optimizer step: over the step's batches and processes it adds up.
+            router = name in _ROUTER_LOSSES
+            total = self.accelerator.reduce(total, reduction="mean" if router else "sum")
+            parts[name] = float(total) / (self._window_batches if router else steps)
+        tokens = self._window_tokens * self.accelerator.num_processes
+        speed = {} if self._window_start is None else {"tokens_per_second": tokens / seconds}
+        self._parts.clear()
+        self._window_batches = self._window_tokens = 0
+        self._window_start = None
+        return {**parts, **self._routing(), **speed}
+
+    def _routing(self) -> dict[str, float]:
+        metrics = getattr(self.accelerator.unwrap_model(self.model), "routing_metrics", None)
+        if metrics is None:
+            return {}
+        values: dict[str, float] = metrics.compute()
+        metrics.reset()
+        return values
+
+
+class _CloseWindow(TrainerCallback):
+    """Logs before each evaluation and checkpoint.
+
+    So a log line never spans a checkpoint: a resumed run logs the same averages as an uninterrupted
+    one. And training's routing metrics are read before evaluation adds its own.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log |= control.should_save or control.should_evaluate
+        return control
+
+    on_epoch_end = on_step_end
+
+
+class _ProgressLine(ProgressCallback):
+    """The Trainer's progress bar with one short line for each log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        hidden = {"epoch", "total_flos", "step", *(key for key in logs if key.endswith("_runtime"))}
+        shown = [f"{key} {value:.4g}" for key, value in logs.items() if key not in hidden]
+        self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
+
+
+class UpdateRouterBias(TrainerCallback):
+    """Loss-free balancing: updates the routers' selection bias after every optimizer step.
+
+    `MoRTrainer` has it; give it to a plain `transformers.Trainer` as `callbacks=[...]`.
+    """
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """After the optimizer, before the gradients are cleared."""
+        assert model is not None
+        for module in model.modules():
+            if isinstance(module, TokenChoice):
+                module.update_bias()
+
+
+def training_arguments(
+    output_dir: str | Path,
+    *,
+    steps: int,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    learning_rate: float = 3e-3,
+    schedule: Literal["wsd", "cosine"] = "wsd",
+    warmup_share: float = 0.05,
+    decay_share: float = 0.2,
+    min_learning_rate_share: float | None = None,
+    weight_decay: float = 0.1,
+    log_every: int = 10,
+    eval_every: int = 100,
+    save_every: int = 200,
+    report_to: Sequence[str] = (),
+    **overrides: Any,
+) -> TrainingArguments:
+    """The paper's optimiser settings as `transformers.TrainingArguments`.
+
+    AdamW with betas 0.9 and 0.95, weight decay, gradient norm clipped at 1. Schedules: `"wsd"`,
+    linear warm-up, constant, linear decay over the last `decay_share` of the steps to
+    `min_learning_rate_share` (0) of the peak; `"cosine"` to `min_learning_rate_share` (0.1). An
+    evaluation or save interval of 0 turns it off.
+
+    Raises:
+        ValueError: a count or share out of range, or an unknown schedule.
+
+    Reference: MoR paper, section 3 and appendix B.
+    """
+    for name, count in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("gradient_accumulation", gradient_accumulation),
+        ("log_every", log_every),
+    ):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if not (warmup_share >= 0 and decay_share >= 0 and warmup_share + decay_share <= 1):
+        raise ValueError(
+            "warmup_share and decay_share must lie in [0, 1] together, "
+            f"got {warmup_share} and {decay_share}"
+        )
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    warmup_steps = round(warmup_share * steps)
+    schedules: dict[str, tuple[str, float, dict[str, Any]]] = {
+        "wsd": (
+            "warmup_stable_decay",
+            0.0,
+            {"num_decay_steps": round(decay_share * steps), "decay_type": "linear"},
+        ),
+        "cosine": ("cosine_with_min_lr", 0.1, {}),
+    }
+    if schedule not in schedules:
+        raise ValueError(f"unknown schedule {schedule!r}: expected wsd or cosine")
+    scheduler, least, kwargs = schedules[schedule]
+    least = least if min_learning_rate_share is None else min_learning_rate_share
+    kwargs["min_lr_ratio" if schedule == "wsd" else "min_lr_rate"] = least
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": scheduler,
+        "lr_scheduler_kwargs": kwargs,
+        "warmup_steps": warmup_steps,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": weight_decay,
+        "max_grad_norm": 1.0,
+        "logging_steps": log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if eval_every > 0 else "no",
+        "eval_steps": eval_every if eval_every > 0 else None,
+        "save_strategy": "steps" if save_every > 0 else "no",
+        "save_steps": save_every if save_every > 0 else 500,
+        "save_total_limit": 2,
+        "prediction_loss_only": True,
+        "report_to": list(report_to) or "none",
+        "use_cpu": not torch.cuda.is_available(),  # no other accelerator has our operators
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(**{**arguments, **overrides})

@@ -1,0 +1,131 @@
+"""Cached generation equals the full forward: any batch, padding and mix of depths."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from .conftest import small_model
+
+
+def prompts(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of the given lengths, padded with token 0 on one side, and the mask."""
+    longest = max(lengths)
+    tokens = prompts(len(lengths), longest)
+    mask = torch.zeros_like(tokens)
+    for row, n in enumerate(lengths):
+        mask[row, longest - n :] = 1 if side == "left" else mask[row, longest - n :]
+        if side == "right":
+            mask[row, :n] = 1
+    return tokens * mask, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[9], [7, 12, 1, 9, 5]], ids=["batch1", "batch5"])
+def test_cached_generation_equals_full_forward(variant, lengths, side):
+    model = small_model(**variant).eval()
+    tokens, mask = padded(lengths, side)
+    steps = 10
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[:, tokens.shape[1] :]
+    for row in range(len(lengths)):
+        prompt = tokens[row][mask[row] == 1]
+        whole = torch.cat([prompt, new[row]]).unsqueeze(0)
+        with torch.no_grad():
+            full = model(whole).logits[0, len(prompt) - 1 : -1]
+        cached = torch.stack(out.logits, dim=1)[row]
+        torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
+        assert torch.equal(full.argmax(-1), new[row])
+
+
+def test_prefill_in_pieces_equals_full_forward(variant):
+    model = small_model(**variant).eval()
+    tokens = prompts(2, 20)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        full = model(tokens).logits
+        pieces = [
+            model(piece, past_key_values=cache, use_cache=True).logits
+            for piece in tokens.split([7, 1, 1, 11], dim=1)
+        ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-4, rtol=0)
+
+
+def test_sampling_with_a_seed_does_not_depend_on_the_batch(variant):
+    model = small_model(**variant).eval()
+    tokens = prompts(1, 8)
+    torch.manual_seed(3)
+    alone = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=True
+    )
+    torch.manual_seed(3)
+    uncached = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=8,
+        do_sample=True,
+        use_cache=False,
+    )
+    assert torch.equal(alone, uncached)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_beam_search_equals_uncached(variant, batch_size):
+    model = small_model(**variant).eval()
+    tokens = prompts(batch_size, 6)
+    options = {
+        "attention_mask": torch.ones_like(tokens),
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+    }
+    assert torch.equal(
+        model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options)
+    )
+
+
+def test_assisted_generation_equals_greedy(variant):
+    model = small_model(**variant).eval()
+    assistant = small_model(seed=1, **variant).eval()
+    tokens = prompts(1, 6)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(
+        model.generate(tokens, assistant_model=assistant, **options),
+        model.generate(tokens, **options),
+    )
+
+
+def test_a_token_that_left_takes_no_cache_slot():
+    model = small_model(router="token").eval()
+    tokens = prompts(1, 30)
+    out = model(tokens, use_cache=True)
+    depths = out.token_depths[0]
+    lengths = [int(layer.lengths[0]) for layer in out.past_key_values.layers]
+    active = [int((depths > step).sum()) for step in range(3)]
+    assert lengths == [30, *[n for n in active for _ in range(2)], 30]
+    assert active[1] < 30
+
+
+def test_foreign_cache_and_generate_batch_are_refused():
+    model = small_model().eval()
+    with pytest.raises(ValueError, match="past_key_values: expected DynamicCache"):
+        model(prompts(1, 4), past_key_values=DynamicCache())
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_cache_refuses_another_batch_size():
+    model = small_model().eval()
+    cache = model(prompts(2, 4), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="expected 2 sequences, got 3"):
+        model(prompts(3, 1), past_key_values=cache)

@@ -1,0 +1,374 @@
+"""Training: losses, padding, packed documents, checkpointing, saving; and what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mor import MoRConfig, MoRForCausalLM
+
+from .conftest import small_config, small_model
+from .test_generation import padded, prompts
+
+
+def gradients(model: MoRForCausalLM) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def train_step(model: MoRForCausalLM, **inputs):
+    model.train().zero_grad(set_to_none=True)
+    output = model(**inputs)
+    output.loss.backward()
+    return output, gradients(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(variant, side):
+    """Every sequence of a padded batch gives what it gives alone, in training and evaluation."""
+    model = small_model(**variant)
+    lengths = [9, 4, 12]
+    tokens, mask = padded(lengths, side)
+    for mode in (True, False):
+        model.train(mode)
+        with torch.no_grad():
+            batch = model(tokens, attention_mask=mask)
+        for row in range(3):
+            keep = mask[row] == 1
+            with torch.no_grad():
+                alone = model(tokens[row][keep].unsqueeze(0))
+            torch.testing.assert_close(
+                batch.logits[row][keep], alone.logits[0], atol=1e-5, rtol=1e-5
+            )
+            assert torch.equal(batch.token_depths[row][keep], alone.token_depths[0])
+            assert not batch.token_depths[row][~keep].any()
+
+
+def test_pads_do_not_change_the_loss(variant):
+    model = small_model(**variant)
+    tokens = prompts(2, 10)
+    plain, grads = train_step(model, input_ids=tokens, labels=tokens)
+    filler = torch.zeros(2, 3, dtype=torch.int64)
+    output, grads_padded = train_step(
+        model,
+        input_ids=torch.cat([tokens, filler], 1),
+        attention_mask=torch.cat([torch.ones_like(tokens), filler], 1),
+        labels=torch.cat([tokens, filler - 100], 1),
+    )
+    torch.testing.assert_close(output.loss, plain.loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_padded[name], grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+def test_documents_do_not_see_each_other(variant, how):
+    """A packed row gives every document the logits it has alone."""
+    model = small_model(**variant)
+    lengths = [5, 1, 9, 3]
+    tokens = prompts(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    options = {"position_ids": positions} if how == "position_ids" else {how: boundaries}
+    for mode in (True, False):
+        model.train(mode)
+        with torch.no_grad():
+            packed = model(tokens, **options).logits[0]
+            alone = [model(piece).logits[0] for piece in tokens.split(lengths, dim=1)]
+        torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def rowwise_linear(x, weight, bias=None):
+    """A matrix product whose rows cannot depend on how many rows there are, unlike a library's."""
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("rowwise", [True, False], ids=["rowwise", "library"])
+def test_evaluation_is_causal(variant, rowwise, monkeypatch):
+    """Changing later tokens changes no earlier logit: to the last bit, if matrix products do not.
+
+    A BLAS rounds a row differently when there are more or fewer rows beside it, and later tokens
+    decide how many rows a recursion has; with row-wise products the difference is exactly zero.
+    """
+    if rowwise:
+        monkeypatch.setattr(torch.nn.functional, "linear", rowwise_linear)
+    generator = torch.Generator().manual_seed(7)
+    model = small_model(**variant).eval()
+    tokens = prompts(2, 24)
+    with torch.no_grad():
+        before = model(tokens, use_cache=False)
+        for cut in (1, 8, 17, 23):
+            changed = tokens.clone()
+            changed[:, cut:] = torch.randint(3, 97, (2, 24 - cut), generator=generator)
+            after = model(changed, use_cache=False)
+            assert torch.equal(after.token_depths[:, :cut], before.token_depths[:, :cut])
+            difference = (after.logits - before.logits).abs()
+            assert difference[:, :cut].max() <= (0 if rowwise else 1e-5)
+            assert difference[:, cut:].max() > 0.1
+
+
+def test_topk_evaluation_is_the_training_selection():
+    model = small_model(eval_routing="topk")
+    tokens = prompts(2, 24)
+    with torch.no_grad():
+        train, evaluated = model.train()(tokens), model.eval()(tokens)
+    assert torch.equal(train.token_depths, evaluated.token_depths)
+    counts = [int((train.token_depths[0] > step).sum()) for step in range(3)]
+    assert counts == [24, 16, 8]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients(variant, reentrant):
+    if reentrant and variant.get("kv_strategy", "recursion") != "recursion":
+        pytest.skip("reentrant checkpointing with KV sharing is refused, tested below")
+    model = small_model(**variant)
+    tokens = prompts(2, 16)
+    plain, grads = train_step(model, input_ids=tokens, labels=tokens)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    output, again = train_step(model, input_ids=tokens, labels=tokens)
+    assert torch.equal(output.loss, plain.loss)
+    assert again.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(again[name], grad, atol=1e-6, rtol=1e-5)
+
+
+def test_reentrant_checkpointing_with_shared_keys_is_refused():
+    model = small_model(router=None, kv_strategy="shared")
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        train_step(model, input_ids=prompts(1, 8), labels=prompts(1, 8))
+
+
+def test_every_parameter_gets_a_gradient(variant):
+    model = small_model(**variant)
+    _, grads = train_step(model, input_ids=prompts(2, 16), labels=prompts(2, 16))
+    expected = {n for n, _ in model.named_parameters()}
+    assert set(grads) == expected
+
+
+def test_steps_that_no_token_takes_still_reach_every_parameter():
+    """All tokens leave after the first recursion: other processes may still wait for the rest."""
+    model = small_model(router="token")
+    router = model.model.recursion.router.layers[0]
+    with torch.no_grad():
+        router.weight.zero_()  # all scores equal: the first output wins
+    output, grads = train_step(model, input_ids=prompts(1, 6), labels=prompts(1, 6))
+    assert output.token_depths.unique().tolist() == [1]
+    assert set(grads) == {n for n, _ in model.named_parameters()}
+    assert all(g.isfinite().all() for g in grads.values())
+
+
+def test_accumulation_does_not_change_the_weight_of_any_loss(variant):
+    model = small_model(**variant)
+    model.train()
+    tokens = prompts(4, 12)
+    items = 4 * 11
+    parts = [
+        model(tokens[i : i + 1], labels=tokens[i : i + 1], num_items_in_batch=items)
+        for i in range(4)
+    ]
+    router = [p.router_loss for p in parts if p.router_loss is not None]
+    lm = model(tokens, labels=tokens).lm_loss
+    expected = lm + (sum(router) / 4 if router else 0)
+    torch.testing.assert_close(sum(p.loss for p in parts), expected)
+
+
+def comparable(config: MoRConfig) -> dict:
+    """The config without what loading adds: where from, and in which dtype."""
+    values = config.to_dict()
+    values["base_config"].pop("dtype")
+    return {k: v for k, v in values.items() if k not in ("_name_or_path", "dtype")}
+
+
+def test_save_and_load(variant, tmp_path):
+    model = small_model(**variant).eval()
+    model.save_pretrained(tmp_path)
+    tokens = prompts(2, 9)
+    want = model(tokens).logits
+    for loaded in (
+        MoRForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert type(loaded) is MoRForCausalLM
+        assert comparable(loaded.config) == comparable(model.config)
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+        torch.testing.assert_close(loaded.eval()(tokens).logits, want)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, MoRConfig)
+    assert isinstance(config.base_config, LlamaConfig)
+
+
+def test_saved_model_loads_without_importing_mor_first(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    code = (
+        "from transformers import AutoModelForCausalLM as A\n"
+        f"print(type(A.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "MoRForCausalLM", done.stderr
+
+
+def test_a_corrupt_checkpoint_is_refused(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Exception, match=r"(?i)header|incomplete|invalid|safetensors"):
+        MoRForCausalLM.from_pretrained(tmp_path)
+
+
+def test_without_router_and_sharing_it_is_the_dense_model():
+    config = small_config(num_hidden_layers=4, num_recursions=1, router=None, sharing="cycle")
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(config.base_config).eval()
+    model = MoRForCausalLM(config).eval()
+    model.load_state_dict(dense.state_dict())
+    tokens = prompts(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_dense_models_config_is_left_alone():
+    base = small_config().base_config
+    base._attn_implementation = "sdpa"
+    before = base.to_dict()
+    MoRForCausalLM(MoRConfig(base_config=base))
+    assert base.to_dict() == before
+    assert base._attn_implementation == "sdpa"
+
+
+def test_bfloat16_trains():
+    model = small_model().to(torch.bfloat16)
+    output, grads = train_step(model, input_ids=prompts(2, 16), labels=prompts(2, 16))
+    assert output.logits.dtype == torch.bfloat16
+    assert output.loss.isfinite()
+    assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_autocast_trains(router):
+    model = small_model(router=router)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, grads = train_step(model, input_ids=prompts(2, 16), labels=prompts(2, 16))
+    assert output.loss.isfinite()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values())
+
+
+def test_capacity_warmup_survives_a_checkpoint(tmp_path):
+    model = small_model(capacity_warmup_steps=10).train()
+    tokens = prompts(1, 24)
+    shares = [int((model(tokens).token_depths > 1).sum()) for _ in range(6)]
+    assert shares[0] == 24
+    assert shares[-1] < 24
+    model.save_pretrained(tmp_path)
+    loaded = MoRForCausalLM.from_pretrained(tmp_path).train()
+    for _ in range(5):
+        want, got = model(tokens).token_depths, loaded(tokens).token_depths
+        assert torch.equal(want, got)
+    assert int((model(tokens).token_depths > 1).sum()) == 16
+
+
+def test_balance_warmup_takes_every_recursion():
+    model = small_model(router="token", balance_warmup_steps=2).train()
+    depths = [model(prompts(1, 24)).token_depths.unique().tolist() for _ in range(3)]
+    assert depths[:2] == [[3], [3]]
+    assert depths[2] != [3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_recursions": 4}, "num_recursions: 4 recursions must divide the 6 layers"),
+        ({"num_recursions": 0}, "num_recursions: expected at least 1, got 0"),
+        ({"num_recursions": 7}, "7 recursions must divide"),
+        ({"sharing": "spiral"}, "sharing: expected one of"),
+        ({"router": "magic"}, "router: expected one of"),
+        ({"sharing": "middle_sequence"}, "middle_sequence has no recursion step"),
+        ({"capacities": [1.0, 0.5]}, "capacities: expected one for each of the 3"),
+        ({"capacities": [0.5, 0.6, 0.1]}, "capacities: expected values that never rise"),
+        ({"capacities": [1.0, 0.5, 0.0]}, r"capacities: expected values in \(0, 1\]"),
+        ({"capacities": [1.5, 0.5, 0.1]}, r"capacities: expected values in \(0, 1\]"),
+        (
+            {"capacities": [0.9, 0.5, 0.1], "kv_strategy": "shared"},
+            "needs every token at the first",
+        ),
+        ({"router_func": "softmax"}, "softmax needs token-choice"),
+        ({"router_type": "deep"}, "router_type: expected one of"),
+        ({"router_temperature": 0.0}, "router_temperature: expected a positive"),
+        ({"kv_strategy": "none"}, "kv_strategy: expected one of"),
+        ({"eval_routing": "random"}, "eval_routing: expected one of"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoRForCausalLM(small_config(**options))
+
+
+def test_bad_inputs():
+    model = small_model()
+    tokens = prompts(2, 6)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="attention_mask: expected at least 6 columns, got 4"):
+        model(tokens, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="attention_mask: expected shape"):
+        model(tokens, attention_mask=torch.ones(2, 1, 6, 6))
+    with pytest.raises(ValueError, match=r"position_ids: expected shape \[2, 6\], got \[2, 5\]"):
+        model(tokens, position_ids=torch.zeros(2, 5, dtype=torch.int64))
+    falling = torch.tensor([[0, 1, 2, 3, 2, 1], [0, 1, 2, 3, 4, 5]])
+    with pytest.raises(RuntimeError, match="positions"):
+        model(tokens, position_ids=falling, attention_mask=torch.ones_like(tokens))
+    with pytest.raises(ValueError, match="cu_seqlens: expected one packed row"):
+        model(tokens, cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
+    with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to 6"):
+        model(tokens[:1], cu_seq_lens_q=torch.tensor([0, 4, 3, 6], dtype=torch.int32))
+    with pytest.raises(ValueError, match="attn_implementation='mor'"):
+        MoRForCausalLM._from_config(small_config(), attn_implementation="sdpa")
+
+
+def test_nan_in_scores_is_an_error():
+    model = small_model().train()
+    with torch.no_grad():
+        model.model.recursion.routers[1].layers[0].weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"route_topk.*NaN"):
+        model(prompts(1, 8))
+
+
+def test_empty_rows_of_a_batch():
+    """A row of pads only changes nothing for the others."""
+    model = small_model().eval()
+    tokens = prompts(2, 6)
+    mask = torch.tensor([[1] * 6, [0] * 6])
+    with torch.no_grad():
+        out = model(tokens, attention_mask=mask)
+        alone = model(tokens[:1])
+    torch.testing.assert_close(out.logits[:1], alone.logits)
+    assert out.logits.isfinite().all()
+    with pytest.raises(ValueError, match="a batch of pads only"):
+        model(tokens, attention_mask=torch.zeros_like(tokens))
+
+
+def test_routing_metrics():
+    model = small_model().train()
+    assert model.routing_metrics.compute() == {}
+    model(prompts(2, 24))
+    metrics = model.routing_metrics.compute()
+    assert metrics["selected_share_1"] == 1.0
+    assert metrics["selected_share_2"] == pytest.approx(16 / 24)
+    assert metrics["selected_share_3"] == pytest.approx(8 / 24)
+    assert 0 <= metrics["sampling_accuracy"] <= 1
+    assert 0 <= metrics["dead_tokens"] <= 1
+    model.routing_metrics.reset()
+    assert model.routing_metrics.compute() == {}
+    model = small_model(router="token").train()
+    depths = model(prompts(2, 24)).token_depths
+    metrics = model.routing_metrics.compute()
+    loads = torch.bincount(depths.flatten() - 1, minlength=3).double()
+    assert metrics["max_vio"] == pytest.approx(float((loads.max() - 16) / 16))
+    assert metrics["selected_share_1"] == 1.0
+    assert metrics["selected_share_3"] == pytest.approx(float(loads[2]) / 48)

@@ -1,0 +1,108 @@
+"""A range of layers of a loaded model becomes a Mixture-of-Recursions block."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import mor
+from mor.models.swap import RoutedLayers
+
+from .test_conversion import dense_models
+from .test_generation import padded, prompts
+
+
+def swapped(name="llama", **options):
+    return mor.swap(dense_models()[name], (1, 7), **{"num_recursions": 3, **options})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_gate_one_and_full_capacity_keep_the_model(name):
+    """With one recursion of everything and H + (f(H) - H) the model is what it was."""
+    dense = dense_models()[name].eval()
+    tokens = prompts(2, 14)
+    with torch.no_grad():
+        want = dense(tokens).logits
+    model = mor.swap(dense, range(1, 7), 1, capacities=[1.0]).eval()
+    recursion = model.model.layers[1].recursion
+    original = type(recursion).forward
+
+    def replaced(self, hidden, packing, block, keep_states=False):
+        out = original(self, hidden, packing, block, keep_states)
+        rows = torch.arange(hidden.shape[0])
+        out.hidden = block(hidden, packing, 0, rows)
+        return out
+
+    recursion.forward = replaced.__get__(recursion)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens, use_cache=False).logits, want, atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_cached_generation_equals_full_forward(name, router):
+    model = swapped(name, router=router).eval()
+    assert [type(layer) is RoutedLayers for layer in model.model.layers] == [False, True, False]
+    tokens, mask = padded([5, 9, 2], "left")
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for row, n in enumerate([5, 9, 2]):
+        whole = out.sequences[row : row + 1, tokens.shape[1] - n :]
+        with torch.no_grad():
+            full = model(whole, use_cache=False).logits[0, n - 1 : -1]
+        torch.testing.assert_close(torch.stack(out.logits, 1)[row], full, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_it_trains_and_the_router_learns(router, tmp_path):
+    model = swapped(router=router)
+    tokens = prompts(8, 16)
+    rows = [{"input_ids": t, "labels": t} for t in tokens]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-3, report_to="none", logging_steps=1, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(before)
+    output = model.train()(tokens, labels=tokens)
+    routing = model.model.layers[1].routing
+    extra = 0.001 * routing.aux_loss if router == "expert" else 0.1 * routing.balancing_loss
+    lm = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    torch.testing.assert_close(output.loss, lm + extra)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = swapped(router="token").eval()
+    model.save_pretrained(tmp_path)
+    loaded = mor.load_swapped(tmp_path).eval()
+    tokens = prompts(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_bad_swaps(tmp_path):
+    with pytest.raises(ValueError, match=r"expected layers within 0\.\.8, got range\(1, 9\)"):
+        mor.swap(dense_models()["llama"], (1, 9), 2)
+    with pytest.raises(ValueError, match="4 recursions must divide the 6 layers"):
+        swapped(num_recursions=4)
+    with pytest.raises(ValueError, match="router to be expert or token"):
+        swapped(router="none")
+    with pytest.raises(ValueError, match="routed layers already"):
+        mor.swap(swapped(), (0, 1), 1)
+    with pytest.raises(ValueError, match=r"model\.layers"):
+        mor.swap(torch.nn.Linear(2, 2), (0, 1), 1)
+    dense_models()["llama"].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no swapped model"):
+        mor.load_swapped(tmp_path)

@@ -1,0 +1,56 @@
+"""Packing a padded batch and back."""
+
+import torch
+
+from mor.modules import Packing, pack
+
+CPU = torch.device("cpu")
+
+
+def test_without_padding_nothing_moves():
+    batch = pack((2, 3), CPU)
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    assert batch.rows is None
+    assert batch.packing.cu_seqlens.tolist() == [0, 3, 6]
+    assert batch.packing.positions.tolist() == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(batch.unpack(batch.pack(x)), x)
+    assert pack((2, 3), CPU, torch.ones(2, 3)).rows is None
+
+
+def test_pads_are_left_out_and_show_the_token_before_them():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    batch = pack((3, 4), CPU, mask)
+    assert batch.packing.cu_seqlens.tolist() == [0, 2, 6, 7]
+    assert batch.packing.lengths == (2, 4, 1)
+    assert batch.packing.positions.tolist() == [1, 2, 0, 1, 2, 3, 0]
+    x = torch.arange(12.0).reshape(3, 4, 1)
+    packed = batch.pack(x)
+    assert packed.flatten().tolist() == [1, 2, 4, 5, 6, 7, 8]
+    shown = batch.unpack(packed).squeeze(-1).tolist()
+    assert shown == [[1, 1, 2, 2], [4, 5, 6, 7], [8, 8, 8, 8]]
+    depths = batch.unpack_masked(torch.ones(7, dtype=torch.int64), 0)
+    assert torch.equal(depths, mask)
+
+
+def test_past_columns_of_the_mask_are_ignored():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    batch = pack((2, 1), CPU, mask, past_length=2)
+    assert batch.rows is None
+    assert batch.packing.positions.tolist() == [2, 2]
+
+
+def test_documents_start_where_positions_restart():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    batch = pack((2, 5), CPU, position_ids=positions)
+    assert batch.packing.cu_seqlens.tolist() == [0, 3, 5, 6, 10]
+    assert batch.packing.lengths == (3, 2, 1, 4)
+
+
+def test_sequences_and_ranks_of_rows():
+    packing = Packing.from_lengths([2, 0, 3], torch.arange(5))
+    assert packing.sequence_ids.tolist() == [0, 0, 2, 2, 2]
+    assert packing.ranks.tolist() == [0, 1, 0, 1, 2]
+    chosen = packing.select(torch.tensor([1, 2, 4]), lengths=[1, 0, 2])
+    assert chosen.cu_seqlens.tolist() == [0, 1, 1, 3]
+    assert chosen.positions.tolist() == [1, 2, 4]
+    assert chosen.sequence_ids.tolist() == [0, 2, 2]

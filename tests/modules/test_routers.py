@@ -1,0 +1,55 @@
+"""Routers and their losses against what the paper writes."""
+
+import pytest
+import torch
+
+from mor.modules import Router, RouterScore
+from mor.modules.routers import aux_loss, balancing_loss, z_loss
+
+
+@pytest.mark.parametrize(("kind", "width"), [("linear", 0), ("mlp", 2), ("wide_mlp", 4)])
+def test_router_sizes(kind, width):
+    router = Router(8, 3, kind)
+    sizes = [tuple(layer.weight.shape) for layer in router.layers]
+    assert sizes == ([(3, 8)] if not width else [(8 * width, 8), (3, 8 * width)])
+    assert router(torch.randn(5, 8)).shape == (5, 3)
+
+
+def test_logits_are_float32_in_any_model():
+    router = Router(8, temperature=2.0).to(torch.bfloat16)
+    x = torch.randn(5, 8).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(x)
+    assert logits.dtype == torch.float32
+    want = x.double() / 2 @ router.layers[0].weight.double().T
+    torch.testing.assert_close(logits.double(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_losses():
+    logits = torch.tensor([2.0, -1.0, 0.5])
+    p = logits.sigmoid()
+    want = -(p[0].log() + (1 - p[1]).log() + p[2].log()) / 3
+    torch.testing.assert_close(aux_loss(logits, torch.tensor([0, 2])), want)
+    scores = torch.full((6, 3), 1 / 3)
+    torch.testing.assert_close(
+        balancing_loss(scores, torch.tensor([0, 0, 1, 1, 2, 2])), torch.tensor(1.0)
+    )
+    torch.testing.assert_close(z_loss(torch.tensor([[3.0], [1.0]])), torch.tensor(5.0))
+
+
+def test_losses_of_no_tokens_are_zero_and_have_gradients():
+    empty = torch.empty(0, 3, requires_grad=True)
+    rows = torch.empty(0, dtype=torch.int64)
+    total = aux_loss(empty[:, 0], rows) + balancing_loss(empty, rows) + z_loss(empty)
+    total.backward()
+    assert total == 0
+    assert empty.grad is not None
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="router_type: expected one of"):
+        Router(8, router_type="conv")
+    with pytest.raises(ValueError, match="router_temperature"):
+        Router(8, temperature=-1)
+    with pytest.raises(ValueError, match="router_func: expected one of"):
+        RouterScore("relu", 1.0)

@@ -1,0 +1,280 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mor.ops import route_topk
+from mor.ops.route_topk import reference
+from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SPECIAL = torch.tensor(
+    [0.0, -0.0, torch.inf, -torch.inf, 1e-40, -1e-40, 5e-324, 1.0], dtype=torch.float64
+)
+VALUES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "random": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64),
+    "tiny": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64) * 1e-39,
+    "ties": lambda n, g: torch.randn(n, generator=g, dtype=torch.float64).round(),
+    "equal": lambda n, g: torch.full((n,), -0.25, dtype=torch.float64),
+    "rising": lambda n, g: torch.arange(n, dtype=torch.float64) - n // 2,
+    "falling": lambda n, g: n // 2 - torch.arange(n, dtype=torch.float64),
+    "special": lambda n, g: SPECIAL[torch.randint(0, len(SPECIAL), (n,), generator=g)],
+    # Close to one another: the order is in the lowest bits.
+    "close": lambda n, g: 1 + torch.randint(0, 99, (n,), generator=g, dtype=torch.float64) * 2e-7,
+}  # fmt: skip
+LENGTHS = {
+    "no-sequences": [],
+    "no-rows": [0, 0],
+    "single": [1],
+    "ragged": [5, 0, 63, 64, 65, 1, 130, 0],
+    "long": [2048, 1000],
+    "threads": [9000, 20000, 3, 8000],
+}
+K = {
+    "none": lambda available: 0,
+    "all": lambda available: available,
+    "half": lambda available: (available + 1) // 2,
+    "one": lambda available: min(available, 1),
+    "all-but-one": lambda available: max(available - 1, 0),
+}
+MASKS = ("", "candidates", "protected_rows", "both")
+
+
+def packed(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def case(lengths: str, values: str, k: str, masks: str = "", by_score: bool = False) -> OpCase:
+    def make(dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
+        n = sum(LENGTHS[lengths])
+        inputs: dict[str, Any] = {
+            "scores": VALUES[values](n, generator).to(dtype),
+            "candidates": None,
+            "protected_rows": None,
+            "cu_seqlens": packed(LENGTHS[lengths]),
+            "by_score": by_score,
+        }
+        competes = torch.ones(n, dtype=torch.bool)
+        if masks in ("candidates", "both"):
+            competes = inputs["candidates"] = torch.rand(n, generator=generator) < 0.6
+        if masks in ("protected_rows", "both"):
+            inputs["protected_rows"] = torch.rand(n, generator=generator) < 0.1
+            competes = competes & ~inputs["protected_rows"]
+        available = [int(part.sum()) for part in competes.split(LENGTHS[lengths])]
+        inputs["k"] = torch.tensor([K[k](a) for a in available], dtype=torch.int64)
+        return {a: v.to(device) if isinstance(v, Tensor) else v for a, v in inputs.items()}
+
+    def raw_args(
+        scores: Tensor,
+        k: Tensor,
+        cu_seqlens: Tensor,
+        candidates: Tensor | None,
+        protected_rows: Tensor | None,
+        by_score: bool,
+    ) -> tuple[Any, ...]:
+        kept = 0 if protected_rows is None else int(protected_rows.sum())
+        num_rows = int(k.sum()) + kept
+        return scores, 0, k, cu_seqlens, num_rows, candidates, protected_rows, by_score
+
+    return OpCase(
+        id="-".join(filter(None, (lengths, values, k, masks, "by-score" if by_score else ""))),
+        op=route_topk,
+        reference=reference,
+        raw=torch.ops.mor.route_topk.default if values == "random" and masks else None,
+        raw_args=raw_args,
+        make=make,
+        exact=True,
+    )
+
+
+CASES = (
+    [case(lengths, "random", "half") for lengths in LENGTHS]
+    + [case("ragged", values, "half") for values in VALUES]
+    + [case("ragged", "ties", k) for k in K]
+    + [
+        case("ragged", values, "half", masks, by_score)
+        for masks in MASKS
+        for values in ("random", "special")
+        for by_score in (False, True)
+    ]
+    + [case("long", "close", "half", "both"), case("no-rows", "random", "none", "both", True)]
+    + [case("threads", "ties", "half", masks, masks == "both") for masks in MASKS]
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op_case", {c.id: c for c in CASES}.values(), ids=lambda c: c.id)
+def test_route_topk(op_case: OpCase, dtype: torch.dtype) -> None:
+    check_op(op_case, dtype)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with instruction_set(isa):
+        for lengths in ("ragged", "long"):
+            for values in VALUES:
+                for masks in MASKS:
+                    op_case = case(lengths, values, "half", masks)
+                    inputs = op_case.make(dtype, "cpu", generator)
+                    assert torch.equal(route_topk(**inputs), reference(**inputs)), op_case.id
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_k(dtype: torch.dtype) -> None:
+    scores = torch.randn(67, generator=torch.Generator().manual_seed(2)).round(decimals=1).to(dtype)
+    for k in range(68):
+        for by_score in (False, True):
+            rows = route_topk(scores, k, packed([67]), by_score=by_score)
+            assert torch.equal(rows, reference(scores, k, packed([67]), by_score=by_score))
+
+
+def test_counts_of_more_than_16_bits() -> None:
+    # The kernel counts in 16-bit lanes; 2^20 equal rows reach every lane more than 2^15 times.
+    scores = torch.zeros(2**20 + 3)
+    scores[-3:] = 1.0
+    rows = route_topk(scores, 600_000, packed([scores.numel()]))
+    expected = torch.cat([torch.arange(600_000 - 3), torch.arange(3) + 2**20])
+    assert torch.equal(rows, expected)
+
+
+def test_an_int_k_is_the_same_for_every_sequence() -> None:
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2])
+    cu_seqlens = packed([3, 2])
+    assert route_topk(scores, 2, cu_seqlens).tolist() == [1, 2, 3, 4]
+    assert route_topk(scores, 1, cu_seqlens, by_score=True).tolist() == [1, 3]
+    assert route_topk(scores, torch.tensor([1, 2]), cu_seqlens, num_rows=3).tolist() == [1, 3, 4]
+
+
+def test_ranks_in_float32() -> None:
+    # Equal in bfloat16, different in float32: the float32 scores decide.
+    scores = torch.tensor([1.0, 1.0 + 2**-20, 1.0 - 2**-20])
+    assert route_topk(scores, 1, packed([3])).tolist() == [1]
+    assert route_topk(scores.bfloat16(), 1, packed([3])).tolist() == [0]
+
+
+def test_scores_that_require_grad_give_rows_without() -> None:
+    scores = torch.randn(8, requires_grad=True)
+    rows = route_topk(scores, 3, packed([8]))
+    assert not rows.requires_grad
+    scores[rows].sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.sum() == 3
+
+
+def test_nan_that_does_not_compete_is_ignored() -> None:
+    scores = torch.tensor([torch.nan, 2.0, torch.nan, 1.0, 3.0])
+    candidates = torch.tensor([False, True, True, True, True])
+    protected_rows = torch.tensor([False, False, True, False, False])
+    masks = {"candidates": candidates, "protected_rows": protected_rows}
+    assert route_topk(scores, 2, packed([5]), **masks).tolist() == [1, 2, 4]
+    assert route_topk(scores, 2, packed([5]), by_score=True, **masks).tolist() == [4, 1, 2]
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", [0, 63, 70])
+def test_nan_names_the_row(isa: str, dtype: torch.dtype, row: int) -> None:
+    scores = torch.zeros(71, dtype=dtype)
+    scores[row] = torch.nan
+    with instruction_set(isa):
+        for k in (0, 1, 35):
+            with pytest.raises(RuntimeError, match=rf"without NaN, got scores\[{row}\] = nan"):
+                route_topk(scores, torch.tensor([0, k]), packed([0, 71]))
+
+
+SCORES, CU, TWO = torch.zeros(5), packed([3, 2]), torch.tensor([1, 1])
+BAD_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "scores-rank": (r"scores of shape \[N\], got \[5, 1\]", {"scores": SCORES[:, None]}),
+    "scores-dtype": ("scores of dtype float32.* got Long", {"scores": torch.zeros(5).long()}),
+    "k-rank": (r"k of shape \[B\], got \[2, 1\]", {"k": TWO[:, None]}),
+    "k-dtype": ("k of dtype Long, got Int", {"k": TWO.int()}),
+    "k-size": (r"k of 2 elements .one for each sequence.*got \[3\]", {"k": torch.ones(3).long()}),
+    "cu-rank": (r"cu_seqlens of shape \[B \+ 1\], got \[\]", {"cu_seqlens": CU[0]}),
+    "cu-dtype": ("cu_seqlens of dtype Int, got Long", {"cu_seqlens": CU.long()}),
+    "cu-empty": ("cu_seqlens of at least one element", {"cu_seqlens": CU[:0], "k": TWO[:0]}),
+    "rows-negative": ("num_rows >= 0, got -1", {"num_rows": -1}),
+    "int-k-negative": ("k >= 0, got -1", {"k": -1}),
+    "candidates-rank": (r"candidates of shape \[N\]", {"candidates": torch.ones(5, 1).bool()}),
+    "candidates-dtype": ("candidates of dtype Bool, got Long", {"candidates": TWO.new_ones(5)}),
+    "candidates-size": ("candidates of 5 elements", {"candidates": torch.ones(4).bool()}),
+    "protected-dtype": ("protected_rows of dtype Bool", {"protected_rows": torch.ones(5)}),
+    "protected-size": ("protected_rows of 5 elements", {"protected_rows": torch.ones(6).bool()}),
+}  # fmt: skip
+BAD_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
+    "k-negative": ("k >= 0, got k = -1 for sequence 1", {"k": torch.tensor([3, -1])}),
+    "k-large": (
+        "sequence 1 has 2 rows to choose from, got k = 3",
+        {"k": torch.tensor([0, 3]), "num_rows": 3},
+    ),
+    "k-candidates": (
+        "sequence 0 has 1 rows to choose from, got k = 2",
+        {"k": torch.tensor([2, 0]), "candidates": torch.tensor([True, False, False, True, True])},
+    ),
+    "k-protected": (
+        "sequence 0 has 2 rows to choose from, got k = 3",
+        {
+            "k": torch.tensor([3, 0]),
+            "num_rows": 4,
+            "protected_rows": torch.tensor([True, False, False, False, False]),
+        },
+    ),
+    "int-k-large": ("sequence 1 has 2 rows to choose from, got k = 3", {"k": 3, "num_rows": None}),
+    "num-rows": ("expected num_rows = 2 .*got 3", {"num_rows": 3}),
+    "cu-start": ("cu_seqlens to start at 0, got 1", {"cu_seqlens": CU + 1}),
+    "cu-falls": (
+        "cu_seqlens never to fall, got 6 then 5 at 2",
+        {"cu_seqlens": torch.tensor([0, 6, 5]).int()},
+    ),
+    "cu-end": (
+        r"cu_seqlens to end at 5 .*got 4",
+        {"cu_seqlens": torch.tensor([0, 3, 4]).int()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_SHAPES, *BAD_VALUES])
+def test_bad_input(name: str) -> None:
+    message, change = {**BAD_SHAPES, **BAD_VALUES}[name]
+    inputs = {"scores": SCORES, "k": TWO, "cu_seqlens": CU, "num_rows": 2, **change}
+    check_bad_input("route_topk: .*" + message, route_topk, **inputs, fake=name in BAD_SHAPES)
+
+
+@pytest.mark.parametrize("operand", ["k", "cu_seqlens", "candidates", "protected_rows"])
+def test_operands_of_two_devices_are_refused(operand: str) -> None:
+    with FakeTensorMode():
+        inputs: dict[str, Any] = {
+            "k": torch.ones(2, dtype=torch.int64, device="cuda"),
+            "cu_seqlens": torch.zeros(3, dtype=torch.int32, device="cuda"),
+            "candidates": torch.ones(5, dtype=torch.bool, device="cuda"),
+            "protected_rows": torch.ones(5, dtype=torch.bool, device="cuda"),
+        }
+        inputs[operand] = inputs[operand].to("cpu")
+        scores = torch.zeros(5, device="cuda")
+        with pytest.raises(
+            RuntimeError, match=f"route_topk: expected {operand} on cuda:0, got cpu"
+        ):
+            route_topk(scores, **inputs, num_rows=2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+    def select(scores: Tensor, cu_seqlens: Tensor, k: int, candidates: Tensor) -> Tensor:
+        rows = route_topk(scores.float() * 2, k, cu_seqlens, candidates=candidates)
+        return scores[rows]
+
+    compiled = torch.compile(select, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for k in (3, 5):
+        scores, candidates = torch.randn(24), torch.arange(24) % 3 > 0
+        args = scores, packed([12, 12]), k, candidates
+        assert torch.equal(compiled(*args), select(*args))
+
+
+def test_cuda_kernel_is_registered() -> None:
+    if not torch.ops.mor.cuda_architectures():
+        pytest.skip("built without CUDA")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("mor::route_topk", "CUDA")

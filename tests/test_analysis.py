@@ -1,0 +1,99 @@
+"""mor.analysis against what is counted while a model runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
+
+from mor import MoRForCausalLM, analysis
+
+from .models.conftest import small_config, small_model
+from .models.test_generation import prompts
+
+COUNTED = {
+    "expert": {"router": "expert"},
+    "expert-shared": {"router": "expert", "kv_strategy": "shared"},
+    "expert-hybrid": {"router": "expert", "kv_strategy": "hybrid"},
+    "expert-capacities": {"capacities": [0.75, 0.5, 0.25]},
+    "recursive": {"router": None},
+    "recursive-shared": {"router": None, "kv_strategy": "shared"},
+}
+
+
+@pytest.mark.parametrize("options", COUNTED.values(), ids=COUNTED)
+def test_flops_are_those_counted(options):
+    model = small_model(**options).train()
+    length = 48
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(prompts(2, length))
+    counted = counter.get_total_flops() / (2 * length)
+    predicted = analysis.flops_per_token(model.config, length)
+    # Shared keys: the prediction spreads the selected queries evenly over the sequence.
+    tolerance = 0.02 if options.get("kv_strategy", "recursion") != "recursion" else 1e-6
+    assert counted == pytest.approx(predicted, rel=tolerance)
+
+
+def test_training_flops_are_those_counted():
+    model = small_model().train()
+    tokens = prompts(2, 48)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).loss.backward()
+    counted = counter.get_total_flops() / 96
+    # The first layer's input needs no gradient, the embedding being a lookup: a little less.
+    assert counted == pytest.approx(
+        analysis.flops_per_token(model.config, 48, training=True), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("options", COUNTED.values(), ids=COUNTED)
+def test_kv_bytes_are_those_kept(options):
+    # eval_routing topk, so that exactly the capacities are kept.
+    model = small_model(eval_routing="topk", **options).eval()
+    with torch.no_grad():
+        cache = model(prompts(2, 48), use_cache=True).past_key_values
+    kept = 0
+    for layer in cache.layers:
+        if layer.lengths is not None:
+            row = layer.keys[0, 0].numel() * layer.keys.element_size()
+            kept += 2 * row * int(layer.lengths.sum())
+    assert kept / 96 == pytest.approx(analysis.kv_bytes_per_token(model.config))
+
+
+def test_parameters_and_dense_models():
+    config = small_config()
+    model, dense = MoRForCausalLM(config), LlamaForCausalLM(config.base_config)
+    assert analysis.count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert analysis.count_parameters(config.base_config) == sum(
+        p.numel() for p in dense.parameters()
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dense(prompts(1, 48))
+    # PyTorch's counter knows no formula for the CPU's SDPA kernel; everything else agrees.
+    parts = analysis.flops_breakdown(config.base_config, 48)
+    full = sum(parts.values()) - parts["attention"]
+    assert counter.get_total_flops() / 48 == pytest.approx(full, rel=1e-6)
+
+
+def test_paper_ratios_of_flops():
+    """MoR-2/3/4 at 360M cost 0.746, 0.664 and 0.662 of vanilla (step counts of the paper)."""
+    from transformers import LlamaConfig
+
+    from mor import MoRConfig
+
+    for recursions, layers, ratio in ((2, 32, 0.746), (3, 32, 0.664), (4, 34, 0.662)):
+        base = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=960,
+            intermediate_size=2560,
+            num_hidden_layers=layers,
+            num_attention_heads=15,
+            num_key_value_heads=5,
+        )
+        config = MoRConfig(base_config=base, num_recursions=recursions)
+        vanilla = LlamaConfig(**{**base.to_dict(), "num_hidden_layers": 32})
+
+        def without_head(c):
+            parts = analysis.flops_breakdown(c, 2048)
+            return sum(parts.values()) - parts["head"] - parts["router"]
+
+        assert without_head(config) / without_head(vanilla) == pytest.approx(ratio, abs=0.002)

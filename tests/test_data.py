@@ -1,0 +1,337 @@
+"""Sources of text, the tokenizer, the token files and the blocks cut from them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from mor import data as data_module
+from mor.corpus import Corpus, Document, open_corpus, split_documents
+from mor.data import TokenBlocks, load_tokenizer, prepare_tokens, train_tokenizer
+
+
+def _texts(corpus: Corpus) -> list[str]:
+    return [text for _, text in corpus.documents()]
+
+
+def _corpus(texts: list[str], identity: str = "x") -> Corpus:
+    return Corpus("a test", identity, lambda: iter(Document(text, text) for text in texts))
+
+
+@pytest.fixture(scope="module")
+def books() -> list[str]:
+    """Two hundred short documents of words."""
+    return [
+        " ".join(f"word{number * 7 % 90} and" for number in range(n, n + 30)) for n in range(200)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(books):
+    return train_tokenizer(_corpus(books), vocab_size=300)
+
+
+# Sources
+
+
+def test_standard_library_is_the_default_and_always_the_same():
+    first, second = open_corpus(), open_corpus()
+    keys = [key for key, _ in first.documents()]
+    assert keys == sorted(keys)
+    assert keys == [key for key, _ in second.documents()]
+    assert first.identity == second.identity
+    assert {"ast.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(keys)
+    assert not any(
+        part in ("test", "site-packages", "encodings") for key in keys for part in key.split("/")
+    )
+
+
+def test_standard_library_has_enough_text_and_a_held_out_part():
+    sizes = {True: 0, False: 0}
+    for text, held_out in split_documents(open_corpus()):
+        sizes[held_out] += len(text)
+    assert sum(sizes.values()) > 5_000_000
+    assert 0.02 < sizes[True] / sum(sizes.values()) < 0.1
+
+
+def _write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def _write_parquet(path: Path, columns: dict[str, list]) -> Path:
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_each_kind_of_file_gives_its_texts(tmp_path):
+    texts = ["one\ntwo", "drei ä"]
+    records = [{"text": text, "other": 1} for text in texts]
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert _texts(open_corpus(tmp_path / "a.txt")) == texts[:1]
+    assert _texts(open_corpus(tmp_path / "a.json")) == texts
+    assert _texts(open_corpus(_write_jsonl(tmp_path / "a.jsonl", records))) == texts
+    assert _texts(open_corpus(_write_parquet(tmp_path / "a.parquet", {"text": texts}))) == texts
+
+
+def test_text_field_can_be_named(tmp_path):
+    path = _write_jsonl(tmp_path / "a.jsonl", [{"content": "hello"}])
+    assert _texts(open_corpus(path, text_field="content")) == ["hello"]
+    path = _write_parquet(tmp_path / "a.parquet", {"content": ["hello"], "text": [1]})
+    assert _texts(open_corpus(path, text_field="content")) == ["hello"]
+
+
+def test_directory_is_read_in_order_without_hidden_and_other_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name in ("b.txt", "sub/a.md", ".hidden.txt", ".git/x.txt", "picture.png"):
+        (tmp_path / name).write_text(name)
+    assert _texts(open_corpus(tmp_path)) == ["b.txt", "sub/a.md"]
+
+
+def test_identity_changes_with_the_files(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = open_corpus(tmp_path).identity
+    assert open_corpus(tmp_path).identity == before
+    path.write_text("longer")
+    assert open_corpus(tmp_path).identity != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe", r"cannot read .*a\.txt: not UTF-8 text \(byte 0\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"', r"cannot read .*a\.jsonl: not JSON"),
+        (
+            "a.jsonl",
+            b'{"body": "a"}\n',
+            r"no text field 'text' in .*a\.jsonl, line 1; its fields are body",
+        ),
+        ("a.jsonl", b'["a"]\n', "expected an object with a text field 'text' in .* got list"),
+        ("a.json", b'{"text": 3}', "expected text in field 'text' of .*record 1, got int"),
+        ("a.parquet", b"PAR1 not really", r"cannot read .*a\.parquet"),
+        ("a.png", b"", r"cannot read .*a\.png: expected a file ending in \.txt"),
+    ],
+)
+def test_unreadable_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        _texts(open_corpus(tmp_path / name))
+
+
+def test_parquet_without_the_text_field_lists_its_fields(tmp_path):
+    path = _write_parquet(tmp_path / "a.parquet", {"body": ["a"], "id": [1]})
+    with pytest.raises(
+        ValueError, match=r"no text field 'text' in .*a\.parquet; its fields are body, id"
+    ):
+        _texts(open_corpus(path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_file_without_permission_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("secret")
+    path.chmod(0)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.txt: Permission denied"):
+        _texts(open_corpus(path))
+
+
+def test_missing_path_and_empty_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"no such file or directory: .*nothing\.txt"):
+        open_corpus(str(tmp_path / "nothing.txt"))
+    with pytest.raises(ValueError, match="no text in"):
+        open_corpus(tmp_path)
+
+
+def test_unreachable_dataset_is_a_clear_error():
+    code = "from mor.corpus import open_corpus; open_corpus('somebody/some-dataset')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "ValueError: 'somebody/some-dataset' is no local path, and opening it" in result.stderr
+
+
+def test_dataset_is_streamed_with_its_field_and_split(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, config, **options):
+        asked.update(name=name, config=config, **options)
+        return datasets.Dataset.from_dict({"body": ["a", "b"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = open_corpus("owner/name", text_field="body", config="small", split="test")
+    assert _texts(corpus) == ["a", "b"] == _texts(corpus)
+    assert asked == {"name": "owner/name", "config": "small", "split": "test", "streaming": True}
+    with pytest.raises(
+        ValueError, match="no text field 'text' in dataset owner/name; its fields are body"
+    ):
+        _texts(open_corpus("owner/name"))
+
+
+def test_split_depends_on_each_document_alone(books):
+    held = {text for text, held_out in split_documents(_corpus(books)) if held_out}
+    held_reversed = {text for text, held_out in split_documents(_corpus(books[::-1])) if held_out}
+    assert held == held_reversed
+    assert 0 < len(held) < 30
+    assert not any(held_out for _, held_out in split_documents(_corpus(books[:39])))
+
+
+# Tokenizer
+
+
+def test_tokenizer_round_trips_any_text_and_its_folder(tokenizer, tmp_path):
+    text = "def f(x):\n\treturn 'ä 🎉\u0000'  # <|endoftext|>\n"
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id not in ids
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert len(loaded) == len(tokenizer) == 300
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.eos_token_id == tokenizer.eos_token_id == 0
+
+
+def test_tokenizer_training_is_deterministic(books, tokenizer):
+    again = train_tokenizer(_corpus(books), vocab_size=300)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_tokenizer_errors(books, tmp_path):
+    with pytest.raises(ValueError, match="vocab_size must be at least 257"):
+        train_tokenizer(_corpus(books), vocab_size=256)
+    with pytest.raises(ValueError, match="empty corpus: a test holds no text"):
+        train_tokenizer(_corpus(["", ""]))
+    with pytest.raises(ValueError, match="cannot load a tokenizer from"):
+        load_tokenizer(tmp_path)
+
+
+# Token files
+
+
+def test_token_files_hold_every_document_once(books, tokenizer, tmp_path):
+    files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+    texts = []
+    for path in (files.train, files.validation):
+        tokens = np.fromfile(path, dtype=files.dtype)
+        assert tokens[-1] == files.end_of_text
+        documents = np.split(tokens, np.flatnonzero(tokens == files.end_of_text) + 1)[:-1]
+        texts += [tokenizer.decode(document[:-1]) for document in documents]
+    assert sorted(texts) == sorted(books)
+    assert files.validation.stat().st_size > 0
+
+
+def test_end_is_held_out_of_one_long_text(tokenizer, tmp_path, monkeypatch):
+    # Small pieces: cutting a long text must neither lose nor add anything.
+    monkeypatch.setattr(data_module, "_PIECE", 100)
+    text = "\n".join(f"line {number}" for number in range(500)) + "x" * 300
+    files = prepare_tokens(_corpus([text]), tokenizer, tmp_path)
+    train, validation = (
+        np.fromfile(path, dtype=files.dtype) for path in (files.train, files.validation)
+    )
+    assert len(validation) == round(0.05 * (len(train) + len(validation)))
+    assert tokenizer.decode(np.concatenate([train, validation])[:-1]) == text
+
+
+def test_token_files_are_reused_until_something_changes(books, tokenizer, tmp_path):
+    passes = []
+
+    def corpus(identity: str) -> Corpus:
+        def documents():
+            passes.append(identity)
+            return iter([Document(text, text) for text in books])
+
+        return Corpus("a test", identity, documents)
+
+    first = prepare_tokens(corpus("a"), tokenizer, tmp_path)
+    assert prepare_tokens(corpus("a"), tokenizer, tmp_path) == first
+    assert passes == ["a"]
+    assert prepare_tokens(corpus("b"), tokenizer, tmp_path) != first
+    other = train_tokenizer(_corpus(books), vocab_size=280)
+    assert prepare_tokens(corpus("a"), other, tmp_path) != first
+    assert prepare_tokens(corpus("a"), tokenizer, tmp_path, max_tokens=500) != first
+    assert passes == ["a", "b", "a", "a"]
+
+
+def test_damaged_token_file_is_made_again(books, tokenizer, tmp_path):
+    files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+    whole = files.train.read_bytes()
+    files.train.write_bytes(whole[:-10])
+    assert prepare_tokens(_corpus(books), tokenizer, tmp_path) == files
+    assert files.train.read_bytes() == whole
+
+
+def test_interrupted_tokenising_leaves_nothing_to_reuse(books, tokenizer, tmp_path):
+    def documents():
+        yield from (Document(text, text) for text in books[:150])
+        raise ValueError("disk gone")
+
+    with pytest.raises(ValueError, match="disk gone"):
+        prepare_tokens(Corpus("a test", "x", documents), tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_max_tokens_stops_early(books, tokenizer, tmp_path):
+    files = prepare_tokens(_corpus(books * 20), tokenizer, tmp_path, max_tokens=2000)
+    count = files.train.stat().st_size // 2
+    assert 2000 <= count < 20_000
+
+
+def test_empty_corpus(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="empty corpus: a test holds no text"):
+        prepare_tokens(_corpus(["", ""]), tokenizer, tmp_path)
+
+
+def test_vocabulary_above_65536_uses_four_bytes(books, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: 70_000)
+    assert prepare_tokens(_corpus(books), tokenizer, tmp_path).dtype == "uint32"
+
+
+# Blocks
+
+
+def test_blocks_cover_the_file_in_order(books, tokenizer, tmp_path):
+    files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+    tokens = np.fromfile(files.train, dtype=files.dtype)
+    blocks = TokenBlocks(files, 32)
+    assert len(blocks) == len(tokens) // 32
+    rows = torch.stack([blocks[index]["input_ids"] for index in range(len(blocks))])
+    assert rows.dtype == torch.int64
+    assert np.array_equal(rows.flatten(), tokens[: len(blocks) * 32])
+    assert torch.equal(blocks[3]["labels"], blocks[3]["input_ids"])
+    assert "position_ids" not in blocks[3]
+
+
+def test_separated_documents_restart_positions_and_hide_first_tokens(tmp_path):
+    path = tmp_path / "train.bin"
+    np.array([5, 6, 0, 7, 0, 0, 8, 9], dtype="uint16").tofile(path)
+    files = data_module.TokenFiles(path, path, "uint16", 0, "x")
+    block = TokenBlocks(files, 8, separate_documents=True)[0]
+    assert block["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+    assert block["labels"].tolist() == [-100, 6, 0, -100, 0, -100, -100, 9]
+
+
+def test_max_blocks_are_spread_over_the_file(tmp_path):
+    path = tmp_path / "train.bin"
+    np.arange(1, 101, dtype="uint16").tofile(path)
+    blocks = TokenBlocks(data_module.TokenFiles(path, path, "uint16", 0, "x"), 10, max_blocks=3)
+    assert [blocks[index]["input_ids"][0].item() for index in range(len(blocks))] == [1, 31, 61]
+
+
+def test_corpus_shorter_than_one_block(books, tokenizer, tmp_path):
+    files = prepare_tokens(_corpus(books[:2]), tokenizer, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"corpus too short: its train part has \d+ tokens, one block needs 9999"
+    ):
+        TokenBlocks(files, 9999)

@@ -1,0 +1,90 @@
+"""The demo and the example, at a size that takes seconds."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mor.demo import DemoSizes, run_demo
+
+ROOT = Path(__file__).parent.parent
+TINY = DemoSizes(
+    dense_steps=8,
+    batch_size=2,
+    seq_len=32,
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    heads=2,
+    layers=5,
+    evaluations=2,
+    eval_rows=4,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These models are too small for two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return run_demo(folder, sizes=TINY), folder
+
+
+def test_both_models_get_the_same_training_flops(demo):
+    (mor, dense), _ = demo
+    step = mor.train_flops / mor.train_tokens * TINY.batch_size * TINY.seq_len
+    assert abs(mor.train_flops - dense.train_flops) <= step / 2
+    assert mor.train_tokens > dense.train_tokens
+    assert mor.parameters < dense.parameters
+    assert mor.kv_bytes_per_token < dense.kv_bytes_per_token
+
+
+def test_every_evaluation_is_on_the_curve_and_the_last_is_the_result(demo):
+    for result in demo[0]:
+        flops = [point[0] for point in result.curve]
+        assert len(flops) == TINY.evaluations
+        assert flops == sorted(flops)
+        assert result.train_flops == flops[-1]
+        assert result.validation_loss == result.curve[-1][1]
+        assert 0 < result.validation_loss < 7
+        assert result.tokens_per_second > 0
+
+
+def test_demo_writes_pictures_page_table_sample_and_models(demo):
+    results, folder = demo
+    for name in ("loss_against_flops.png", "depth_by_position.png"):
+        with Image.open(folder / name) as image:
+            assert image.width == 1200
+    page = (folder / "depth.html").read_text()
+    assert page.count('<span class="t d') > 400
+    assert "<script" not in page
+    saved = json.loads((folder / "results.json").read_text())
+    assert [row["name"] for row in saved] == [result.name for result in results]
+    lines = (folder / "results.md").read_text().splitlines()
+    assert len(lines) == 9
+    assert f"{results[0].validation_loss:.3f}" in lines[-1]
+    assert "def main():" in (folder / "sample.md").read_text()
+    for name in ("mor", "llama"):
+        assert (folder / name / "model.safetensors").exists()
+
+
+def test_example_trains(tmp_path):
+    path = ROOT / "examples" / "train_mor.py"
+    specification = importlib.util.spec_from_file_location("train_mor", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    options = "--max_steps 2 --logging_steps 1 --per_device_train_batch_size 1 --use_cpu".split()
+    trainer = example.main([*example.DEFAULTS, *options, "--output_dir", str(tmp_path)])
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(8.3, abs=0.3)  # log(4096): nothing learnt yet
