@@ -179,7 +179,7 @@ def swap(
         ...     num_hidden_layers=8, vocab_size=64)
         >>> model = swap(LlamaForCausalLM(config), (1, 7), num_recursions=3)
         >>> len(model.model.layers)
-        4
+        3
     """
     span = layers if isinstance(layers, range) else range(*layers)
     stack = getattr(getattr(model, "model", None), "layers", None)
