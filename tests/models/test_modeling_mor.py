@@ -1,4 +1,7 @@
-"""Training: losses, padding, packed documents, checkpointing, saving; and what is refused."""
+"""Training: losses, padding, packed documents, checkpointing, saving; and what is refused.
+
+Over 300 lines in one file: they share the small models and their training step.
+"""
 
 import subprocess
 import sys
