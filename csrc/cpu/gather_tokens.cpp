@@ -19,7 +19,7 @@ Tensor gather_tokens_cpu(const Tensor& x_in, const Tensor& rows_in) {
   const auto* in = static_cast<const char*>(x.data);
   auto* out = static_cast<char*>(y.mutable_data_ptr());
   const auto copy = MOR_BEST(copy_rows);
-  const bool stream = dims.num_taken * bytes > kStreamBytes;
+  const bool stream = streams(out, dims.num_taken, bytes);
   torch::stable::parallel_for(
       0, dims.num_taken, rows_per_task(bytes), [&](int64_t begin, int64_t end) {
         copy(in, x.stride * item, index + begin, out + begin * bytes, bytes, end - begin, stream);
@@ -43,7 +43,7 @@ Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& rows_in, 
   sums.updates = grad.data;
   sums.updates_stride = grad.stride;
   sums.hits = &hits;
-  sums.stream = dims.num_rows * bytes > kStreamBytes;
+  sums.stream = streams(sums.out, dims.num_rows, bytes);
   const auto sum = MOR_BEST(sum_rows);
   torch::stable::parallel_for(0, dims.num_rows, rows_per_task(bytes),
                               [&](int64_t begin, int64_t end) { sum(sums, begin, end); });

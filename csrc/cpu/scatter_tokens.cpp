@@ -33,7 +33,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
   sums.hits = &hits;
   const int64_t bytes = dims.width * base_in.element_size();
   const bool in_place = sums.out == sums.base;
-  sums.stream = !in_place && dims.num_rows * bytes > kStreamBytes;
+  sums.stream = !in_place && streams(sums.out, dims.num_rows, bytes);
   if (in_place && !base_scale.has_value()) {
     const auto sum = MOR_BEST(sum_hit_rows);
     torch::stable::parallel_for(0, dims.num_hits, rows_per_task(bytes),
@@ -107,7 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(
   if (need_updates) args.grad_updates = grad_updates.mutable_data_ptr();
 
   const int64_t* index = rows.const_data_ptr<int64_t>();
-  const int64_t grain = rows_per_task(dims.width * grad_in.element_size());
+  const int64_t bytes = dims.width * grad_in.element_size(), grain = rows_per_task(bytes);
+  args.stream = (!need_base || streams(args.grad_base, dims.num_rows, bytes)) &&
+                (!need_updates || streams(args.grad_updates, dims.num_hits, bytes));
   if (need_base || base_in.has_value()) {
     const RowHits hits = sort_hits(index, dims.num_hits, dims.num_rows, op);
     args.hits = &hits;

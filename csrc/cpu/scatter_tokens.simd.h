@@ -22,6 +22,7 @@ struct ScatterBackward {
   void* grad_gate;        // in the dtype of gate
   void* grad_base_scale;  // in the dtype of base_scale
   const RowHits* hits;
+  bool stream;  // write rows around the cache
 };
 
 // The gradients of updates and gate for hits [begin, end).
