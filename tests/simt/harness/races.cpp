@@ -241,6 +241,8 @@ SIMT_TSAN(16)
 SIMT_TSAN_ATOMIC(8, uint8_t)
 SIMT_TSAN_ATOMIC(32, uint32_t)
 SIMT_TSAN_ATOMIC(64, uint64_t)
+void __tsan_read_range(void* p, size_t n) { simt::check(p, n, false, false, SIMT_PC); }
+void __tsan_write_range(void* p, size_t n) { simt::check(p, n, true, false, SIMT_PC); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
