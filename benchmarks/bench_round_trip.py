@@ -1,10 +1,11 @@
 """Choose the best half of the tokens, take them, add them back gated.
 
 This is the whole detour of one recursion step around its block, forward.
-The block itself is left out (updates are the tokens taken), so this is routing alone. Peers choose
-with topk, put the choice in ascending order (attention needs it) by a sort or by a mask, and add
-with index_add or, as no row repeats, with index_copy; eager and compiled. In place against in
-place, a new tensor against a new tensor. A ratio above 1 means that ours is faster.
+The block itself is left out: the tokens taken are returned, as its input, and its output is a
+given tensor, so this is routing alone and nothing of it can be optimised away. Peers choose with
+topk, put the choice in ascending order (attention needs it) by a sort or by a mask, and add with
+index_add or, as no row repeats, with index_copy; eager and compiled. In place against in place, a
+new tensor against a new tensor. A ratio above 1 means that ours is faster.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from mor.ops import gather_tokens, route_topk, scatter_tokens, scatter_tokens_
 
-Form = Callable[[Tensor, Tensor], Tensor]
+# hidden [N, D], scores [N], updates [K, D] -> hidden with the updates, tokens taken [K, D]
+Form = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def ours(shape: tuple[int, int, int], k: int, in_place: bool) -> Form:
     cu_seqlens = torch.arange(shape[0] + 1, dtype=torch.int32) * shape[1]
     scatter = scatter_tokens_ if in_place else scatter_tokens
 
-    def round_trip(hidden: Tensor, scores: Tensor) -> Tensor:
+    def round_trip(hidden: Tensor, scores: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
         rows = route_topk(scores, k, cu_seqlens)
-        return scatter(hidden, gather_tokens(hidden, rows), rows, gather_tokens(scores, rows))
+        x = gather_tokens(hidden, rows)
+        return scatter(hidden, updates, rows, gather_tokens(scores, rows)), x
 
     return round_trip
 
@@ -36,14 +39,15 @@ def ours(shape: tuple[int, int, int], k: int, in_place: bool) -> Form:
 def authors(shape: tuple[int, int, int], k: int) -> Form:
     batch, length, width = shape
 
-    def round_trip(hidden: Tensor, scores: Tensor) -> Tensor:
+    def round_trip(hidden: Tensor, scores: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
         weights, chosen = torch.topk(scores.view(batch, length), k, dim=1, sorted=False)
         chosen, order = torch.sort(chosen, dim=1)
         weights = torch.gather(weights, 1, order)
         expanded = chosen[:, :, None].expand(-1, -1, width)
         x = torch.gather(hidden.view(shape), 1, expanded)
-        gated = x * weights[:, :, None].to(x.dtype)
-        return torch.scatter_add(hidden.view(shape), 1, expanded, gated).view(-1, width)
+        gated = updates.view(x.shape) * weights[:, :, None].to(x.dtype)
+        out = torch.scatter_add(hidden.view(shape), 1, expanded, gated)
+        return out.view(-1, width), x.view(-1, width)
 
     return round_trip
 
@@ -52,7 +56,7 @@ def plain(shape: tuple[int, int, int], k: int, in_place: bool, order: str, add: 
     batch, length, _ = shape
     offsets = torch.arange(batch)[:, None] * length
 
-    def round_trip(hidden: Tensor, scores: Tensor) -> Tensor:
+    def round_trip(hidden: Tensor, scores: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
         chosen = torch.topk(scores.view(batch, length), k, dim=1, sorted=False).indices
         if order == "sort":
             rows = (chosen.sort(dim=1).values + offsets).flatten()
@@ -62,10 +66,10 @@ def plain(shape: tuple[int, int, int], k: int, in_place: bool, order: str, add: 
         x = torch.index_select(hidden, 0, rows)
         gate = scores[rows, None].to(x.dtype)
         if add == "index_add":
-            gated = x * gate
-            return (hidden.index_add_ if in_place else hidden.index_add)(0, rows, gated)
-        sums = torch.addcmul(x, x, gate)
-        return (hidden.index_copy_ if in_place else hidden.index_copy)(0, rows, sums)
+            add_rows = hidden.index_add_ if in_place else hidden.index_add
+            return add_rows(0, rows, updates * gate), x
+        copy_rows = hidden.index_copy_ if in_place else hidden.index_copy
+        return copy_rows(0, rows, torch.addcmul(x, updates, gate)), x
 
     return round_trip
 
@@ -74,6 +78,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> li
     k = shape[1] // 2
     hidden = torch.randn(shape[0] * shape[1], shape[2]).to(dtype)
     scores = torch.rand(shape[0] * shape[1])
+    updates = torch.randn(shape[0] * k, shape[2]).to(dtype)
     small = scores * 1e-4  # hundreds of runs in place stay finite
     lines = []
     for in_place in (True, False):
@@ -85,11 +90,11 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> li
         what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch.")}
         what["form"] = "in place" if in_place else "new tensor"
         with torch.inference_mode():
-            want = forms["ours"](hidden.clone(), scores)
+            want = forms["ours"](hidden.clone(), scores, updates)
             for form in forms.values():
-                got = form(hidden.clone(), scores)
-                torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
-            candidates = {name: partial(form, hidden, small) for name, form in forms.items()}
+                for a, b in zip(form(hidden.clone(), scores, updates), want, strict=True):
+                    torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+            candidates = {n: partial(form, hidden, small, updates) for n, form in forms.items()}
             lines.append(line(what, candidates, repeats))
     return lines
 

@@ -7,11 +7,11 @@
 //   out         [N, D] contiguous; scatter_tokens_ writes base instead
 // Any strides, free of a copy where a row is contiguous. One pass: float32 accumulation (double for
 // double), repeated rows in the order of i, one rounding; so the result is the same for any number
-// of threads. Rows that never fall (those of route_topk) need no sort; others pay a counting sort,
-// O(N + K), on the CPU. The in-place form touches only the rows hit unless base_scale is given, and
-// is the fast form: a fresh result costs more than the sum. Its other operands must not share
-// memory with base. Empty inputs give base. A row out of range is an error on the CPU and undefined
-// on CUDA.
+// of threads (on avx512_bf16 the rounding to bfloat16 makes subnormals zero). Rows that never fall
+// (those of route_topk) need no sort; others pay a counting sort, O(N + K), on the CPU. The
+// in-place form touches only the rows hit unless base_scale is given, and is the fast form: a fresh
+// result costs more than the sum. Its other operands must not share memory with base. Empty inputs
+// give base. A row out of range is an error on the CPU and undefined on CUDA.
 // Backward (scatter_tokens_backward), each gradient only where it is asked for, else empty [0]:
 //   grad_base[n]       = base_scale[n] * grad[n]       need_base and base_scale present (absent, it
 //                                                      is grad itself: the caller has it)

@@ -15,7 +15,6 @@ from mor.testing import (
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,
-    check_bad_input,
     check_op,
     instruction_set,
 )
@@ -161,6 +160,18 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
             check_op(case((125, 61, width), "unsorted", op=in_place), dtype)
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_not_a_number_survive_rounding(isa: str, dtype: torch.dtype) -> None:
+    # No subnormals: the instruction that rounds to bfloat16 on avx512_bf16 makes them zero.
+    special = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 2e-38, 3e38, 1 + 2**-8]
+    updates = torch.tensor(special * 5, dtype=torch.float64).to(dtype)[None]  # odd tail included
+    base = torch.zeros_like(updates)
+    with instruction_set(isa):
+        got = scatter_tokens(base, updates, torch.tensor([0]), torch.ones(1))
+    assert torch.equal(got.nan_to_num(123.0), updates.nan_to_num(123.0))
+
+
 def test_result_past_the_cache_is_streamed_right() -> None:
     # Above 32 MiB the kernels write around the cache.
     inputs = make_inputs((20011, 9001, 512), "ascending", scale="none")
@@ -268,68 +279,6 @@ def test_many_repeats_are_rounded_once() -> None:
     exact = base.double().index_add(0, rows, updates.double())
     got = scatter_tokens(base, updates, rows)
     assert_close_to_reference("out", got, exact.bfloat16(), exact)
-
-
-@pytest.mark.parametrize("op", [scatter_tokens, scatter_tokens_])
-def test_bad_input(op: Any) -> None:
-    base, updates, rows = torch.zeros(4, 3), torch.ones(2, 3), torch.tensor([2, 0])
-    gate, scale, meta = torch.ones(2), torch.ones(4), "meta"
-    name = op.__name__
-    for message, bad in (
-        (rf"{name}: expected base of shape \[N, D\], got \[4\]", {"base": base[:, 0]}),
-        (rf"{name}: expected base of dtype float32, .*, got Long", {"base": base.long()}),
-        (rf"{name}: expected updates of shape \[K, D\], got \[3\]", {"updates": updates[0]}),
-        (r"expected updates of dtype Float, got Half", {"updates": updates.half()}),
-        (r"expected updates of shape \[2, 3\], got \[2, 2\]", {"updates": updates[:, 1:]}),
-        (r"expected updates of shape \[1, 3\], got \[2, 3\]", {"rows": rows[:1]}),
-        (r"expected rows of shape \[K\], got \[1, 2\]", {"rows": rows[None]}),
-        (r"expected rows of dtype Long, got Int", {"rows": rows.int()}),
-        (r"expected gate of shape \[K\], got \[2, 1\]", {"gate": gate[:, None]}),
-        (r"expected gate of dtype Float or Float, got Double", {"gate": gate.double()}),
-        (r"expected gate of 2 elements, got \[1\]", {"gate": gate[:1]}),
-        (r"expected base_scale of shape \[N\], got \[\]", {"base_scale": scale[0]}),
-        (r"expected base_scale of dtype Float or Float, got Half", {"base_scale": scale.half()}),
-        (r"expected base_scale of 4 elements, got \[3\]", {"base_scale": scale[1:]}),
-        (r"expected updates on cpu, got meta", {"updates": updates.to(meta)}),
-        (r"expected rows on cpu, got meta", {"rows": rows.to(meta)}),
-        (r"expected gate on cpu, got meta", {"gate": gate.to(meta)}),
-        (r"expected base_scale on cpu, got meta", {"base_scale": scale.to(meta)}),
-        (rf"{name}: expected rows in \[0, 4\), got rows\[0\] = 4", {"rows": rows + 2}),
-        (rf"{name}: expected rows in \[0, 4\), got rows\[1\] = -1", {"rows": rows - 1}),
-    ):
-        args = {"base": base, "updates": updates, "rows": rows, "gate": gate, "base_scale": scale}
-        values_or_devices = "meta" in message or "rows in" in message
-        check_bad_input(message, op, **{**args, **bad}, fake=not values_or_devices)
-
-
-def test_bad_input_of_in_place() -> None:
-    base, updates, rows = torch.zeros(4, 3), torch.ones(2, 3), torch.tensor([2, 0])
-    message = r"scatter_tokens_: expected base whose elements do not share .* strides \[0, 1\]"
-    check_bad_input(message, scatter_tokens_, base[:1].expand(4, 3), updates, rows)
-
-
-def test_bad_input_of_backward() -> None:
-    op, name = torch.ops.mor.scatter_tokens_backward, "scatter_tokens_backward"
-    grad, updates, rows = torch.zeros(4, 3), torch.ones(2, 3), torch.tensor([2, 0])
-    gate, scale, need = torch.ones(2), torch.ones(4), (True, True)
-    for message, args in (
-        (rf"{name}: expected grad of shape \[N, D\]", (grad[0], None, None, rows, None, None)),
-        ("expected grad of dtype float32", (grad.int(), None, None, rows, None, None)),
-        ("expected rows of dtype Long", (grad, None, None, rows.int(), None, None)),
-        (r"expected base of shape \[4, 3\]", (grad, grad[1:], None, rows, None, scale)),
-        (r"expected updates of shape \[2, 3\]", (grad, None, grad, rows, gate, None)),
-        ("expected updates of dtype Float", (grad, None, updates.half(), rows, gate, None)),
-        ("expected gate of 2 elements", (grad, None, updates, rows, scale, None)),
-        ("expected base_scale of 4 elements", (grad, grad, None, rows, gate, gate)),
-        ("expected gate with updates", (grad, None, updates, rows, None, None)),
-        ("expected base_scale with base", (grad, grad, None, rows, gate, None)),
-    ):
-        check_bad_input(message, op, *args, *need)
-    for base in (None, grad):
-        check_bad_input(
-            rf"{name}: expected rows in \[0, 4\), got rows\[0\] = 4",
-            op, grad, base, None, rows + 2, gate, scale, *need, fake=False,
-        )  # fmt: skip
 
 
 @pytest.mark.skipif(
