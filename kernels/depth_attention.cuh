@@ -4,7 +4,8 @@
 // head r % group of those that read one key head. So a block of any kernel works for one key head,
 // reads each key once for the whole group, and decode fills tiles as well as it can.
 // The grid knows no sequence length: it has as many tiles as there could be, and blocks find theirs
-// by a scan of cu_seqlens.
+// by a scan of cu_seqlens. Row numbers are 32-bit (as cu_seqlens; packed rows too, which the
+// launchers check), offsets 64-bit.
 #pragma once
 
 #include "common.cuh"
@@ -16,7 +17,7 @@ struct AttentionOperand {
   const T* data;
   int64_t row_stride, head_stride;  // in elements; the last dimension is contiguous
 
-  __device__ __forceinline__ const T* at(int64_t row, int head) const {
+  __device__ __forceinline__ const T* at(int64_t row, int64_t head) const {
     return data + row * row_stride + head * head_stride;
   }
 };
@@ -79,26 +80,26 @@ __global__ void depth_attention_key_ends_kernel(DepthAttention<T> p) {
 }
 
 struct SequenceTile {
-  int sequence;   // -1: there are fewer tiles
-  int64_t first;  // row in the sequence
+  int sequence;    // -1: there are fewer tiles
+  unsigned first;  // row in the sequence
 };
 
 // Tile number `tile` of sequences that have `per_row` rows for each row of cu_seqlens, cut into
 // `tile_rows`. Every warp finds it alone, 32 sequences a step.
 __device__ __forceinline__ SequenceTile find_tile(const int32_t* cu_seqlens, int num_sequences,
-                                                  int per_row, int tile_rows, int64_t tile) {
+                                                  int per_row, unsigned tile_rows, unsigned tile) {
   const int lane = threadIdx.x % 32;
   for (int base = 0; base < num_sequences; base += 32) {
     const int b = base + lane;
-    int64_t tiles = 0;
+    unsigned tiles = 0;
     if (b < num_sequences) {
-      const int64_t rows = int64_t(cu_seqlens[b + 1] - cu_seqlens[b]) * per_row;
+      const unsigned rows = unsigned(cu_seqlens[b + 1] - cu_seqlens[b]) * unsigned(per_row);
       tiles = (rows + tile_rows - 1) / tile_rows;
     }
-    int64_t up_to = tiles;
+    unsigned up_to = tiles;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int64_t below = __shfl_up_sync(~0u, up_to, distance);
+      const unsigned below = __shfl_up_sync(~0u, up_to, distance);
       if (lane >= distance) up_to += below;
     }
     const unsigned reached = __ballot_sync(~0u, up_to > tile);
@@ -118,46 +119,47 @@ inline int64_t most_tiles(int64_t rows, int num_sequences, int tile_rows) {
 // A tile of packed query rows of a sequence.
 template <class T>
 struct QueryTile {
-  int64_t q_begin, num_rows;  // of the sequence; num_rows are packed
-  int group, kv_head;
-  int64_t first;  // packed row where the tile begins: query first_query, head first_head of group
-  int64_t first_query;
-  unsigned first_head;
+  unsigned q_begin, num_rows;  // of the sequence; num_rows are packed
+  unsigned group, kv_head;
+  unsigned first;  // packed row where the tile begins: query first_query, head first_head of group
+  unsigned first_query, first_head;
 
-  __device__ __forceinline__ QueryTile(const DepthAttention<T>& p, int sequence, int kv_head)
-      : q_begin(p.cu_seqlens_q[sequence]),
-        num_rows((p.cu_seqlens_q[sequence + 1] - q_begin) * p.group()),
-        group(p.group()),
+  __device__ __forceinline__ QueryTile(const DepthAttention<T>& p, int sequence, unsigned kv_head)
+      : q_begin(unsigned(p.cu_seqlens_q[sequence])),
+        num_rows((unsigned(p.cu_seqlens_q[sequence + 1]) - q_begin) * unsigned(p.group())),
+        group(unsigned(p.group())),
         kv_head(kv_head) {
     move_to(0);
   }
 
-  __device__ __forceinline__ void move_to(int64_t row) {
+  __device__ __forceinline__ void move_to(unsigned row) {
     first = row;
     first_query = q_begin + row / group;
-    first_head = unsigned(row % group);
+    first_head = row % group;
   }
 
-  __device__ __forceinline__ bool has(int r) const { return first + r < num_rows; }
-  __device__ __forceinline__ int64_t query(int r) const {  // a division of small numbers
-    return first_query + (first_head + unsigned(r)) / unsigned(group);
+  __device__ __forceinline__ bool has(unsigned r) const { return first + r < num_rows; }
+  __device__ __forceinline__ unsigned query(unsigned r) const {
+    return first_query + (first_head + r) / group;
   }
-  __device__ __forceinline__ int head(int r) const {
-    return kv_head * group + int((first_head + unsigned(r)) % unsigned(group));
+  __device__ __forceinline__ unsigned head(unsigned r) const {
+    return kv_head * group + (first_head + r) % group;
   }
   // Of row r in `from`; null if there is no such row.
-  __device__ __forceinline__ const T* row(const AttentionOperand<T>& from, int r) const {
+  __device__ __forceinline__ const T* row(const AttentionOperand<T>& from, unsigned r) const {
     return has(r) ? from.at(query(r), head(r)) : nullptr;
   }
 };
 
-// First tile start at or after `begin` that holds a key as deep as `depth`; `end` if none does.
-__device__ __forceinline__ int64_t next_key_tile(const int32_t* k_depths, int depth, int tile_keys,
-                                                 int64_t begin, int64_t end) {
+// First tile start at or after `begin` that holds a key as deep as `depth`; past `end` if none
+// does.
+__device__ __forceinline__ unsigned next_key_tile(const int32_t* k_depths, int depth,
+                                                  unsigned tile_keys, unsigned begin,
+                                                  unsigned end) {
   if (k_depths == nullptr) return begin;
   for (; begin < end; begin += tile_keys) {
     bool deep = false;
-    for (int64_t j = begin + threadIdx.x % 32; j < min(begin + tile_keys, end); j += 32) {
+    for (unsigned j = begin + threadIdx.x % 32; j < min(begin + tile_keys, end); j += 32) {
       deep |= k_depths[j] >= depth;
     }
     if (__any_sync(~0u, deep)) break;
@@ -167,12 +169,12 @@ __device__ __forceinline__ int64_t next_key_tile(const int32_t* k_depths, int de
 
 // First packed row of the sequence that sees any key from row `key` on: key ends ascend.
 template <class T>
-__device__ __forceinline__ int64_t first_row_seeing(const DepthAttention<T>& p,
-                                                    const QueryTile<T>& sequence, int64_t key) {
-  int64_t low = 0, high = sequence.num_rows / sequence.group;
+__device__ __forceinline__ unsigned first_row_seeing(const DepthAttention<T>& p,
+                                                     const QueryTile<T>& sequence, unsigned key) {
+  unsigned low = 0, high = sequence.num_rows / sequence.group;
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (p.key_ends[sequence.q_begin + middle] > key) {
+    const unsigned middle = (low + high) / 2;
+    if (unsigned(p.key_ends[sequence.q_begin + middle]) > key) {
       high = middle;
     } else {
       low = middle + 1;
@@ -184,16 +186,17 @@ __device__ __forceinline__ int64_t first_row_seeing(const DepthAttention<T>& p,
 // First tile start at or after `first` with a row that sees one of the keys from row `key` on, of
 // which the deepest has `depth`.
 template <class T>
-__device__ __forceinline__ int64_t next_query_tile(const DepthAttention<T>& p,
-                                                   const QueryTile<T>& sequence, int tile_rows,
-                                                   int64_t key, int depth, int64_t first) {
+__device__ __forceinline__ unsigned next_query_tile(const DepthAttention<T>& p,
+                                                    const QueryTile<T>& sequence,
+                                                    unsigned tile_rows, unsigned key, int depth,
+                                                    unsigned first) {
   if (p.q_depths == nullptr) return first;
   for (; first < sequence.num_rows; first += tile_rows) {
     bool sees = false;
-    for (int64_t r = first + threadIdx.x % 32; r < min(first + tile_rows, sequence.num_rows);
+    for (unsigned r = first + threadIdx.x % 32; r < min(first + tile_rows, sequence.num_rows);
          r += 32) {
-      const int64_t query = sequence.q_begin + r / sequence.group;
-      sees |= p.key_ends[query] > key && p.q_depths[query] <= depth;
+      const unsigned query = sequence.q_begin + r / sequence.group;
+      sees |= unsigned(p.key_ends[query]) > key && p.q_depths[query] <= depth;
     }
     if (__any_sync(~0u, sees)) break;
   }
@@ -203,12 +206,13 @@ __device__ __forceinline__ int64_t next_query_tile(const DepthAttention<T>& p,
 // What the rows of a query tile may see. A row that does not exist sees nothing.
 template <int ROWS>
 struct QueryMask {
-  int32_t key_end[ROWS], depth[ROWS];
+  unsigned key_end[ROWS];
+  int32_t depth[ROWS];
 
   template <class T>
   __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile) {
     for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
-      key_end[r] = tile.has(r) ? p.key_ends[tile.query(r)] : 0;
+      key_end[r] = tile.has(r) ? unsigned(p.key_ends[tile.query(r)]) : 0;
       depth[r] = !tile.has(r)            ? INT32_MAX
                  : p.q_depths == nullptr ? INT32_MIN
                                          : p.q_depths[tile.query(r)];
@@ -229,9 +233,9 @@ struct KeyFacts {
   Acc bias[KEYS];
 
   template <class T>
-  __device__ __forceinline__ void load(const DepthAttention<T>& p, int64_t begin, int64_t end,
+  __device__ __forceinline__ void load(const DepthAttention<T>& p, unsigned begin, unsigned end,
                                        Acc factor = Acc(1)) {
-    for (int j = threadIdx.x; j < KEYS; j += blockDim.x) {
+    for (unsigned j = threadIdx.x; j < KEYS; j += blockDim.x) {
       const bool exists = begin + j < end;
       depth[j] = exists && p.k_depths != nullptr ? p.k_depths[begin + j] : INT32_MIN;
       bias[j] = exists && p.key_bias != nullptr ? p.key_bias[begin + j] * factor : Acc(0);
@@ -261,6 +265,12 @@ cudaError_t dispatch_head_dim(int head_dim, Body&& body) {
   if (head_dim <= 64) return body.template operator()<64>();
   if (head_dim <= 128) return body.template operator()<128>();
   return body.template operator()<256>();
+}
+
+// Whether the kernels' row numbers can hold the problem.
+template <class T>
+bool fits_row_numbers(const DepthAttention<T>& p) {
+  return p.num_queries * p.group() <= INT32_MAX && p.num_keys <= INT32_MAX;
 }
 
 // One block for each tile and key head.

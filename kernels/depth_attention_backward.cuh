@@ -38,27 +38,43 @@ __global__ void depth_attention_bias_kernel(DepthAttention<T> p) {
   }
 }
 
+// Nobody sees anything.
+template <class T>
+cudaError_t launch_zero_gradients(const DepthAttention<T>& p, cudaStream_t stream) {
+  const auto zero = [&](void* gradient, int64_t bytes) {
+    return bytes == 0 ? cudaSuccess : cudaMemsetAsync(gradient, 0, size_t(bytes), stream);
+  };
+  const int64_t row_bytes = int64_t(p.head_dim) * int64_t(sizeof(T));
+  const int64_t bias_bytes = p.key_bias == nullptr ? 0 : int64_t(sizeof(acc_t<T>));
+  const cudaError_t errors[] = {zero(p.grad_q, p.num_queries * p.num_heads * row_bytes),
+                                zero(p.grad_k, p.num_keys * p.num_kv_heads * row_bytes),
+                                zero(p.grad_v, p.num_keys * p.num_kv_heads * row_bytes),
+                                zero(p.grad_key_bias, p.num_keys * bias_bytes)};
+  for (cudaError_t error : errors) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 template <class T>
 cudaError_t launch_depth_attention_backward(const DepthAttention<T>& p, cudaStream_t stream) {
   const int64_t rows = p.num_queries * p.num_heads;
-  cudaError_t error = cudaSuccess;
-  if (rows > 0) {
-    error = launch_depth_attention_key_ends(p, stream);
-    if (error != cudaSuccess) return error;
-    MOR_LAUNCH(depth_attention_delta_kernel<T>, grid_for(rows, 4), 128, 0, stream, p);
-    error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-  }
+  if (!fits_row_numbers(p)) return cudaErrorInvalidValue;
+  if (rows == 0 || p.num_keys == 0) return launch_zero_gradients(p, stream);
+  cudaError_t error = launch_depth_attention_key_ends(p, stream);
+  if (error != cudaSuccess) return error;
+  MOR_LAUNCH(depth_attention_delta_kernel<T>, grid_for(rows, 4), 128, 0, stream, p);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
   error = dispatch_head_dim(p.head_dim, [&]<int HEAD_DIM>() {
     const auto launch_both = [&](auto* grad_q, size_t grad_q_bytes, auto* grad_kv,
                                  size_t grad_kv_bytes, int grad_kv_threads, int tile_rows) {
-      if (rows > 0) {
-        const auto tiles = most_tiles(p.num_queries * p.group(), p.num_sequences, tile_rows);
-        error = launch_attention(grad_q, tiles, 128, grad_q_bytes, p, stream);
-      }
-      if (error != cudaSuccess || p.num_keys == 0) return error;
-      const auto tiles = most_tiles(p.num_keys, p.num_sequences, tile_rows);
-      return launch_attention(grad_kv, tiles, grad_kv_threads, grad_kv_bytes, p, stream);
+      const cudaError_t error = launch_attention(
+          grad_q, most_tiles(p.num_queries * p.group(), p.num_sequences, tile_rows), 128,
+          grad_q_bytes, p, stream);
+      if (error != cudaSuccess) return error;
+      return launch_attention(grad_kv, most_tiles(p.num_keys, p.num_sequences, tile_rows),
+                              grad_kv_threads, grad_kv_bytes, p, stream);
     };
     if constexpr (sizeof(T) == 2) {
       using Tile = AttentionMmaTile<HEAD_DIM>;
@@ -74,7 +90,7 @@ cudaError_t launch_depth_attention_backward(const DepthAttention<T>& p, cudaStre
                          Smem::kQueries);
     }
   });
-  if (error != cudaSuccess || p.key_bias == nullptr || p.num_keys == 0) return error;
+  if (error != cudaSuccess || p.key_bias == nullptr) return error;
   MOR_LAUNCH(depth_attention_bias_kernel<T>, grid_for(p.num_keys, 128), 128, 0, stream, p);
   return cudaGetLastError();
 }

@@ -22,7 +22,7 @@ struct AttentionBackwardSmem {
                                                const QueryTile<T>& tile) {
     queries.load(p, tile);
     for (int r = threadIdx.x; r < kQueries; r += blockDim.x) {
-      const int64_t at = tile.has(r) ? tile.head(r) * p.num_queries + tile.query(r) : 0;
+      const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
       lse[r] = p.lse[at];
       delta[r] = p.delta[at];
     }
@@ -30,15 +30,15 @@ struct AttentionBackwardSmem {
     load_rows(grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
   }
 
-  __device__ __forceinline__ void load_keys(const DepthAttention<T>& p, int kv_head, int64_t begin,
-                                            int64_t end) {
+  __device__ __forceinline__ void load_keys(const DepthAttention<T>& p, unsigned kv_head,
+                                            unsigned begin, unsigned end) {
     keys.load(p, begin, end);
     load_rows(k, p, [&](int r) { return begin + r < end ? p.k.at(begin + r, kv_head) : nullptr; });
     load_rows(v, p, [&](int r) { return begin + r < end ? p.v.at(begin + r, kv_head) : nullptr; });
   }
 
   // Fills weights and d_scores of the tiles loaded; key 0 is row `begin` of k.
-  __device__ __forceinline__ void score(const DepthAttention<T>& p, int64_t begin) {
+  __device__ __forceinline__ void score(const DepthAttention<T>& p, unsigned begin) {
     const int down = threadIdx.x / 8, across = threadIdx.x % 8;
     Acc scores[kQueries / 16][kKeys / 8], d_weights[kQueries / 16][kKeys / 8];
     dot_rows(scores, q, k);
@@ -59,7 +59,7 @@ struct AttentionBackwardSmem {
 
 // One block: one tile of packed query rows for one key head, over all its keys.
 template <class T, int HEAD_DIM>
-__global__ void __launch_bounds__(128) depth_attention_grad_q_kernel(DepthAttention<T> p) {
+__global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAttention<T> p) {
   using Smem = AttentionBackwardSmem<T, HEAD_DIM>;
   using Acc = acc_t<T>;
   constexpr int kQueries = Smem::kQueries, kKeys = Smem::kKeys;
@@ -67,21 +67,21 @@ __global__ void __launch_bounds__(128) depth_attention_grad_q_kernel(DepthAttent
   Smem& s = *reinterpret_cast<Smem*>(raw);
   const int down = threadIdx.x / 8;
   const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_sequences, p.group(), kQueries,
-                                       int64_t(gridDim.x) - 1 - blockIdx.x);  // longest rows first
+                                       gridDim.x - 1 - blockIdx.x);  // longest rows first
   if (place.sequence < 0) return;
-  QueryTile<T> tile(p, place.sequence, int(blockIdx.y));
+  QueryTile<T> tile(p, place.sequence, blockIdx.y);
   tile.move_to(place.first);
-  const int num_rows = int(min(int64_t(kQueries), tile.num_rows - tile.first));
+  const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
   s.load_queries(p, tile);
   __syncthreads();
-  const int64_t key_end = s.queries.key_end[num_rows - 1];
+  const unsigned key_end = s.queries.key_end[num_rows - 1];
   const int least_depth = s.queries.least_depth();
-  const auto next = [&](int64_t begin) {
+  const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
   };
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {};
-  for (int64_t begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
+  for (unsigned begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
        begin = next(begin + kKeys)) {
     s.load_keys(p, tile.kv_head, begin, key_end);
     __syncthreads();
@@ -94,34 +94,35 @@ __global__ void __launch_bounds__(128) depth_attention_grad_q_kernel(DepthAttent
   for (int i = 0; i < kQueries / 16; ++i) {
     const int r = down + 16 * i;
     if (!tile.has(r)) continue;
-    store_row<T, HEAD_DIM>(p.grad_q + (tile.query(r) * p.num_heads + tile.head(r)) * p.head_dim,
-                           sums[i], p.scale, p.head_dim);
+    store_row<T, HEAD_DIM>(
+        p.grad_q + (int64_t(tile.query(r)) * p.num_heads + tile.head(r)) * p.head_dim, sums[i],
+        p.scale, p.head_dim);
   }
 }
 
 // One block: one tile of keys for one key head, over all packed query rows of the sequence.
 template <class T, int HEAD_DIM>
-__global__ void __launch_bounds__(128) depth_attention_grad_kv_kernel(DepthAttention<T> p) {
+__global__ void __launch_bounds__(128, 1) depth_attention_grad_kv_kernel(DepthAttention<T> p) {
   using Smem = AttentionBackwardSmem<T, HEAD_DIM>;
   using Acc = acc_t<T>;
   constexpr int kQueries = Smem::kQueries, kKeys = Smem::kKeys;
   MOR_DYN_SMEM(raw);
   Smem& s = *reinterpret_cast<Smem*>(raw);
   const int down = threadIdx.x / 8, across = threadIdx.x % 8;
-  const SequenceTile place =
-      find_tile(p.cu_seqlens_k, p.num_sequences, 1, kKeys, int64_t(blockIdx.x));
+  const SequenceTile place = find_tile(p.cu_seqlens_k, p.num_sequences, 1, kKeys, blockIdx.x);
   if (place.sequence < 0) return;
-  const int kv_head = int(blockIdx.y);
-  const int64_t begin = p.cu_seqlens_k[place.sequence] + place.first;
-  const int64_t end = min(begin + kKeys, int64_t(p.cu_seqlens_k[place.sequence + 1]));
+  const unsigned kv_head = blockIdx.y;
+  const unsigned begin = unsigned(p.cu_seqlens_k[place.sequence]) + place.first;
+  const unsigned end = min(begin + kKeys, unsigned(p.cu_seqlens_k[place.sequence + 1]));
   s.load_keys(p, kv_head, begin, end);
   __syncthreads();
   int deepest = INT32_MIN;
-  for (int n = threadIdx.x % 32; n < end - begin; n += 32) deepest = max(deepest, s.keys.depth[n]);
+  for (unsigned n = threadIdx.x % 32; n < end - begin; n += 32)
+    deepest = max(deepest, s.keys.depth[n]);
   deepest = __reduce_max_sync(~0u, deepest);
 
   QueryTile<T> tile(p, place.sequence, kv_head);
-  const auto next = [&](int64_t first) {
+  const auto next = [&](unsigned first) {
     return next_query_tile(p, tile, kQueries, begin, deepest, first);
   };
 
@@ -144,13 +145,13 @@ __global__ void __launch_bounds__(128) depth_attention_grad_kv_kernel(DepthAtten
   }
 #pragma unroll
   for (int i = 0; i < kKeys / 16; ++i) {
-    const int64_t key = begin + down + 16 * i;
+    const unsigned key = begin + down + 16 * i;
     if (key >= end) continue;
-    const int64_t row = (key * p.num_kv_heads + kv_head) * p.head_dim;
+    const int64_t row = (int64_t(key) * p.num_kv_heads + kv_head) * p.head_dim;
     store_row<T, HEAD_DIM>(p.grad_k + row, sums_k[i], p.scale, p.head_dim);
     store_row<T, HEAD_DIM>(p.grad_v + row, sums_v[i], Acc(1), p.head_dim);
     if (across == 0 && p.key_bias != nullptr) {
-      p.grad_bias_parts[kv_head * p.num_keys + key] = sums_bias[i];
+      p.grad_bias_parts[int64_t(kv_head) * p.num_keys + key] = sums_bias[i];
     }
   }
 }

@@ -19,8 +19,9 @@ struct AttentionForwardSmem {
 };
 
 // One block: one tile of packed query rows for one key head, over all its keys, online softmax.
+// The bound of one block per multiprocessor keeps the compiler from spilling for more.
 template <class T, int HEAD_DIM>
-__global__ void __launch_bounds__(128) depth_attention_forward_kernel(DepthAttention<T> p) {
+__global__ void __launch_bounds__(128, 1) depth_attention_forward_kernel(DepthAttention<T> p) {
   using Smem = AttentionForwardSmem<T, HEAD_DIM>;
   using Acc = acc_t<T>;
   constexpr int kQueries = Smem::kQueries, kKeys = Smem::kKeys;
@@ -29,24 +30,24 @@ __global__ void __launch_bounds__(128) depth_attention_forward_kernel(DepthAtten
   Smem& s = *reinterpret_cast<Smem*>(raw);
   const int down = threadIdx.x / 8, across = threadIdx.x % 8;
   const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_sequences, p.group(), kQueries,
-                                       int64_t(gridDim.x) - 1 - blockIdx.x);  // longest rows first
+                                       gridDim.x - 1 - blockIdx.x);  // longest rows first
   if (place.sequence < 0) return;
-  QueryTile<T> tile(p, place.sequence, int(blockIdx.y));
+  QueryTile<T> tile(p, place.sequence, blockIdx.y);
   tile.move_to(place.first);
-  const int num_rows = int(min(int64_t(kQueries), tile.num_rows - tile.first));
+  const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
 
   s.queries.load(p, tile);
   load_rows(s.q, p, [&](int r) { return tile.row(p.q, r); });
   __syncthreads();
-  const int64_t key_end = s.queries.key_end[num_rows - 1];
+  const unsigned key_end = s.queries.key_end[num_rows - 1];
   const int least_depth = s.queries.least_depth();
-  const auto next = [&](int64_t begin) {
+  const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
   };
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {}, top[kQueries / 16], total[kQueries / 16] = {};
   for (Acc& t : top) t = kNone;
-  for (int64_t begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
+  for (unsigned begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
        begin = next(begin + kKeys)) {
     const auto load_keys = [&](const AttentionOperand<T>& from) {
       load_rows(s.kv, p, [&](int r) {
@@ -102,8 +103,7 @@ __global__ void __launch_bounds__(128) depth_attention_forward_kernel(DepthAtten
     }
     const int r = down + 16 * i;
     if (!tile.has(r)) continue;
-    const int64_t query = tile.query(r);
-    const int head = tile.head(r);
+    const int64_t query = tile.query(r), head = tile.head(r);
     const bool sees = total[i] > 0;
     store_row<T, HEAD_DIM>(p.out + (query * p.num_heads + head) * p.head_dim, sums[i],
                            sees ? 1 / total[i] : Acc(0), p.head_dim);

@@ -17,7 +17,7 @@ struct QueryFacts {
   __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile) {
     mask.load(p, tile);
     for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
-      const int64_t at = tile.has(r) ? tile.head(r) * p.num_queries + tile.query(r) : 0;
+      const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
       lse[r] = p.lse[at] * kLog2E<float>;
       delta[r] = p.delta[at];
     }
@@ -53,21 +53,21 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   Smem& s = *reinterpret_cast<Smem*>(raw);
   const int warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
   const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_sequences, p.group(), kQueries,
-                                       int64_t(gridDim.x) - 1 - blockIdx.x);  // longest rows first
+                                       gridDim.x - 1 - blockIdx.x);  // longest rows first
   if (place.sequence < 0) return;
-  QueryTile<T> tile(p, place.sequence, int(blockIdx.y));
+  QueryTile<T> tile(p, place.sequence, blockIdx.y);
   tile.move_to(place.first);
-  const int num_rows = int(min(int64_t(kQueries), tile.num_rows - tile.first));
+  const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
   load_rows_async(s.q, p, [&](int r) { return tile.row(p.q, r); });
   load_rows_async(s.grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
   s.queries.load(p, tile);
   __syncthreads();
-  const int64_t key_end = s.queries.mask.key_end[num_rows - 1];
+  const unsigned key_end = s.queries.mask.key_end[num_rows - 1];
   const int least_depth = s.queries.mask.least_depth();
-  const auto next = [&](int64_t begin) {
+  const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
   };
-  const auto fetch = [&](int64_t begin, typename Smem::Stage& stage) {
+  const auto fetch = [&](unsigned begin, typename Smem::Stage& stage) {
     const auto row = [&](const AttentionOperand<T>& from, int r) {
       return begin + r < key_end ? from.at(begin + r, tile.kv_head) : nullptr;
     };
@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
 
   float sums[HEAD_DIM / 8][4] = {};
   const float scale = p.scale * kLog2E<float>;
-  int64_t begin = next(p.cu_seqlens_k[place.sequence]);
+  unsigned begin = next(p.cu_seqlens_k[place.sequence]);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[0]);
   cp_async_commit();
   while (begin < key_end) {
-    const int64_t following = next(begin + kKeys);
+    const unsigned following = next(begin + kKeys);
     if (Tile::kStages == 2 && following < key_end) fetch(following, s.stages[turn ^ 1]);
     cp_async_commit();
     cp_async_wait<1>();
@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   for (int half = 0; half < 2; ++half) {
     const int r = warp_row + lane / 4 + 8 * half;
     if (!tile.has(r)) continue;
-    store_row<T, HEAD_DIM>(p.grad_q + (tile.query(r) * p.num_heads + tile.head(r)) * p.head_dim,
-                           sums, half, p.scale, 0, p.head_dim);
+    store_row<T, HEAD_DIM>(
+        p.grad_q + (int64_t(tile.query(r)) * p.num_heads + tile.head(r)) * p.head_dim, sums, half,
+        p.scale, 0, p.head_dim);
   }
 }
 
@@ -143,12 +144,11 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   Smem& s = *reinterpret_cast<Smem*>(raw);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_key = warp % (kKeys / 16) * 16, first_dim = warp / (kKeys / 16) * kWidth;
-  const SequenceTile place =
-      find_tile(p.cu_seqlens_k, p.num_sequences, 1, kKeys, int64_t(blockIdx.x));
+  const SequenceTile place = find_tile(p.cu_seqlens_k, p.num_sequences, 1, kKeys, blockIdx.x);
   if (place.sequence < 0) return;
-  const int kv_head = int(blockIdx.y);
-  const int64_t begin = p.cu_seqlens_k[place.sequence] + place.first;
-  const int64_t end = min(begin + kKeys, int64_t(p.cu_seqlens_k[place.sequence + 1]));
+  const unsigned kv_head = blockIdx.y;
+  const unsigned begin = unsigned(p.cu_seqlens_k[place.sequence]) + place.first;
+  const unsigned end = min(begin + kKeys, unsigned(p.cu_seqlens_k[place.sequence + 1]));
   const auto key_row = [&](const AttentionOperand<T>& from, int r) {
     return begin + r < end ? from.at(begin + r, kv_head) : nullptr;
   };
@@ -157,11 +157,11 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   s.keys.load(p, begin, end, kLog2E<float>);
   __syncthreads();
   int deepest = INT32_MIN;
-  for (int n = lane; n < end - begin; n += 32) deepest = max(deepest, s.keys.depth[n]);
+  for (unsigned n = lane; n < end - begin; n += 32) deepest = max(deepest, s.keys.depth[n]);
   deepest = __reduce_max_sync(~0u, deepest);
 
   QueryTile<T> tile(p, place.sequence, kv_head);
-  const auto next = [&](int64_t first) {
+  const auto next = [&](unsigned first) {
     return next_query_tile(p, tile, kQueries, begin, deepest, first);
   };
   const auto fetch = [&](typename Smem::Stage& stage) {  // the tile
@@ -171,13 +171,6 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   };
 
   float sums_k[kWidth / 8][4] = {}, sums_v[kWidth / 8][4] = {}, sums_bias[2] = {};
-  float bias[2];
-  int depth[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    bias[half] = s.keys.bias[warp_key + lane / 4 + 8 * half];
-    depth[half] = s.keys.depth[warp_key + lane / 4 + 8 * half];
-  }
   const float scale = p.scale * kLog2E<float>;
   int turn = 0;
   tile.move_to(next(first_row_seeing(p, tile, begin)));
@@ -199,13 +192,12 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
     for (int n = 0; n < kQueries / 8; ++n)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int row = 8 * n + lane % 4 * 2 + r % 2, half = r / 2;
-        const int64_t key = begin + warp_key + lane / 4 + 8 * half;
-        const bool visible =
-            key < stage.queries.mask.key_end[row] && depth[half] >= stage.queries.mask.depth[row];
-        finish_score(scores[n][r], d_scores[n][r], scale, bias[half], stage.queries.lse[row],
+        const int row = 8 * n + lane % 4 * 2 + r % 2, key = warp_key + lane / 4 + r / 2 * 8;
+        const bool visible = begin + key < stage.queries.mask.key_end[row] &&
+                             s.keys.depth[key] >= stage.queries.mask.depth[row];
+        finish_score(scores[n][r], d_scores[n][r], scale, s.keys.bias[key], stage.queries.lse[row],
                      stage.queries.delta[row], visible);
-        sums_bias[half] += d_scores[n][r];
+        sums_bias[r / 2] += d_scores[n][r];
       }
     add_rows<T, kQueries, HEAD_DIM, kWidth>(sums_v, scores, stage.grad_out, first_dim);
     add_rows<T, kQueries, HEAD_DIM, kWidth>(sums_k, d_scores, stage.q, first_dim);
@@ -219,13 +211,13 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum_bias = row_sum(sums_bias[half]);
-    const int64_t key = begin + warp_key + lane / 4 + 8 * half;
+    const unsigned key = begin + warp_key + lane / 4 + 8 * half;
     if (key >= end) continue;
-    const int64_t row = (key * p.num_kv_heads + kv_head) * p.head_dim;
+    const int64_t row = (int64_t(key) * p.num_kv_heads + kv_head) * p.head_dim;
     store_row<T, kWidth>(p.grad_k + row, sums_k, half, p.scale, first_dim, p.head_dim);
     store_row<T, kWidth>(p.grad_v + row, sums_v, half, 1.f, first_dim, p.head_dim);
     if (p.key_bias != nullptr && lane % 4 == 0 && first_dim == 0) {
-      p.grad_bias_parts[kv_head * p.num_keys + key] = sum_bias;
+      p.grad_bias_parts[int64_t(kv_head) * p.num_keys + key] = sum_bias;
     }
   }
 }

@@ -28,22 +28,22 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   Smem& s = *reinterpret_cast<Smem*>(raw);
   const int warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
   const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_sequences, p.group(), kQueries,
-                                       int64_t(gridDim.x) - 1 - blockIdx.x);  // longest rows first
+                                       gridDim.x - 1 - blockIdx.x);  // longest rows first
   if (place.sequence < 0) return;
-  QueryTile<T> tile(p, place.sequence, int(blockIdx.y));
+  QueryTile<T> tile(p, place.sequence, blockIdx.y);
   tile.move_to(place.first);
-  const int num_rows = int(min(int64_t(kQueries), tile.num_rows - tile.first));
+  const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
 
   load_rows_async(s.q, p, [&](int r) { return tile.row(p.q, r); });
   s.queries.load(p, tile);
   __syncthreads();
-  const int64_t key_end = s.queries.key_end[num_rows - 1];
-  const int64_t all_see_until = s.queries.key_end[0];
+  const unsigned key_end = s.queries.key_end[num_rows - 1];
+  const unsigned all_see_until = s.queries.key_end[0];
   const int least_depth = s.queries.least_depth();
-  const auto next = [&](int64_t begin) {
+  const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
   };
-  const auto fetch = [&](int64_t begin, typename Smem::Stage& stage) {
+  const auto fetch = [&](unsigned begin, typename Smem::Stage& stage) {
     const auto row = [&](const AttentionOperand<T>& from, int r) {
       return begin + r < key_end ? from.at(begin + r, tile.kv_head) : nullptr;
     };
@@ -53,19 +53,20 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   };
 
   float sums[HEAD_DIM / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
-  int my_key_end[2], my_depth[2];
+  unsigned my_key_end[2];
+  int my_depth[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     my_key_end[half] = s.queries.key_end[warp_row + lane / 4 + 8 * half];
     my_depth[half] = s.queries.depth[warp_row + lane / 4 + 8 * half];
   }
   const float scale = p.scale * kLog2E<float>;
-  int64_t begin = next(p.cu_seqlens_k[place.sequence]);
+  unsigned begin = next(p.cu_seqlens_k[place.sequence]);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[turn]);
   cp_async_commit();
   while (begin < key_end) {
-    const int64_t following = next(begin + kKeys);
+    const unsigned following = next(begin + kKeys);
     if (following < key_end) fetch(following, s.stages[turn ^ 1]);
     cp_async_commit();
     cp_async_wait<1>();
@@ -121,8 +122,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
     total[half] = row_sum(total[half]);
     const int r = warp_row + lane / 4 + 8 * half;
     if (!tile.has(r)) continue;
-    const int64_t query = tile.query(r);
-    const int head = tile.head(r);
+    const int64_t query = tile.query(r), head = tile.head(r);
     const bool sees = total[half] > 0;
     store_row<T, HEAD_DIM>(p.out + (query * p.num_heads + head) * p.head_dim, sums, half,
                            sees ? 1.f / total[half] : 0.f, 0, p.head_dim);

@@ -42,6 +42,11 @@ def active_shares(
     shares = [1.0] * config.num_hidden_layers
     if not isinstance(config, MoRConfig) or config.router is None:
         return shares
+    if recursion_shares is not None and len(recursion_shares) != config.num_recursions:
+        raise ValueError(
+            f"active_shares: expected one share for each of the {config.num_recursions} "
+            f"recursions, got {list(recursion_shares)}"
+        )
     capacities = recursion_shares or config.capacities or default_capacities(config.num_recursions)
     first = 1 if config.sharing.startswith("middle") else 0
     for step, capacity in enumerate(capacities):

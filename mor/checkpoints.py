@@ -85,9 +85,11 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
         ValueError: they differ; names the first difference.
     """
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    missing = set(expected) - set(getattr(model, "all_tied_weights_keys", None) or ())
     for path in _weight_files(checkpoint):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
+                missing.discard(name)
                 shape = list(file.get_slice(name).get_shape())
                 if expected.get(name) != shape:
                     wanted = expected.get(name, "no such parameter")
@@ -95,6 +97,8 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
                         f"{checkpoint} holds another model: {name} is {shape} there, "
                         f"expected {wanted}"
                     )
+    if missing:
+        raise ValueError(f"{checkpoint} holds another model: it has no {min(missing)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

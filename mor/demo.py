@@ -44,17 +44,18 @@ class DemoSizes:
         dense_steps: optimiser steps of the dense model; MoR gets those that cost the same FLOPs.
     """
 
-    dense_steps: int = 400
-    batch_size: int = 4
+    dense_steps: int = 1500
+    batch_size: int = 2
     seq_len: int = 256
     vocab_size: int = 4096
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    heads: int = 3
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    heads: int = 4
     layers: int = 8
     num_recursions: int = 3
-    learning_rate: float = 3e-3
-    evaluations: int = 8
+    learning_rate: float = 4e-3
+    decay_share: float = 0.3
+    evaluations: int = 10
     eval_rows: int = 64
 
 
@@ -113,6 +114,7 @@ def run_demo(
             steps=steps,
             batch_size=sizes.batch_size,
             learning_rate=sizes.learning_rate,
+            decay_share=sizes.decay_share,
             log_every=max(1, steps // (2 * sizes.evaluations)),
             eval_every=-(-steps // sizes.evaluations),
             save_every=0,

@@ -198,6 +198,11 @@ def _model_config(options: RunOptions, vocab_size: int, end_of_text: int) -> "Mo
                 f"{vocab_size}"
             )
         return config
+    kv_heads = options.kv_heads or options.heads
+    if options.heads < 1 or options.heads % kv_heads:
+        raise ValueError(
+            f"heads must be a positive multiple of kv_heads, got {options.heads} and {kv_heads}"
+        )
     if options.hidden_size % options.heads:
         raise ValueError(
             f"hidden_size {options.hidden_size} is not a multiple of heads {options.heads}"

@@ -51,6 +51,7 @@ class MoRTrainer(Trainer):
         """Takes the Trainer's arguments."""
         super().__init__(*args, **kwargs)
         self._parts: defaultdict[str, Tensor | float] = defaultdict(float)
+        self._finite: Tensor | bool = True
         self._window_batches = 0
         self._window_tokens = 0
         self._window_start: float | None = None
@@ -70,7 +71,21 @@ class MoRTrainer(Trainer):
         if self._window_start is None:
             self._window_start, self._window_step = time.perf_counter(), self.state.global_step
         self._window_tokens += inputs["input_ids"].numel()
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite = self._finite & loss.isfinite()
+        return loss
+
+    def _refuse_nan(self) -> None:
+        """Stops before a broken model is written over good checkpoints."""
+        if not bool(self._finite):
+            raise FloatingPointError(
+                f"training: the loss was not finite in a step up to {self.state.global_step}; the "
+                "last checkpoint is from before it. Resume from it with a smaller learning rate"
+            )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_nan()
+        super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -101,6 +116,7 @@ class MoRTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the window's numbers before any callback or the state sees the line."""
         if "loss" in logs:
+            self._refuse_nan()
             logs = {**logs, **self._close_window(), "total_flos": self.state.total_flos}
         elif "eval_loss" in logs:
             logs = {**logs, **{f"eval_{name}": value for name, value in self._routing().items()}}

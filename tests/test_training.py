@@ -1,4 +1,7 @@
-"""Training: what is logged and where, schedules, resuming exactly after a kill at any moment."""
+"""Training: what is logged and where, schedules, resuming exactly after a kill at any moment.
+
+Over 300 lines in one file: a few trained runs, made once, serve all tests.
+"""
 
 import json
 import os
@@ -477,3 +480,23 @@ def test_loss_free_balancing_moves_the_bias_after_every_optimizer_step(
     torch.testing.assert_close(bias, bias.round(), atol=1e-3, rtol=0)
     assert 1 <= bias.abs().max() <= 3
     assert not model.model.recursion.load.any()
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(router, blocks, tmp_path):
+    set_seed(0)
+    model = MoRForCausalLM(MoRConfig(base_config=_dense_config(), router=router))
+    arguments = training_arguments(
+        tmp_path, steps=9, batch_size=2, save_every=2, eval_every=0, log_every=100
+    )
+
+    class Diverging(MoRTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 4 else loss
+
+    with pytest.raises((FloatingPointError, RuntimeError), match=r"not finite|NaN"):
+        Diverging(model, arguments, train_dataset=blocks).train()
+    kept = checkpoint_to_resume(tmp_path)
+    assert kept is not None
+    assert kept.name == "checkpoint-4"

@@ -1,8 +1,8 @@
 // route_topk: the k best rows of every packed sequence (MoR paper, section 2.2.1, expert-choice).
 //   scores          [N] float32, bfloat16, float16 (ranked on float32) or float64
-//   k, k_each       the number of rows to choose in a sequence: k for all, or k_each [B] int64
-//   instead cu_seqlens      [B + 1] int32: sequence b owns rows cu_seqlens[b] .. cu_seqlens[b + 1]
-//   - 1 num_rows        the number of rows returned, known to the host: sum(k) + protected rows
+//   k, k_each       rows to choose in a sequence: k for all, or k_each [B] int64 instead
+//   cu_seqlens      [B + 1] int32: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]
+//   num_rows        number of rows returned, known to the host: sum(k) + protected rows
 //   candidates      [N] bool, optional: only these rows may win
 //   protected_rows  [N] bool, optional: always returned, in addition to the k best of the others
 //   rows            [num_rows] int64, indices into the N rows, sequence after sequence

@@ -10,7 +10,13 @@ from mor.models.cache import RecursionCacheLayer
 from mor.modules.packing import Packing
 from mor.ops.depth_attention import depth_attention
 
-__all__ = ["AttentionContext", "SharedKV", "mor_attention", "skip_reused_projections"]
+__all__ = [
+    "AttentionContext",
+    "SharedKV",
+    "check_attention",
+    "mor_attention",
+    "skip_reused_projections",
+]
 
 KeyView = tuple[Tensor, Tensor, Tensor, Tensor]
 """Keys, values [Nk, Hkv, head_dim], positions [Nk] and cu_seqlens [B + 1]."""
@@ -75,6 +81,20 @@ class AttentionContext:
         return self.cache.append(keys, values, packing, self.longest)
 
 
+def check_attention(config: Any, option: str) -> None:
+    """Refuses what depth_attention lacks, before any tensor exists.
+
+    Raises:
+        ValueError: attention dropout, a sliding window, or layers of another kind.
+    """
+    for name in ("attention_dropout", "sliding_window", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            raise ValueError(f"{option}: {name} is not supported, got {getattr(config, name)}")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"{option}: only full attention layers are supported, got {sorted(kinds)}")
+
+
 def mor_attention(
     module: nn.Module,
     query: Tensor,
@@ -92,14 +112,8 @@ def mor_attention(
     Returns:
         [1, K, H, head_dim] and None (there are no attention weights).
 
-    Raises:
-        ValueError: attention dropout, sliding windows or soft-capping, which depth_attention lacks.
+    What depth_attention lacks (dropout, windows) `check_attention` refuses when a model is made.
     """
-    if dropout > 0.0:
-        raise ValueError(f"mor attention: attention_dropout is not supported, got {dropout}")
-    for name in ("sliding_window", "softcap"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"mor attention: {name} is not supported, got {kwargs[name]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # Under autocast the rotary embedding leaves queries and keys in float32.
     q, k = q.to(v.dtype), k.to(v.dtype)

@@ -112,9 +112,14 @@ class MoRConfig(PreTrainedConfig):
             self.router_func = "softmax" if self.router == "token" else "sigmoid"
         if self.router_alpha is None:
             self.router_alpha = 1.0 if self.router_func == "softmax" else 0.1
+        self._check_options()
         if self.router == "expert":
             self.capacities = check_capacities(self.capacities, self.num_recursions)
-        self._check_options()
+            if self.kv_strategy != "recursion" and self.capacities[0] != 1:
+                raise ValueError(
+                    f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at "
+                    f"the first recursion (capacity 1), got {self.capacities}"
+                )
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the dense model: hidden_size, vocab_size, rms_norm_eps, ..."""
@@ -122,6 +127,15 @@ class MoRConfig(PreTrainedConfig):
         if name.startswith("_") or not isinstance(base, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the dense model's configuration owns is written there: one value, one place."""
+        base = self.__dict__.get("base_config")
+        owned = isinstance(base, PreTrainedConfig) and hasattr(base, name)
+        if owned and not name.startswith("_") and not hasattr(type(self), name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def layer_types(self) -> list[str]:
@@ -187,11 +201,20 @@ class MoRConfig(PreTrainedConfig):
                 f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
                 "could leave; use cycle or middle_cycle with a router, or router=None"
             )
-        first = self.capacities[0] if self.router == "expert" and self.capacities else 1
-        if self.kv_strategy != "recursion" and first != 1:
+        if self.router != "expert" and self.capacities is not None:
             raise ValueError(
-                f"MoRConfig.capacities: kv_strategy {self.kv_strategy} needs every token at the "
-                f"first recursion (capacity 1), got {self.capacities}"
+                f"MoRConfig.capacities: only expert-choice has capacities, got {self.capacities} "
+                f"with router {self.router!r}"
             )
+        if not self.router_temperature > 0:
+            raise ValueError(
+                f"MoRConfig.router_temperature: expected a positive number, got "
+                f"{self.router_temperature}"
+            )
+        for name in ("capacity_warmup_steps", "balance_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"MoRConfig.{name}: expected at least 0, got {getattr(self, name)}"
+                )
         if self.router == "expert" and self.router_func == "softmax":
             raise ValueError("MoRConfig.router_func: softmax needs token-choice routing")

@@ -5,37 +5,35 @@ from typing import Any
 
 from transformers import MODEL_MAPPING
 
+from mor.models.attention import check_attention
 from mor.models.configuration_mor import MoRConfig
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.routers import RouterScore
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["base_model", "recursion"]
+__all__ = ["ARCHITECTURES", "base_model", "recursion"]
+
+#: Dense architectures whose models are nothing but embedding, layers, norm and head: others scale
+#: embeddings or logits in places a recursion would skip.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def base_model(config: MoRConfig) -> Any:
     """The dense architecture with only the unique layers, its attention served by mor."""
     base = copy.deepcopy(config.base_config)
+    if base.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"MoRConfig.base_config: expected an architecture of {ARCHITECTURES}, got "
+            f"{base.model_type!r}"
+        )
+    check_attention(base, "MoRConfig.base_config")
     types = getattr(base, "layer_types", None)
     base.num_hidden_layers = config.num_unique_layers
     if types is not None:
         first_use = [config.layer_schedule.index(layer) for layer in range(base.num_hidden_layers)]
         base.layer_types = [types[depth] for depth in first_use]
-        if any(kind != "full_attention" for kind in base.layer_types):
-            raise ValueError(
-                f"MoRConfig.base_config: only full attention layers are supported, got {types}"
-            )
     base._attn_implementation = "mor"
-    if type(base) not in MODEL_MAPPING:
-        raise ValueError(f"MoRConfig.base_config: no model is known for {type(base).__name__}")
-    model = MODEL_MAPPING[type(base)](base)
-    for name in ("embed_tokens", "layers", "norm", "rotary_emb"):
-        if not hasattr(model, name):
-            raise ValueError(
-                f"MoRConfig.base_config: {type(model).__name__} has no {name}; expected a decoder "
-                "of the Llama family"
-            )
-    return model
+    return MODEL_MAPPING[type(base)](base)
 
 
 def recursion(config: MoRConfig) -> ExpertChoice | TokenChoice | None:

@@ -29,7 +29,7 @@ from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
-from mor.modules.packing import PackedBatch, Packing, pack
+from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
@@ -134,8 +134,8 @@ class MoRModel(MoRPreTrainedModel):
             inputs_embeds: [B, S, D].
             attention_mask: [B, S] (or [B, past + S]), non-zero at tokens. Pads, on either side, are
                 left out of everything: attention, routing capacity, cache.
-            position_ids: [B, S] int64. Without an attention mask, positions that restart inside a
-                row separate documents, which do not attend to each other.
+            position_ids: [B, S] int64. Without pads, positions that restart at 0 inside a row
+                separate documents, which do not attend to each other.
             past_key_values: cache of earlier columns.
             use_cache: make and return a cache; default `config.use_cache` in evaluation, False in
                 training.
@@ -185,7 +185,7 @@ class MoRModel(MoRPreTrainedModel):
         if states is not None:
             states[-1] = hidden
         if past_key_values is not None:
-            last = _last_positions(batch)
+            last = batch.last_positions()
             for layer in past_key_values.layers:
                 layer.advance(batch.shape[1], last)
         return MoRModelOutput(
@@ -419,6 +419,18 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             inputs["position_ids"] = positions[:, -columns:]
         return inputs
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers; the cache is recursion-wise and grows.
+
+        Raises:
+            ValueError: a cache_implementation other than dynamic.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        wanted = kwargs.get("cache_implementation") or config.cache_implementation
+        if wanted not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(f"MoR: expected a dynamic cache, got cache_implementation={wanted!r}")
+        return super().generate(*args, **kwargs)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' continuous batching keeps every token in every layer's cache: refused.
 
@@ -470,15 +482,6 @@ def _check_cache(cache: Cache, config: MoRConfig) -> None:
             f"past_key_values: expected DynamicCache(config=model.config) with "
             f"{config.num_hidden_layers} RecursionCacheLayer, got {len(layers)} layers of {kinds}"
         )
-
-
-def _last_positions(batch: PackedBatch) -> Tensor:
-    """[B] position of the last token of each row; -1 for a row of pads."""
-    packing = batch.packing
-    ends = packing.cu_seqlens[1:].long() - 1
-    if packing.num_rows == 0:
-        return torch.full_like(ends, -1)
-    return torch.where(packing.cu_seqlens.diff() > 0, packing.positions[ends.clamp(min=0)], -1)
 
 
 AutoConfig.register("mor", MoRConfig, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from mor.models.attention import AttentionContext
+from mor.models.attention import AttentionContext, check_attention
 from mor.models.cache import RecursionCacheLayer
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
+from mor.modules.routers import RouterScore
 from mor.modules.token_choice import TokenChoice
 
 __all__ = ["RoutedLayers", "load_swapped", "swap"]
@@ -92,14 +94,17 @@ class RoutedLayers(nn.Module):
             "RoutedLayers stands in models with rotary positions"
         )
         batch_size, length, _ = hidden_states.shape
+        caches = self._caches(past_key_values)
         batch = pack(
             (batch_size, length),
             hidden_states.device,
             _token_mask(attention_mask, length),
             position_ids,
-            documents=past_key_values is None and attention_mask is None,
+            documents=caches[0] is None or caches[0].num_columns == 0,
         )
-        caches = self._caches(past_key_values)
+        if past_key_values is not None and batch.packing.num_sequences != batch_size:
+            # The dense layers would not separate them either: Transformers does so without a cache.
+            raise ValueError("swap: documents packed in a row need use_cache=False")
         cos, sin = (batch.pack(x.expand(batch_size, *x.shape[1:])) for x in position_embeddings)
         depth = len(self.layers)
 
@@ -122,12 +127,20 @@ class RoutedLayers(nn.Module):
             return x[:0] if empty else x
 
         self.routing = self.recursion(batch.pack(hidden_states), batch.packing, block)
+        for cache in caches:
+            if cache is not None:
+                cache.advance(length, batch.last_positions())
         return batch.unpack(self.routing.hidden)
 
     def _caches(self, cache: Cache | None) -> list[RecursionCacheLayer | None]:
         count = len(self.layers) * self.num_recursions
         if cache is None:
             return [None] * count
+        if len(cache.layers) < self.first + count:
+            raise ValueError(
+                "swap: expected past_key_values = DynamicCache(config=model.config), got a cache "
+                f"of {len(cache.layers)} layers"
+            )
         for depth in range(self.first, self.first + count):
             if not isinstance(cache.layers[depth], RecursionCacheLayer):
                 cache.layers[depth] = RecursionCacheLayer()
@@ -135,11 +148,13 @@ class RoutedLayers(nn.Module):
 
 
 def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """[B, S] mask of tokens from whatever mask the model made: what the last query may see."""
-    if attention_mask is None or attention_mask.dim() == 2:
-        return attention_mask
-    last = attention_mask[:, 0, -1, -length:]
-    return last if last.dtype == torch.bool else last >= 0
+    """[B, S] mask of tokens from whatever the model made: who sees itself is no pad."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:]
+    own = attention_mask[:, 0, :, -length:].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own >= 0
 
 
 def swap(
@@ -163,7 +178,8 @@ def swap(
         router: "expert" or "token".
         loss_coefficients: weights of the router's losses in `output.loss`; default 0.001 for
             "aux_loss", 0.1 for "balancing_loss".
-        **options: of `mor.modules.ExpertChoice` or `TokenChoice`.
+        **options: of `mor.modules.ExpertChoice` or `TokenChoice`; `score` also as a dict of
+            `RouterScore`'s fields.
 
     Returns:
         The same model. It trains (the router's losses are part of `output.loss`), generates, and
@@ -179,7 +195,7 @@ def swap(
         ...     num_hidden_layers=8, vocab_size=64)
         >>> model = swap(LlamaForCausalLM(config), (1, 7), num_recursions=3)
         >>> len(model.model.layers)
-        4
+        3
     """
     span = layers if isinstance(layers, range) else range(*layers)
     stack = getattr(getattr(model, "model", None), "layers", None)
@@ -193,8 +209,13 @@ def swap(
         )
     if any(isinstance(layer, RoutedLayers) for layer in stack):
         raise ValueError("swap: the model has routed layers already")
+    check_attention(model.config, "swap")
+    score = options.get("score")
+    if isinstance(score, RouterScore):
+        options["score"] = asdict(score)
     kept = list(stack[span.start : span.start + len(span) // num_recursions])
-    routed = RoutedLayers(kept, model.config, span.start, num_recursions, router, **options)
+    made = {**options, **({"score": RouterScore(**options["score"])} if score else {})}
+    routed = RoutedLayers(kept, model.config, span.start, num_recursions, router, **made)
     routed.to(device=model.device, dtype=model.dtype)
     model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
     model.config.mor_swap = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep, check_capacities
-from mor.modules.routers import Router, RouterScore, aux_loss, z_loss
+from mor.modules.routers import Router, RouterScore, aux_loss, refuse_nan, z_loss
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.group_rows import group_rows
 from mor.ops.route_topk import route_topk
@@ -177,6 +177,7 @@ def _warmed_up(steps: Tensor, warmup: int) -> float:
 
 def _select_above_threshold(logits: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
     """Candidates whose logit is above 0, and their packing. One host synchronisation."""
+    refuse_nan(logits, "ExpertChoice")
     grouped, offsets = group_rows(logits > 0, 2, packing.cu_seqlens)
     starts = offsets[packing.num_sequences :]
     local = grouped[int(starts[0]) :]

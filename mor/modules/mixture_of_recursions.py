@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mor.modules.expert_choice import ExpertChoice
-from mor.modules.packing import Packing
+from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
@@ -20,9 +20,9 @@ class MixtureOfRecursions(nn.Module):
     The block is any module whose first input and (first) output are hidden states [B, S, D]. It is
     called on the selected tokens of each sequence, in order, as shorter sequences; arguments that
     have one entry per token are cut to the same tokens: tensors [B or 1, S, ...] (positions, rotary
-    embeddings, a padding mask) and masks [B or 1, heads or 1, S, S], also inside tuples. Sequences
-    that keep different numbers of tokens are called one length at a time, so the block never sees a
-    pad.
+    embeddings, a padding mask) and masks [B or 1, heads or 1, S, S], also inside tuples. Pads are
+    named by `token_mask`; sequences that keep different numbers of tokens are called one length at
+    a time, so the block never sees a pad.
 
     Args:
         block: the module to wrap.
@@ -56,7 +56,7 @@ class MixtureOfRecursions(nn.Module):
         super().__init__()
         if num_recursions < 1:
             raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
-        self.block = block
+        self.block, self.hidden_size = block, hidden_size
         self.num_recursions = num_recursions
         self.recursion: ExpertChoice | TokenChoice | None
         if router == "expert":
@@ -69,11 +69,14 @@ class MixtureOfRecursions(nn.Module):
             raise ValueError(f"router: expected expert, token or None, got {router!r} {options}")
         self.routing: RecursionOutput | None = None
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Runs the recursions.
 
         Args:
             hidden: [B, S, D].
+            token_mask: [B, S], non-zero at tokens; pads take no recursion and keep their state.
             *args: passed to the block, cut to its tokens.
             **kwargs: likewise.
 
@@ -81,11 +84,12 @@ class MixtureOfRecursions(nn.Module):
             What the block returns in its last call, its first output replaced by [B, S, D].
 
         Raises:
-            ValueError: hidden states of another rank.
+            ValueError: hidden states of another rank or width, a mask of another shape.
         """
-        if hidden.dim() != 3:
+        if hidden.dim() != 3 or hidden.shape[2] != self.hidden_size:
             raise ValueError(
-                f"MixtureOfRecursions: expected hidden of shape [B, S, D], got {list(hidden.shape)}"
+                f"MixtureOfRecursions: expected hidden of shape [B, S, {self.hidden_size}], got "
+                f"{list(hidden.shape)}"
             )
         batch_size, length, width = hidden.shape
         if self.recursion is None:
@@ -104,12 +108,15 @@ class MixtureOfRecursions(nn.Module):
                 extra[:] = [result]
                 return _first(result)
 
-            return _by_length(call, x, packing, rows, length)
+            return _by_length(call, x, packing, batch.packing.positions[rows])
 
-        positions = torch.arange(length, device=hidden.device).repeat(batch_size)
-        packing = Packing.uniform(batch_size, length, positions)
-        self.routing = self.recursion(hidden.reshape(-1, width), packing, block)
-        out = self.routing.hidden.reshape(batch_size, length, width)
+        batch = pack((batch_size, length), hidden.device, token_mask)
+        everyone = batch.rows
+        self.routing = self.recursion(batch.pack(hidden), batch.packing, block)
+        out = self.routing.hidden
+        if everyone is not None:
+            out = hidden.reshape(-1, width).index_copy(0, everyone, out)
+        out = out.reshape(batch_size, length, width)
         result = extra[0] if extra else out
         return (out, *result[1:]) if isinstance(result, tuple) else out
 
@@ -122,8 +129,7 @@ def _by_length(
     call: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Tensor,
     packing: Packing,
-    rows: Tensor,
-    length: int,
+    tokens: Tensor,
 ) -> Tensor:
     """Calls the block on [b, k, D] once for each number k of tokens that sequences keep."""
     lengths: Sequence[int] = packing.lengths or packing.cu_seqlens.diff().tolist()
@@ -137,7 +143,7 @@ def _by_length(
         sequences = torch.tensor([b for b, n in enumerate(lengths) if n == count], device=x.device)
         starts = packing.cu_seqlens[sequences].long()
         local = starts.unsqueeze(1) + torch.arange(count, device=x.device)
-        y = call(x[local], sequences, rows[local] % length)
+        y = call(x[local], sequences, tokens[local])
         if len(set(lengths)) == 1:
             return y.reshape(-1, y.shape[-1])
         out = y.new_zeros(x.shape[0], y.shape[-1]) if out is None else out
@@ -156,6 +162,11 @@ def _cutter(
             return type(value)(cut(v) for v in value)
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
+        if value.dim() == 2 and value.shape[0] == length != batch_size:
+            raise ValueError(
+                f"MixtureOfRecursions: expected masks of shape [B or 1, heads or 1, {length}, "
+                f"{length}] or per token, got {list(value.shape)}"
+            )
         if value.shape[0] not in (1, batch_size):
             return value
         value_rows = value.expand(batch_size, *value.shape[1:])[sequences]

@@ -117,6 +117,14 @@ class PackedBatch:
                 x = gather_tokens(x, self.source)
         return x.reshape(*self.shape, *x.shape[1:])
 
+    def last_positions(self) -> Tensor:
+        """[B] position of the last token of each sequence; -1 for one without tokens."""
+        ends = self.packing.cu_seqlens[1:].long() - 1
+        if self.packing.num_rows == 0:
+            return torch.full_like(ends, -1)
+        last = self.packing.positions[ends.clamp(min=0)]
+        return torch.where(self.packing.cu_seqlens.diff() > 0, last, -1)
+
     def unpack_masked(self, x: Tensor, fill: int) -> Tensor:
         """[N] to [B, S], with `fill` at pads."""
         if self.rows is None:
@@ -142,8 +150,8 @@ def pack(
         device: where the batch is.
         attention_mask: [B, S] or [B, past + S], non-zero at tokens; left and right padding, or any
             other holes. Costs one host synchronisation.
-        position_ids: [B or 1, S] int64. Without an attention mask, a row whose positions restart
-            holds several documents, and no token attends to another document.
+        position_ids: [B or 1, S] int64. Without pads, a row whose positions restart at 0 holds
+            several documents, and no token attends to another document.
         cu_seqlens: [documents + 1] int32 for B = 1: document boundaries given outright.
         past_length: columns already in the cache; positions continue from there.
         documents: look for documents in `position_ids`.
@@ -164,9 +172,11 @@ def pack(
                 f"attention_mask: expected shape [{batch_size}, {length}] (or with past columns), "
                 f"got {list(attention_mask.shape)}"
             )
-        if attention_mask.shape[1] < length:
+        if attention_mask.shape[1] not in (length, past_length + length):
             raise ValueError(
-                f"attention_mask: expected at least {length} columns, got {attention_mask.shape[1]}"
+                f"attention_mask: expected {length} columns"
+                f"{f' or {past_length + length}' if past_length else ''}, got "
+                f"{attention_mask.shape[1]}"
             )
         valid = attention_mask[:, attention_mask.shape[1] - length :].to(device) != 0
         lengths = valid.sum(dim=1).tolist()
@@ -178,9 +188,14 @@ def pack(
             source = torch.maximum(shown, first).clamp(max=max(rows.shape[0] - 1, 0)).reshape(-1)
             packing = Packing.from_lengths(lengths, positions.reshape(-1)[rows])
             return PackedBatch(packing, shape, rows, source)
-    elif documents and position_ids is not None and length > 1:
-        starts = positions[:, 1:] != positions[:, :-1] + 1
+    if documents and position_ids is not None and length > 1:
+        starts = positions[:, 1:] <= positions[:, :-1]
         if bool(starts.any()):
+            if bool((positions[:, 1:][starts] != 0).any()):
+                raise ValueError(
+                    "position_ids: expected positions that rise, or restart at 0 for a new "
+                    "document, got positions that fall to another value"
+                )
             edge = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
             begins = torch.cat([edge, starts], dim=1).reshape(-1).nonzero().squeeze(1).tolist()
             ends = [*begins[1:], batch_size * length]
@@ -214,8 +229,11 @@ def _document_lengths(
             "cu_seqlens: expected one packed row (batch size 1) without attention_mask, got batch "
             f"size {shape[0]}{' and an attention_mask' if attention_mask is not None else ''}"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens: expected integers of shape [B + 1], got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)}"
+        )
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != shape[1] or min(lengths, default=0) < 0:

@@ -67,6 +67,8 @@ def default_capacities(num_recursions: int) -> list[float]:
 
 def check_capacities(capacities: Sequence[float] | None, num_recursions: int) -> list[float]:
     """The capacities as a checked list; default (R - r) / R."""
+    if num_recursions < 1:
+        raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
     if capacities is None:
         return default_capacities(num_recursions)
     values = [float(c) for c in capacities]

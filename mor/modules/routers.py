@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Router", "RouterScore", "aux_loss", "balancing_loss", "z_loss"]
+__all__ = ["Router", "RouterScore", "aux_loss", "balancing_loss", "refuse_nan", "z_loss"]
 
 ROUTER_TYPES = ("linear", "mlp", "wide_mlp")
 SCORE_FUNCTIONS = ("sigmoid", "tanh", "softmax", "none")
@@ -41,7 +41,7 @@ class Router(nn.Module):
         super().__init__()
         if router_type not in ROUTER_TYPES:
             raise ValueError(f"router_type: expected one of {ROUTER_TYPES}, got {router_type!r}")
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"router_temperature: expected a positive number, got {temperature}")
         self.temperature = temperature
         if router_type == "linear":
@@ -97,6 +97,15 @@ class RouterScore:
         elif self.function == "softmax":
             logits = logits.softmax(dim=-1)
         return self.alpha * logits
+
+
+def refuse_nan(scores: Tensor, where: str) -> None:
+    """Raises RuntimeError for NaN scores, which would route tokens silently somewhere.
+
+    On the CPU only, as `route_topk`: elsewhere it would cost a synchronisation.
+    """
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and scores.isnan().any():
+        raise RuntimeError(f"{where}: expected router scores without NaN, got NaN")
 
 
 def aux_loss(logits: Tensor, rows: Tensor) -> Tensor:

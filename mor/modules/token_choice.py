@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep
-from mor.modules.routers import Router, RouterScore, balancing_loss, z_loss
+from mor.modules.routers import Router, RouterScore, balancing_loss, refuse_nan, z_loss
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.group_rows import group_rows
 from mor.ops.scatter_tokens import scatter_tokens
@@ -59,6 +59,8 @@ class TokenChoice(nn.Module):
             raise ValueError(
                 f"router_balancing: expected loss, loss_free or None, got {balancing!r}"
             )
+        if num_recursions < 1:
+            raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
         self.num_recursions = num_recursions
         self.score, self.gating, self.balancing = score, gating, balancing
         self.use_z_loss, self.bias_update_rate = use_z_loss, bias_update_rate
@@ -81,7 +83,12 @@ class TokenChoice(nn.Module):
         chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
         gates = chosen if self.gating == "weighted" else torch.ones_like(chosen)
         counts = torch.bincount(choice, minlength=self.num_recursions)
-        if self.training and self.balancing == "loss_free":
+        warming_up = self.training and int(self.warmup_step) <= self.balance_warmup_steps
+        if (
+            self.training
+            and self.balancing == "loss_free"
+            and not (self.balance_warmup_steps and warming_up)
+        ):
             self.load += counts
         self.metrics.update_choice(scores, counts, choice, packing.positions)
 
@@ -126,6 +133,7 @@ class TokenChoice(nn.Module):
             if int(self.warmup_step) <= self.balance_warmup_steps:
                 last = self.num_recursions - 1
                 return torch.full(scores.shape[:1], last, dtype=torch.int64, device=scores.device)
+        refuse_nan(scores, "TokenChoice")
         biased = scores + self.bias if self.balancing == "loss_free" else scores
         return biased.detach().argmax(dim=-1)
 

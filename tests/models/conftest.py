@@ -30,7 +30,7 @@ def small_model(seed: int = 0, **options) -> MoRForCausalLM:
     return MoRForCausalLM(small_config(**options))
 
 
-#: Every combination of routing, sharing and KV strategy that a model can have.
+#: Combinations of routing, sharing and KV strategy that every model test runs.
 VARIANTS = {
     "expert": {"router": "expert"},
     "expert-cycle": {"router": "expert", "sharing": "cycle", "num_hidden_layers": 6},
@@ -43,6 +43,13 @@ VARIANTS = {
     "token-shared": {"router": "token", "kv_strategy": "shared"},
     "token-hybrid": {"router": "token", "kv_strategy": "hybrid"},
     "token-loss-free": {"router": "token", "router_balancing": "loss_free"},
+    "token-additive": {"router": "token", "router_gating": "additive"},
+    "expert-cycle-shared": {
+        "router": "expert",
+        "sharing": "cycle",
+        "num_hidden_layers": 6,
+        "kv_strategy": "shared",
+    },
     "recursive": {"router": None},
     "recursive-shared": {"router": None, "kv_strategy": "shared"},
     "recursive-hybrid": {"router": None, "kv_strategy": "hybrid"},

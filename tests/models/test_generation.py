@@ -61,17 +61,16 @@ def test_prefill_in_pieces_equals_full_forward(variant):
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-4, rtol=0)
 
 
-def test_sampling_with_a_seed_does_not_depend_on_the_batch(variant):
+@pytest.mark.parametrize("lengths", [[8], [5, 9, 2, 7, 1]], ids=["batch1", "batch5"])
+def test_sampling_with_a_seed_does_not_depend_on_the_cache(variant, lengths):
     model = small_model(**variant).eval()
-    tokens = prompts(1, 8)
+    tokens, mask = padded(lengths, "left")
     torch.manual_seed(3)
-    alone = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=True
-    )
+    alone = model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=True)
     torch.manual_seed(3)
     uncached = model.generate(
         tokens,
-        attention_mask=torch.ones_like(tokens),
+        attention_mask=mask,
         max_new_tokens=8,
         do_sample=True,
         use_cache=False,

@@ -1,11 +1,21 @@
-"""Training: losses, padding, packed documents, checkpointing, saving; and what is refused."""
+"""Training: losses, padding, packed documents, checkpointing, saving; and what is refused.
+
+Over 300 lines in one file: they share the small models and their training step.
+"""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 from mor import MoRConfig, MoRForCausalLM
 
@@ -279,9 +289,49 @@ def test_balance_warmup_takes_every_recursion():
     assert depths[2] != [3]
 
 
+def test_resized_embeddings_are_saved_and_loaded(tmp_path):
+    model = small_model()
+    model.resize_token_embeddings(120)
+    assert model.config.base_config.vocab_size == model.config.vocab_size == 120
+    model.save_pretrained(tmp_path)
+    loaded = MoRForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight.shape == (120, 64)
+
+
+def test_options_of_the_dense_model_are_written_to_it():
+    config = MoRConfig(base_config=small_config().base_config, rms_norm_eps=1e-3)
+    assert config.base_config.rms_norm_eps == config.rms_norm_eps == 1e-3
+    assert "rms_norm_eps" not in config.__dict__
+
+
+def test_balance_warmup_leaves_the_bias_alone():
+    model = small_model(router="token", router_balancing="loss_free", balance_warmup_steps=2)
+    model.train()
+    for _ in range(2):
+        model(prompts(1, 24))
+        model.model.recursion.update_bias()
+    assert not model.model.recursion.bias.any()
+    model(prompts(1, 24))
+    model.model.recursion.update_bias()
+    assert model.model.recursion.bias.any()
+
+
+def test_documents_are_found_beside_a_mask_of_ones():
+    model = small_model().eval()
+    tokens, positions = prompts(1, 8), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        masked = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens))
+        plain = model(tokens, position_ids=positions)
+    assert torch.equal(masked.logits, plain.logits)
+    assert masked.past_key_values is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"capacities": [1.0, 0.5, 0.2], "router": "token"}, "only expert-choice has capacities"),
+        ({"router_temperature": float("nan")}, "router_temperature: expected a positive"),
+        ({"capacity_warmup_steps": -1}, "capacity_warmup_steps: expected at least 0"),
         ({"num_recursions": 4}, "num_recursions: 4 recursions must divide the 6 layers"),
         ({"num_recursions": 0}, "num_recursions: expected at least 1, got 0"),
         ({"num_recursions": 7}, "7 recursions must divide"),
@@ -314,15 +364,19 @@ def test_bad_inputs():
     tokens = prompts(2, 6)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="attention_mask: expected at least 6 columns, got 4"):
-        model(tokens, attention_mask=torch.ones(2, 4))
+    for columns in (4, 9):
+        with pytest.raises(ValueError, match=f"attention_mask: expected 6 columns, got {columns}"):
+            model(tokens, attention_mask=torch.ones(2, columns))
     with pytest.raises(ValueError, match="attention_mask: expected shape"):
         model(tokens, attention_mask=torch.ones(2, 1, 6, 6))
     with pytest.raises(ValueError, match=r"position_ids: expected shape \[2, 6\], got \[2, 5\]"):
         model(tokens, position_ids=torch.zeros(2, 5, dtype=torch.int64))
     falling = torch.tensor([[0, 1, 2, 3, 2, 1], [0, 1, 2, 3, 4, 5]])
-    with pytest.raises(RuntimeError, match="positions"):
-        model(tokens, position_ids=falling, attention_mask=torch.ones_like(tokens))
+    for mask in (None, torch.ones_like(tokens)):
+        with pytest.raises(ValueError, match="position_ids: expected positions that rise"):
+            model(tokens, position_ids=falling, attention_mask=mask)
+    with pytest.raises(ValueError, match="cu_seqlens: expected integers"):
+        model(tokens[:1], cu_seq_lens_q=torch.tensor([0.0, 6.0]))
     with pytest.raises(ValueError, match="cu_seqlens: expected one packed row"):
         model(tokens, cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to 6"):
@@ -337,6 +391,27 @@ def test_nan_in_scores_is_an_error():
         model.model.recursion.routers[1].layers[0].weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match=r"route_topk.*NaN"):
         model(prompts(1, 8))
+    with pytest.raises(RuntimeError, match="ExpertChoice: expected router scores without NaN"):
+        model.eval()(prompts(1, 8))
+    model = small_model(router="token").train()
+    with torch.no_grad():
+        model.model.recursion.router.layers[0].weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="TokenChoice: expected router scores without NaN"):
+        model(prompts(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (GemmaConfig(num_hidden_layers=8), "expected an architecture of"),
+        (MistralConfig(num_hidden_layers=8, sliding_window=4), "sliding_window is not supported"),
+        (LlamaConfig(num_hidden_layers=8, attention_dropout=0.1), "attention_dropout is not"),
+    ],
+    ids=["gemma", "sliding-window", "dropout"],
+)
+def test_dense_models_that_cannot_be_used(base, message):
+    with pytest.raises(ValueError, match=f"MoRConfig.base_config: {message}"):
+        MoRForCausalLM(MoRConfig(base_config=base))
 
 
 def test_empty_rows_of_a_batch():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 import mor
 from mor.models.swap import RoutedLayers
+from mor.modules import RouterScore
 
 from .test_conversion import dense_models
 from .test_generation import padded, prompts
@@ -92,6 +93,38 @@ def test_saved_and_loaded(tmp_path):
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
 
+def test_scores_are_saved_too(tmp_path):
+    model = swapped(score=RouterScore("tanh", 0.3)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = mor.load_swapped(tmp_path).eval()
+    assert loaded.model.layers[1].recursion.score == RouterScore("tanh", 0.3)
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = swapped(router="token").eval()
+    lengths = [5, 1, 9]
+    tokens = prompts(1, 15)
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions, use_cache=False).logits[0]
+        alone = [model(t, use_cache=False).logits[0] for t in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="need use_cache=False"):
+        model(tokens, position_ids=positions)
+
+
+def test_a_cropped_cache_goes_on():
+    model = swapped().eval()
+    tokens = prompts(1, 12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        cache.crop(-4)
+        again = model(tokens[:, 8:], past_key_values=cache).logits
+        full = model(tokens, use_cache=False).logits[:, 8:]
+    torch.testing.assert_close(again, full, atol=1e-4, rtol=0)
+
+
 def test_bad_swaps(tmp_path):
     with pytest.raises(ValueError, match=r"expected layers within 0\.\.8, got range\(1, 9\)"):
         mor.swap(dense_models()["llama"], (1, 9), 2)
@@ -103,6 +136,8 @@ def test_bad_swaps(tmp_path):
         mor.swap(swapped(), (0, 1), 1)
     with pytest.raises(ValueError, match=r"model\.layers"):
         mor.swap(torch.nn.Linear(2, 2), (0, 1), 1)
+    with pytest.raises(ValueError, match="a cache of 1 layers"):
+        swapped().eval()(prompts(1, 4), past_key_values=DynamicCache())
     dense_models()["llama"].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no swapped model"):
         mor.load_swapped(tmp_path)

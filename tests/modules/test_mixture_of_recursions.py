@@ -105,9 +105,24 @@ def test_tuples_of_the_block_are_kept():
     assert weights == "weights"
 
 
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_pads_take_no_recursion(router):
+    mixture = MixtureOfRecursions(nn.Sequential(nn.Linear(8, 8), nn.GELU()), 8, 2, router)
+    x, mask = torch.randn(2, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    out = mixture(x, token_mask=mask)
+    assert torch.equal(out[mask == 0], x[mask == 0])
+    for row, n in enumerate([3, 5]):
+        torch.testing.assert_close(out[row, :n], mixture(x[row : row + 1, :n])[0])
+
+
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"expected hidden of shape \[B, S, D\], got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"expected hidden of shape \[B, S, 4\], got \[3, 4\]"):
         MixtureOfRecursions(nn.Identity(), 4, 2)(torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"expected hidden of shape \[B, S, 4\], got \[2, 3, 5\]"):
+        MixtureOfRecursions(nn.Identity(), 4, 2)(torch.ones(2, 3, 5))
+    encoder = nn.TransformerEncoderLayer(4, 2, batch_first=True)
+    with pytest.raises(ValueError, match="expected masks of shape"):
+        MixtureOfRecursions(encoder, 4, 2)(torch.ones(2, 6, 4), src_mask=torch.zeros(6, 6))
     with pytest.raises(ValueError, match="router: expected expert, token or None"):
         MixtureOfRecursions(nn.Identity(), 4, 2, "both")
     with pytest.raises(ValueError, match="num_recursions: expected at least 1"):

@@ -1,3 +1,8 @@
+"""depth_attention: values, gradients, masks, bad input, memory.
+
+Over 300 lines in one file, as every operator has one test file.
+"""
+
 import os
 import subprocess
 import sys

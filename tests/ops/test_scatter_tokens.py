@@ -1,3 +1,8 @@
+"""scatter_tokens: values, gradients, in place, bad input.
+
+Over 300 lines in one file, as every operator has one test file.
+"""
+
 from typing import Any
 
 import pytest

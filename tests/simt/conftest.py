@@ -52,6 +52,11 @@ def race_kernels() -> Kernels:
     return Kernels("race", build("race"), 0)
 
 
+@pytest.fixture
+def plain_kernels() -> Kernels:
+    return Kernels("plain", build("plain"), 0)
+
+
 @pytest.fixture(params=BUILDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     target, _, order = request.param.partition("-")

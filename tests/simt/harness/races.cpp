@@ -121,7 +121,10 @@ bool ordered(const Access& before, const Access& now, bool shared) {
 }
 
 void check(const void* address, size_t bytes, bool write, bool atomic, void* pc) {
-  if (self == nullptr || on_fiber_stack(address)) return;
+  // The linker may give this file the kernels' instrumented copy of an inline function.
+  static bool checking = false;
+  if (checking || self == nullptr || on_fiber_stack(address)) return;
+  checking = true;
   const auto* begin = static_cast<const char*>(address);
   const bool shared = in_shared(begin), dynamic = in_dynamic_shared(begin);
   const Access now{self->linear, checker.block, checker.barrier, checker.warp_clock[self->warp],
@@ -152,6 +155,7 @@ void check(const void* address, size_t bytes, bool write, bool atomic, void* pc)
       }
     }
   }
+  checking = false;
 }
 
 void end_launch() {
@@ -237,6 +241,8 @@ SIMT_TSAN(16)
 SIMT_TSAN_ATOMIC(8, uint8_t)
 SIMT_TSAN_ATOMIC(32, uint32_t)
 SIMT_TSAN_ATOMIC(64, uint64_t)
+void __tsan_read_range(void* p, size_t n) { simt::check(p, n, false, false, SIMT_PC); }
+void __tsan_write_range(void* p, size_t n) { simt::check(p, n, true, false, SIMT_PC); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
