@@ -100,7 +100,7 @@ inline void copy_row(char* out, const char* in, int64_t bytes, const char* next)
       std::memcpy(out + b, &line, 64);
     }
   }
-  std::memcpy(out + b, in + b, bytes - b);
+  if (b < bytes) std::memcpy(out + b, in + b, bytes - b);
 }
 
 template <class V>
