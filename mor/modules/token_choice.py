@@ -78,17 +78,13 @@ class TokenChoice(nn.Module):
         """Runs up to R recursion steps over hidden [N, D]; keep_states fills `before`, `after`."""
         logits = self.router(hidden)
         scores = self.score(logits)
-        choice = self._choose(scores)
+        warming_up = self._advance_warmup()
+        choice = self._choose(scores, warming_up)
         depths = choice + 1
         chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
         gates = chosen if self.gating == "weighted" else torch.ones_like(chosen)
         counts = torch.bincount(choice, minlength=self.num_recursions)
-        warming_up = self.training and int(self.warmup_step) <= self.balance_warmup_steps
-        if (
-            self.training
-            and self.balancing == "loss_free"
-            and not (self.balance_warmup_steps and warming_up)
-        ):
+        if self.training and self.balancing == "loss_free" and not warming_up:
             self.load += counts
         self.metrics.update_choice(scores, counts, choice, packing.positions)
 
@@ -127,12 +123,17 @@ class TokenChoice(nn.Module):
             gates=gates,
         )
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        if self.training and self.balance_warmup_steps > 0:
-            self.warmup_step += 1
-            if int(self.warmup_step) <= self.balance_warmup_steps:
-                last = self.num_recursions - 1
-                return torch.full(scores.shape[:1], last, dtype=torch.int64, device=scores.device)
+    def _advance_warmup(self) -> bool:
+        """Counts a training forward; whether it still belongs to the warm-up."""
+        if not self.training or self.balance_warmup_steps == 0:
+            return False
+        self.warmup_step += 1
+        return int(self.warmup_step) <= self.balance_warmup_steps
+
+    def _choose(self, scores: Tensor, warming_up: bool) -> Tensor:
+        if warming_up:
+            last = self.num_recursions - 1
+            return torch.full(scores.shape[:1], last, dtype=torch.int64, device=scores.device)
         refuse_nan(scores, "TokenChoice")
         biased = scores + self.bias if self.balancing == "loss_free" else scores
         return biased.detach().argmax(dim=-1)
