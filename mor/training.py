@@ -143,6 +143,7 @@ class MoRTrainer(Trainer):
         metrics = getattr(self.accelerator.unwrap_model(self.model), "routing_metrics", None)
         if metrics is None:
             return {}
+        metrics.sum_over_processes(self.accelerator.device)
         values: dict[str, float] = metrics.compute()
         metrics.reset()
         return values

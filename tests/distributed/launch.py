@@ -1,0 +1,34 @@
+"""Starts a script in several processes, as a user does."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*arguments: object, processes: int = 2, timeout: int = 60) -> int:
+    """Runs `torchrun ARGUMENTS` with gloo on the CPU, all of it killed after `timeout` seconds.
+
+    Returns the exit code; a failure shows the end of the output.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    started = subprocess.Popen(
+        [sys.executable, *launcher, *(str(argument) for argument in arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        output, _ = started.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{output[-4000:]}") from None
+    if started.returncode:
+        print(output[-6000:])
+    return started.returncode
