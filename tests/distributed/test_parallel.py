@@ -22,7 +22,10 @@ from tests.distributed.training import (
     train,
 )
 
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+#: The models are float64, but Transformers' loss function computes in float32.
+ROUNDING = {"rtol": 1e-6, "atol": 0.0}
 SHARDED = [name for name in CASES if name.startswith("fsdp")]
 #: Checkpoints that one process writes and two resume.
 ALONE = ["fsdp-expert", "fsdp-token-padded"]
@@ -58,10 +61,10 @@ def test_losses_are_those_of_one_process(alone, together, name):
     losses = torch.tensor(results[name]["losses"])
     assert losses.unique().numel() == STEPS  # it trains
     for process in together:
-        torch.testing.assert_close(torch.tensor(process[name]["losses"]), losses, **EXACT)
+        torch.testing.assert_close(torch.tensor(process[name]["losses"]), losses, **ROUNDING)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("ddp")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SHARDED])
 def test_ddp_ends_with_the_weights_of_one_process(alone, together, name):
     results, _ = alone
     expected = results[name]["model"].state_dict()
@@ -89,7 +92,7 @@ def test_checkpoint_of_two_processes_goes_on_in_one(alone, together, name):
     load(folder / f"{name}.checkpoint", model, optimizer)
     losses = train(CASES[name], model, optimizer, range(SAVED_AFTER, STEPS))["losses"]
     expected = results[name]["losses"][SAVED_AFTER:]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), **EXACT)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), **ROUNDING)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -98,7 +101,7 @@ def test_checkpoint_of_one_process_goes_on_in_two(alone, together, name):
     expected = torch.tensor(results[name]["losses"][SAVED_AFTER:])
     for process in together:
         losses = torch.tensor(process[f"{name}.resumed"]["losses"])
-        torch.testing.assert_close(losses, expected, **EXACT)
+        torch.testing.assert_close(losses, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("name", SHARDED)

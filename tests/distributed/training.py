@@ -1,8 +1,8 @@
 """Trains a tiny model on fixed data, alone or as one of several processes under torchrun.
 
 torchrun --nproc-per-node 2 tests/distributed/training.py FOLDER runs CASES and leaves in FOLDER what
-each gave; the tests run the same cases in one process and compare. All in float64, so that sums in
-another order are no excuse.
+each gave; the tests run the same cases in one process and compare. All in float64, so that little
+is excused by sums in another order.
 """
 
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +32,7 @@ CASES = {
     "ddp-token-padded": {"router": "token", "router_balancing": "loss_free", "data": "padded"},
     "ddp-token-accumulated": {"router": "token", "router_balancing": "loss_free", "micro": 2},
     "ddp-token-no-rows": {"router": "token", "router_balancing": "loss_free", "data": "shallow"},
+    "accelerate-token": {"router": "token", "router_balancing": "loss_free", "rows": UNEVEN},
     "fsdp-expert": {"router": "expert", "router_aux_coef": 0.1, "rows": UNEVEN},
     "fsdp-expert-shared": {"router": "expert", "kv_strategy": "shared"},
     "fsdp-expert-checkpointed": {"router": "expert", "activation_checkpointing": True},
@@ -137,6 +139,11 @@ def run_case(name: str, folder: Path, rank: int, world: int) -> dict:
     if name.startswith("ddp"):
         wrapped = DistributedDataParallel(model)
         result = train(case, wrapped, optimizer_of(model), range(STEPS), rank, world)
+        return {**result, "weights": model.state_dict()}
+    if name.startswith("accelerate"):
+        wrapped, optimizer = Accelerator(cpu=True).prepare(model, optimizer_of(model))
+        assert isinstance(wrapped, DistributedDataParallel)
+        result = train(case, wrapped, optimizer, range(STEPS), rank, world)
         return {**result, "weights": model.state_dict()}
     shard(model)
     optimizer = optimizer_of(model)
