@@ -98,7 +98,8 @@ class MoRTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training:
             lm_loss = outputs.get("lm_loss")
-            loss = loss if lm_loss is None else lm_loss
+            if lm_loss is not None:
+                loss = lm_loss * self._loss_scale(num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         self._window_batches += 1
         for name in ("lm_loss", *_ROUTER_LOSSES):
@@ -106,6 +107,15 @@ class MoRTrainer(Trainer):
             if part is not None:
                 self._parts[name] = self._parts[name] + part.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
+        """The factor on losses that are sums over the targets of all processes, as the Trainer's.
+
+        The mean over the processes, which follows, makes it their sum again.
+        """
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch, as `mor.analysis` counts them."""
