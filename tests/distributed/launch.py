@@ -5,14 +5,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(*arguments: object, processes: int = 2, timeout: int = 60) -> int:
+class Finished(NamedTuple):
+    """How a launch ended, and what it printed."""
+
+    returncode: int
+    output: str
+
+
+def torchrun(*arguments: object, processes: int = 2, timeout: int = 240) -> Finished:
     """Runs `torchrun ARGUMENTS` with gloo on the CPU, all of it killed after `timeout` seconds.
 
-    Returns the exit code; a failure shows the end of the output.
+    A failure shows the end of the output.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     started = subprocess.Popen(
@@ -31,4 +39,4 @@ def torchrun(*arguments: object, processes: int = 2, timeout: int = 60) -> int:
         raise AssertionError(f"no end after {timeout} s:\n{output[-4000:]}") from None
     if started.returncode:
         print(output[-6000:])
-    return started.returncode
+    return Finished(started.returncode, output)

@@ -15,7 +15,7 @@ from tests.distributed.launch import torchrun
 STEPS, SAVE, KILL = 6, 2, 5
 
 
-@pytest.fixture(scope="module", params=["expert", "token"])
+@pytest.fixture(scope="module", params=["expert", pytest.param("token", marks=pytest.mark.slow)])
 def options(request, tmp_path_factory) -> dict:
     """A run with the global batch of one process; two of them take half of it each."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
@@ -45,11 +45,11 @@ def runs(options, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
     whole, killed = folder / "whole", folder / "killed"
     halved = json.dumps({**options, "batch_size": options["batch_size"] // 2})
-    assert torchrun(main.__code__.co_filename, halved, whole, killed, KILL, timeout=90) != 0
+    assert torchrun(main.__code__.co_filename, halved, whole, killed, KILL).returncode != 0
     assert (whole / "model").exists()
     assert not (killed / "model").exists()
     resume = ["-m", "mor", "train", "--output-dir", killed, "--resume"]
-    assert torchrun(*resume, timeout=60) == 0
+    assert torchrun(*resume).returncode == 0
     return whole, killed
 
 
