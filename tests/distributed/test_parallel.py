@@ -112,3 +112,11 @@ def test_sharded_model_is_saved_whole(alone, together, name):
     assert model.state_dict().keys() == expected.keys()
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-8, msg=key)
+
+
+def test_recursed_block_is_gathered_once_forward_and_once_backward(together):
+    """Four units: first layer, the block of two layers used three times, last layer, the rest."""
+    forward, backward = together[0]["collectives"]
+    assert forward == {"c10d::_allgather_base_": 4}
+    # The root's parameters stay; the gradients of all uses of the block are reduced together.
+    assert backward == {"c10d::_allgather_base_": 3, "c10d::_reduce_scatter_base_": 4}

@@ -1,8 +1,8 @@
 """Trains a tiny model on fixed data, alone or as one of several processes under torchrun.
 
-torchrun --nproc-per-node 2 tests/distributed/training.py FOLDER runs CASES and leaves in FOLDER what
-each gave; the tests run the same cases in one process and compare. All in float64, so that little
-is excused by sums in another order.
+torchrun --nproc-per-node 2 tests/distributed/training.py FOLDER runs CASES and leaves in FOLDER
+what each gave; the tests run the same cases in one process and compare. All in float64, so that
+little is excused by sums in another order.
 """
 
 import sys
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from mor import MoRConfig, MoRForCausalLM
@@ -162,6 +163,21 @@ def resume_sharded(name: str, folder: Path, rank: int, world: int) -> dict:
     return train(CASES[name], model, optimizer, range(SAVED_AFTER, STEPS), rank, world)
 
 
+def collectives() -> tuple[dict[str, int], dict[str, int]]:
+    """How often a sharded model communicates parameters and gradients, forward and backward."""
+    case = CASES["fsdp-expert"]
+    model = shard(model_of(case))
+    batch = batch_of(case, 0)
+    counts = []
+    with profile(activities=[ProfilerActivity.CPU]) as forward:
+        loss = model(**batch).loss
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        loss.backward()
+    for events in (forward.key_averages(), backward.key_averages()):
+        counts.append({e.key: e.count for e in events if e.key.startswith("c10d::")})
+    return counts[0], counts[1]
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -170,6 +186,7 @@ def main(folder: Path) -> None:
     for name in CASES:
         if (folder / f"{name}.alone").exists():
             results[f"{name}.resumed"] = resume_sharded(name, folder, rank, world)
+    results["collectives"] = collectives()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
