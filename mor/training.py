@@ -23,9 +23,9 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from mor.analysis import flops_per_token
-from mor.modules import TokenChoice
+from mor.callbacks import LogRouting, UpdateRouterBias, routing_line
 
-__all__ = ["MoRTrainer", "UpdateRouterBias", "training_arguments"]
+__all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "training_arguments"]
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
 
@@ -150,13 +150,7 @@ class MoRTrainer(Trainer):
         return {**parts, **self._routing(), **speed}
 
     def _routing(self) -> dict[str, float]:
-        metrics = getattr(self.accelerator.unwrap_model(self.model), "routing_metrics", None)
-        if metrics is None:
-            return {}
-        metrics.sum_over_processes(self.accelerator.device)
-        values: dict[str, float] = metrics.compute()
-        metrics.reset()
-        return values
+        return routing_line(self.accelerator.unwrap_model(self.model), self.accelerator.device)
 
 
 class _CloseWindow(TrainerCallback):
@@ -191,27 +185,6 @@ class _ProgressLine(ProgressCallback):
         hidden = {"epoch", "total_flos", "step", *(key for key in logs if key.endswith("_runtime"))}
         shown = [f"{key} {value:.4g}" for key, value in logs.items() if key not in hidden]
         self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
-
-
-class UpdateRouterBias(TrainerCallback):
-    """Loss-free balancing: updates the routers' selection bias after every optimizer step.
-
-    `MoRTrainer` has it; give it to a plain `transformers.Trainer` as `callbacks=[...]`.
-    """
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """After the optimizer, before the gradients are cleared."""
-        assert model is not None
-        for module in model.modules():
-            if isinstance(module, TokenChoice):
-                module.update_bias()
 
 
 def training_arguments(
