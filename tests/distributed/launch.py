@@ -29,13 +29,13 @@ def torchrun(*arguments: object, processes: int = 2, timeout: int = 240) -> Fini
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = started.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        output, _ = started.communicate()
+        # Only a launcher that is asked to stop takes its processes with it.
+        started.send_signal(signal.SIGTERM)
+        output, _ = started.communicate(timeout=60)
         raise AssertionError(f"no end after {timeout} s:\n{output[-4000:]}") from None
     if started.returncode:
         print(output[-6000:])
