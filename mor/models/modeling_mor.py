@@ -388,7 +388,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            loss = lm_loss
+            loss = lm_loss.clone()  # the Trainer scales it in place
             if base.router_loss is not None:
                 loss = lm_loss + _batch_share(labels, num_items_in_batch) * base.router_loss
         output = MoRCausalLMOutput(

@@ -34,7 +34,6 @@ class TokenChoice(nn.Module):
     """
 
     bias: Tensor
-    load: Tensor
     warmup_step: Tensor
 
     def __init__(
@@ -69,7 +68,9 @@ class TokenChoice(nn.Module):
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if balancing == "loss_free":
             self.register_buffer("bias", torch.zeros(num_recursions))
-            self.register_buffer("load", torch.zeros(num_recursions), persistent=False)
+            # No buffer: DDP would replace it by that of the first process before each forward, and
+            # bfloat16 models could not count in it.
+            self.load = torch.zeros(num_recursions, device="cpu")
         self.metrics = RoutingMetrics(num_recursions)
 
     def forward(
@@ -85,7 +86,7 @@ class TokenChoice(nn.Module):
         gates = chosen if self.gating == "weighted" else torch.ones_like(chosen)
         counts = torch.bincount(choice, minlength=self.num_recursions)
         if self.training and self.balancing == "loss_free" and not warming_up:
-            self.load += counts
+            self.load = self.load.to(counts.device) + counts
         self.metrics.update_choice(scores, counts, choice, packing.positions)
 
         # One synchronisation a forward: how many tokens leave after each step.
@@ -142,11 +143,12 @@ class TokenChoice(nn.Module):
     def update_bias(self) -> None:
         """Loss-free balancing: b_i += u * sign(mean load - load_i), then forgets the loads.
 
-        Call it after every optimizer step (mor's Trainer does). The loads of all ranks are summed.
+        Call it after every optimizer step (mor's Trainer does), in all processes: their loads are
+        summed.
         """
         if self.balancing != "loss_free":
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load)
         self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)
-        self.load.zero_()
+        self.load = torch.zeros_like(self.load)
