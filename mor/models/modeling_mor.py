@@ -211,7 +211,7 @@ class MoRModel(MoRPreTrainedModel):
 
         def block(x: Tensor, current: Packing, step: int, rows: Tensor) -> Tensor:
             first = ends + step * block_depth
-            if x.shape[0] == 0:
+            if not torch.compiler.is_compiling() and x.shape[0] == 0:
                 return call.run_without_rows(x, range(first, first + block_depth))
             outputs.append([])
             rotary = call.rotary(x, current)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Router", "RouterScore", "aux_loss", "balancing_loss", "refuse_nan", "z_loss"]
+__all__ = [
+    "Router",
+    "RouterScore",
+    "aux_loss",
+    "balancing_loss",
+    "count_choices",
+    "refuse_nan",
+    "z_loss",
+]
 
 ROUTER_TYPES = ("linear", "mlp", "wide_mlp")
 SCORE_FUNCTIONS = ("sigmoid", "tanh", "softmax", "none")
@@ -123,6 +131,14 @@ def aux_loss(logits: Tensor, rows: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, target)
 
 
+def count_choices(choice: Tensor, num_outputs: int) -> Tensor:
+    """[R] int64: how many of the tokens [N] chose each output.
+
+    Not bincount, whose size depends on data: that would wait for the device and not compile.
+    """
+    return (choice.unsqueeze(1) == torch.arange(num_outputs, device=choice.device)).sum(dim=0)
+
+
 def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
     """Balances token-choice: sum over the outputs of f_i * P_i; 1 at perfect balance (alpha 1).
 
@@ -135,7 +151,7 @@ def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
     num_tokens, num_outputs = scores.shape
     if num_tokens == 0:
         return scores.sum()
-    counts = torch.bincount(choice, minlength=num_outputs).to(scores.dtype)
+    counts = count_choices(choice, num_outputs).to(scores.dtype)
     return (counts * (num_outputs / num_tokens) * scores.mean(dim=0)).sum()
 
 
