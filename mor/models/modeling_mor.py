@@ -211,15 +211,18 @@ class MoRModel(MoRPreTrainedModel):
 
         def block(x: Tensor, current: Packing, step: int, rows: Tensor) -> Tensor:
             first = ends + step * block_depth
-            if not torch.compiler.is_compiling() and x.shape[0] == 0:
+            spare = torch.compiler.is_compiling() and current.lengths is None
+            if spare:
+                x, current = call.add_spare_row(x, current)
+            elif x.shape[0] == 0:
                 return call.run_without_rows(x, range(first, first + block_depth))
             outputs.append([])
             rotary = call.rotary(x, current)
             for depth in range(first, first + block_depth):
                 x = call.run(depth, x, current, rotary, rows)
                 if states is not None:
-                    outputs[-1].append(x)
-            return x
+                    outputs[-1].append(x[:-1] if spare else x)
+            return x[:-1] if spare else x
 
         everything = call.rotary(hidden, packing)
         if ends:
