@@ -125,10 +125,9 @@ def aux_loss(logits: Tensor, rows: Tensor) -> Tensor:
 
     Reference: MoR paper, section 2.2.1 (auxiliary loss against the causality violation).
     """
-    if logits.shape[0] == 0:
-        return logits.sum()
     target = torch.zeros_like(logits).index_fill(0, rows, 1.0)
-    return functional.binary_cross_entropy_with_logits(logits, target)
+    total = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    return total / max(logits.shape[0], 1)
 
 
 def count_choices(choice: Tensor, num_outputs: int) -> Tensor:
@@ -157,6 +156,4 @@ def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
 
 def z_loss(logits: Tensor) -> Tensor:
     """Keeps logits small: mean over the tokens of logsumexp(logits)^2; logits [N, R]."""
-    if logits.shape[0] == 0:
-        return logits.sum()
-    return logits.logsumexp(dim=-1).square().mean()
+    return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
