@@ -181,7 +181,7 @@ def _select_above_threshold(logits: Tensor, packing: Packing) -> tuple[Tensor, P
     refuse_nan(logits, "ExpertChoice")
     grouped, offsets = group_rows(logits > 0, 2, packing.cu_seqlens)
     starts = offsets[packing.num_sequences :]
-    dropped = int(starts[0])
+    (dropped,) = starts[:1].tolist()  # symbols under torch.compile and torch.export
     if not torch.compiler.is_compiling() and dropped == 0:
         return grouped, packing
     torch._check(dropped >= 0)
