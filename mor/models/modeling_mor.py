@@ -33,7 +33,7 @@ from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel"]
+__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel", "batch_share"]
 
 
 class MoRPreTrainedModel(PreTrainedModel):
@@ -393,7 +393,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             )
             loss = lm_loss
             if base.router_loss is not None:
-                loss = lm_loss + _batch_share(labels, num_items_in_batch) * base.router_loss
+                loss = lm_loss + batch_share(labels, num_items_in_batch) * base.router_loss
         output = MoRCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -458,7 +458,7 @@ def _router_loss(routing: RecursionOutput, config: MoRConfig) -> Tensor | None:
     return torch.stack(parts).sum() if parts else None
 
 
-def _batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """This batch's share of the targets of the optimizer step: the weight of its router loss."""
     if num_items_in_batch is None:
         return 1.0
