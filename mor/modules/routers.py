@@ -156,4 +156,6 @@ def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
 
 def z_loss(logits: Tensor) -> Tensor:
     """Keeps logits small: mean over the tokens of logsumexp(logits)^2; logits [N, R]."""
-    return logits.logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
+    # Of one logit it is the logit; torch.export cannot trace logsumexp without knowing of any rows.
+    log_sum = logits[:, 0] if logits.shape[1] == 1 else logits.logsumexp(dim=-1)
+    return log_sum.square().sum() / max(logits.shape[0], 1)
