@@ -18,7 +18,7 @@ def test_sharded_checkpoint(routing, tmp_path):
     stored = {}
     for shard in shards:
         with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
+            for name in file.keys():
                 assert index["weight_map"][name] == shard.name
                 stored[name] = file.get_tensor(name)
     assert stored.keys() == index["weight_map"].keys()

@@ -5,7 +5,6 @@ import torch
 
 from .conftest import ROUTING, random_tokens, tiny_model
 
-
 CASES = [
     pytest.param("expert", True),
     pytest.param("expert", False),

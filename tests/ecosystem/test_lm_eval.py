@@ -12,7 +12,11 @@ from .conftest import TEXTS, tiny_model
 pytest.importorskip("lm_eval")
 
 QUESTIONS = [
-    {"question": "the quick brown", "choices": ["fox jumps", "dog sleeps over", "lazy"], "answer": 0},
+    {
+        "question": "the quick brown",
+        "choices": ["fox jumps", "dog sleeps over", "lazy"],
+        "answer": 0,
+    },
     {"question": "a lazy fox", "choices": ["and", "sleeps over the dog", "jumps"], "answer": 1},
     {"question": "the dog", "choices": ["the", "over", "sleeps"], "answer": 2},
 ]
