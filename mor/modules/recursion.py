@@ -61,9 +61,9 @@ class RecursionOutput:
     gates: Tensor | None = None
 
 
-# FSDP2 finds the tensors of a module's output by torch's pytrees.
-register_dataclass(RecursionStep)
-register_dataclass(RecursionOutput)
+# FSDP2 finds the tensors of an output by torch's pytrees, and torch.export returns them so.
+register_dataclass(RecursionStep, serialized_type_name="mor.RecursionStep")
+register_dataclass(RecursionOutput, serialized_type_name="mor.RecursionOutput")
 
 
 def default_capacities(num_recursions: int) -> list[float]:

@@ -1,12 +1,21 @@
 """Token-choice routing: each token decides its depth before the first recursion."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep
-from mor.modules.routers import Router, RouterScore, balancing_loss, refuse_nan, z_loss
+from mor.modules.routers import (
+    Router,
+    RouterScore,
+    balancing_loss,
+    count_choices,
+    refuse_nan,
+    z_loss,
+)
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.group_rows import group_rows
 from mor.ops.scatter_tokens import scatter_tokens
@@ -84,36 +93,29 @@ class TokenChoice(nn.Module):
         depths = choice + 1
         chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
         gates = chosen if self.gating == "weighted" else torch.ones_like(chosen)
-        counts = torch.bincount(choice, minlength=self.num_recursions)
+        counts = count_choices(choice, self.num_recursions)
         if self.training and self.balancing == "loss_free" and not warming_up:
             self.load = self.load.to(counts.device) + counts
         self.metrics.update_choice(scores, counts, choice, packing.positions)
 
-        # One synchronisation a forward: how many tokens leave after each step.
-        leaving = counts.tolist()
+        active = _active_tokens(counts, hidden.shape[0])
         x, current, out, steps = hidden, packing, hidden, []
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         for step in range(self.num_recursions):
-            step_rows = rows
             x = block(x, current, step, rows)
-            before, state = out, out.index_copy(0, rows, x) if keep_states else None
-            if leaving[step] == rows.shape[0]:
-                done, done_x = rows, x
-                local = rows[:0]
-                current = current.select(local, cu_seqlens=torch.zeros_like(current.cu_seqlens))
-            else:
+            states = (out, out.index_copy(0, rows, x)) if keep_states else (None, None)
+            steps.append(RecursionStep(rows, None, None, None, *states))
+            done, done_x = rows, x
+            if step + 1 < self.num_recursions:
                 stays = gather_tokens(depths, rows) > step + 1
                 grouped, offsets = group_rows(stays, 2, current.cu_seqlens)
+                leaving = active[step] - active[step + 1]
+                leave, stay = grouped[:leaving], grouped[leaving:]
                 starts = offsets[current.num_sequences :]
-                local = grouped[leaving[step] :]
-                current = current.select(local, cu_seqlens=(starts - starts[0]).to(torch.int32))
-                leave = grouped[: leaving[step]]
+                current = current.select(stay, cu_seqlens=(starts - starts[0]).to(torch.int32))
                 done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
+                x, rows = gather_tokens(x, stay), gather_tokens(rows, stay)
             out = scatter_tokens(out, done_x, done, gather_tokens(gates, done))
-            states = (before, state) if keep_states else (None, None)
-            steps.append(RecursionStep(step_rows, None, None, None, *states))
-            if step + 1 < self.num_recursions:
-                x, rows = gather_tokens(x, local), gather_tokens(rows, local)
         return RecursionOutput(
             out,
             depths,
@@ -152,3 +154,16 @@ class TokenChoice(nn.Module):
             torch.distributed.all_reduce(self.load)
         self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)
         self.load = torch.zeros_like(self.load)
+
+
+def _active_tokens(counts: Tensor, num_tokens: int) -> list[int]:
+    """How many tokens take each step, from how many choose each. One synchronisation a forward.
+
+    Under torch.compile they are symbols; the checks tell it what it needs to slice by them.
+    """
+    active: list[int] = counts.flip(0).cumsum(0).flip(0).tolist()
+    active[0] = num_tokens
+    for more, fewer in pairwise(active):
+        torch._check(fewer >= 0)
+        torch._check(fewer <= more)
+    return active
