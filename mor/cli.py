@@ -10,7 +10,6 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-# The commands import torch and Transformers themselves: `mor --help` needs neither.
 from mor.options import RunOptions
 
 __all__ = ["app"]

@@ -38,6 +38,10 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
     from mor.data import TokenBlocks, prepare_tokens
     from mor.training import MoRTrainer, training_arguments
 
+    for name in ("max_tokens", "eval_rows"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     arguments = training_arguments(
         options.output_dir,
         steps=options.steps,
@@ -123,7 +127,12 @@ def options_of_run(output_dir: Path) -> dict[str, Any]:
         ValueError: the run's record cannot be read.
     """
     path = output_dir / "run.json"
-    return _read_json(path)["options"] if path.exists() else {}
+    if not path.exists():
+        return {}
+    values = _read_json(path).get("options")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no record of a run: expected a JSON object with options")
+    return values
 
 
 def _remember(options: RunOptions, tokens: str) -> None:

@@ -232,6 +232,8 @@ def training_arguments(
         )
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     warmup_steps = round(warmup_share * steps)
     schedules: dict[str, tuple[str, float, dict[str, Any]]] = {
         "wsd": (

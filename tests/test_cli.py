@@ -190,6 +190,9 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
         (["--seq-len", "100000"], ["corpus too short", "100000"]),
         (["--vocab-size", "100"], ["vocab_size", "257"]),
         (["--steps", "0"], ["steps must be at least 1"]),
+        (["--max-tokens", "-3"], ["max_tokens must be at least 1", "-3"]),
+        (["--eval-rows", "0"], ["eval_rows must be at least 1"]),
+        (["--weight-decay", "-1"], ["weight_decay must be at least 0"]),
         (["--tokenizer", "./nowhere"], ["cannot load a tokenizer", "nowhere"]),
         (["--config", "nowhere.json"], ["cannot read nowhere.json"]),
         (["--resume-from", "nowhere"], ["cannot resume from nowhere"]),
@@ -199,6 +202,11 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
 def test_bad_option_is_one_sentence(text, tmp_path, options, words):
     _refused(_train(text, tmp_path, *options), *words)
     assert not (tmp_path / "model").exists()
+
+
+def test_resuming_what_is_no_run_is_one_sentence(text, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    _refused(_train(text, tmp_path, "--resume"), "run.json", "no record of a run")
 
 
 @pytest.mark.parametrize(
