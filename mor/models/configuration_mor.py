@@ -52,6 +52,13 @@ class MoRConfig(PreTrainedConfig):
         router_z_coef: weight of the z-loss; 0 leaves it out.
         capacity_warmup_steps: expert-choice, training forwards over which capacities fall from 1.
         balance_warmup_steps: token-choice, training forwards in which all tokens go all the way.
+        relaxation: "lora" or "dora" gives every use of a shared layer its own low-rank adapter (by
+            peft) and norms; None shares layers entirely.
+        relaxation_rank: rank of the adapters.
+        relaxation_alpha: factor on them, over the rank; default twice the rank.
+        relaxation_targets: names of the linear layers that get one ("q_proj", ...); default all.
+        recursion_encoding: multiplies the output of a shared layer by a learnt vector of each use's
+            own, which starts at ones.
         eval_routing: expert-choice in evaluation: "threshold" (causal) or "topk", which looks at
             later tokens and exists to reproduce published numbers.
 
@@ -100,6 +107,11 @@ class MoRConfig(PreTrainedConfig):
     router_z_coef: float = 0.0
     capacity_warmup_steps: int = 0
     balance_warmup_steps: int = 0
+    relaxation: str | None = None
+    relaxation_rank: int = 16
+    relaxation_alpha: float | None = None
+    relaxation_targets: list[str] | tuple[str, ...] | None = None
+    recursion_encoding: bool = False
     eval_routing: str = "threshold"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -112,6 +124,8 @@ class MoRConfig(PreTrainedConfig):
             self.router_func = "softmax" if self.router == "token" else "sigmoid"
         if self.router_alpha is None:
             self.router_alpha = 1.0 if self.router_func == "softmax" else 0.1
+        if self.relaxation_alpha is None:
+            self.relaxation_alpha = 2.0 * self.relaxation_rank
         self._check_options()
         if self.router == "expert":
             self.capacities = check_capacities(self.capacities, self.num_recursions)
@@ -178,6 +192,7 @@ class MoRConfig(PreTrainedConfig):
             "router_gating": ("weighted", "additive"),
             "router_aux": ("loss", "router", None),
             "router_balancing": ("loss", "loss_free", None),
+            "relaxation": ("lora", "dora", None),
             "eval_routing": ("threshold", "topk"),
         }
         for name, allowed in options.items():
@@ -205,6 +220,15 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"MoRConfig.capacities: only expert-choice has capacities, got {self.capacities} "
                 f"with router {self.router!r}"
+            )
+        if (self.relaxation or self.recursion_encoding) and self.num_recursions == 1:
+            raise ValueError(
+                "MoRConfig.relaxation, recursion_encoding: one recursion uses every layer once; "
+                "there is nothing to relax"
+            )
+        if self.relaxation_rank < 1:
+            raise ValueError(
+                f"MoRConfig.relaxation_rank: expected at least 1, got {self.relaxation_rank}"
             )
         if not self.router_temperature > 0:
             raise ValueError(
