@@ -54,7 +54,8 @@ def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
             copies = [name for name in norms if use and name not in unread]
             _inject(layer, config, f"{_PREFIX}{use}", names, copies)
         layer.requires_grad_(True)  # peft freezes what is no adapter
-        layer.__class__ = _relaxed(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _relaxed(kind)
 
 
 def _linears(layer: nn.Module, targets: Sequence[str] | None) -> list[str]:
@@ -77,13 +78,14 @@ def _inject(
     except ImportError as error:
         raise ImportError("MoRConfig.relaxation needs peft: pip install peft") from error
     dora = config.relaxation == "dora"
+    alpha: Any = config.relaxation_alpha
     biased = [n for n in names if not dora and shared_part(layer.get_submodule(n)).bias is not None]
     for group, bias in ((biased, True), ([n for n in names if n not in biased], False)):
         if not group:
             continue
         options = LoraConfig(
             r=config.relaxation_rank,
-            lora_alpha=config.relaxation_alpha,
+            lora_alpha=alpha,
             target_modules=group,
             modules_to_save=copies or None,
             use_dora=dora,
@@ -100,7 +102,7 @@ def shared_part(module: nn.Module) -> Any:
 
 
 @cache
-def _relaxed(kind: type[nn.Module]) -> type[nn.Module]:
+def _relaxed(kind: Any) -> Any:
     """The decoder layer whose forward first turns on the adapters of the use it is called for.
 
     A subclass, because the choice must be made again inside gradient checkpointing's second
@@ -114,7 +116,7 @@ def _relaxed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
-def _select(layer: nn.Module, use: int) -> None:
+def _select(layer: Any, use: int) -> None:
     """Makes `recursion_USE` the active adapter; others, of a user's own LoRA, stay as they are.
 
     Not by peft's `set_adapter`, which also stops the gradients of the adapters it turns off, those
@@ -122,12 +124,13 @@ def _select(layer: nn.Module, use: int) -> None:
     """
     for module in layer.modules():
         if hasattr(module, "_active_adapter"):
-            others = [name for name in module.active_adapters if not name.startswith(_PREFIX)]
+            names = module.active_adapters if hasattr(module, "lora_A") else ()
+            others = [name for name in names if not name.startswith(_PREFIX)]
             module._active_adapter = [f"{_PREFIX}{use}", *others]
 
 
 @torch.no_grad()
-def initialise_adapters(model: nn.Module) -> None:
+def initialise_adapters(model: Any) -> None:
     """Starts the adapters as no change at all: B = 0, DoRA's magnitudes the base's norms.
 
     By Transformers' initialisation, which leaves tensors alone that were loaded.
@@ -146,12 +149,11 @@ def initialise_adapters(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_as_shared(layers: nn.ModuleList) -> None:
+def start_as_shared(layers: Any) -> None:
     """Starts all uses of each layer as the shared layer, after its weights were filled in."""
     for module in layers.modules():
-        original = getattr(module, "original_module", None)
-        for own in module.modules_to_save.values() if original is not None else ():
-            own.load_state_dict(original.state_dict())
+        for own in getattr(module, "modules_to_save", {}).values():
+            own.load_state_dict(module.original_module.state_dict())
         for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
             magnitude.weight.copy_(module.base_layer.weight.norm(dim=1))
 
