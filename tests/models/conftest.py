@@ -44,8 +44,6 @@ VARIANTS = {
     "token-hybrid": {"router": "token", "kv_strategy": "hybrid"},
     "token-loss-free": {"router": "token", "router_balancing": "loss_free"},
     "token-additive": {"router": "token", "router_gating": "additive"},
-    "expert-random": {"router": "expert", "router_type": "random"},
-    "token-random": {"router": "token", "router_type": "random"},
     "expert-residual": {"router": "expert", "router_gating": "residual"},
     "token-residual-shared": {
         "router": "token",
