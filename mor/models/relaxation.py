@@ -193,8 +193,8 @@ def start_from_dense(
 
 def _svd_start(target: Any, adapter: str, source: Any) -> None:
     base, down, up = target.base_layer, target.lora_A[adapter], target.lora_B[adapter]
-    # In double precision: with the full rank the result is the dense weight to its own rounding.
-    residual = source.weight.double() - base.weight.double()
+    residual = source.weight - base.weight
+    residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
     u, s, v = torch.linalg.svd(residual, full_matrices=False)
     rank = min(down.out_features, s.shape[0])
     root = (s[:rank] / target.scaling[adapter]).sqrt()

@@ -53,8 +53,10 @@ def test_one_recursion_gives_the_dense_models_logits(example, dense, tmp_path):
     gguf = example.find_gguf()
     begin = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "mor", "convert", str(gguf), str(tmp_path / "one")]
-        + ["--num-recursions", "1", "--router", "none", "--dtype", "float32"],
+        [
+            *(sys.executable, "-m", "mor", "convert", str(gguf), str(tmp_path / "one")),
+            *("--num-recursions", "1", "--router", "none", "--dtype", "float32"),
+        ],
         check=True,
         cwd=ROOT,
     )
