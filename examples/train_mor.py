@@ -20,7 +20,8 @@ def main(arguments: list[str]) -> Trainer:
     (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(arguments)
     corpus = open_corpus()  # the standard library's sources; or a file, a folder, a dataset's name
     tokenizer = train_tokenizer(corpus, vocab_size=4096)
-    files = prepare_tokens(corpus, tokenizer, args.output_dir)
+    with args.main_process_first():
+        files = prepare_tokens(corpus, tokenizer, args.output_dir)
     dense = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kGroupChunk)
   }
 }
 
-using GroupScan = cub::BlockScan<int64_t, kGroupScanThreads>;
+// By warps: raking would hold 32 counts of 8 bytes in the registers of a thread, and spill.
+using GroupScan = cub::BlockScan<int64_t, kGroupScanThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
 struct GroupScanShared {
   typename GroupScan::TempStorage scan;

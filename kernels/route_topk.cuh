@@ -77,7 +77,8 @@ __device__ __forceinline__ int64_t route_clamped_k(const RouteTopkArgs& args, in
   return min(max(args.k_each != nullptr ? args.k_each[b] : args.k, int64_t{0}), available);
 }
 
-using RouteScan = cub::BlockScan<int64_t, kRouteThreads>;
+// Rows are counted in 32 bits (cu_seqlens has no more), or the scan of 1024 threads would spill.
+using RouteScan = cub::BlockScan<int, kRouteThreads>;
 
 struct RouteShared {
   typename RouteScan::TempStorage scan;
@@ -87,8 +88,8 @@ struct RouteShared {
 };
 
 // The sum over the block, for every thread.
-__device__ __forceinline__ int64_t route_sum(RouteShared& shared, int64_t value) {
-  int64_t before, total;
+__device__ __forceinline__ int route_sum(RouteShared& shared, int value) {
+  int before, total;
   RouteScan(shared.scan).ExclusiveSum(value, before, total);
   __syncthreads();
   return total;
@@ -101,7 +102,7 @@ static __global__ void __launch_bounds__(kRouteThreads)
   RouteShared& shared = *reinterpret_cast<RouteShared*>(raw);
   for (int64_t b = blockIdx.x; b < args.num_sequences; b += gridDim.x) {
     const RouteRange range = route_range(args, b);
-    int64_t competing = 0, kept = 0;
+    int competing = 0, kept = 0;
     for (int64_t row = range.begin + threadIdx.x; row < range.end; row += kRouteThreads) {
       competing += route_competes(args, row);
       kept += route_protected(args, row);
@@ -150,8 +151,8 @@ __device__ typename RouteKey<T>::type route_select(const RouteTopkArgs& args, Ro
     }
     __syncthreads();
     const int bin = kRouteBins - 1 - thread;  // best digit first
-    const int64_t count = bin >= 0 ? shared.histogram[bin] : 0;
-    int64_t before;
+    const int count = bin >= 0 ? shared.histogram[bin] : 0;
+    int before;
     RouteScan(shared.scan).ExclusiveSum(count, before);
     if (before < need && need <= before + count) {
       shared.digit = bin;
@@ -172,13 +173,14 @@ __global__ void __launch_bounds__(kRouteThreads)
   MOR_DYN_SMEM(raw);
   RouteShared& shared = *reinterpret_cast<RouteShared*>(raw);
   for (int64_t b = blockIdx.x; b < args.num_sequences; b += gridDim.x) {
-    int64_t start = 0;
+    int64_t earlier_rows = 0;
     for (int64_t earlier = threadIdx.x; earlier < b; earlier += kRouteThreads) {
       const RouteRange other = route_range(args, earlier);
-      start += args.totals != nullptr ? args.totals[earlier]
-                                      : route_clamped_k(args, earlier, other.end - other.begin);
+      earlier_rows += args.totals != nullptr
+                          ? args.totals[earlier]
+                          : route_clamped_k(args, earlier, other.end - other.begin);
     }
-    start = route_sum(shared, start);
+    const int64_t start = route_sum(shared, int(earlier_rows));
     const RouteRange range = route_range(args, b);
     const int64_t taken =
         args.taken != nullptr ? args.taken[b] : route_clamped_k(args, b, range.end - range.begin);
@@ -196,15 +198,15 @@ __global__ void __launch_bounds__(kRouteThreads)
           equal = key == threshold;
         }
       }
-      // Both counts in one scan: a tile has fewer than 2^32 rows.
-      int64_t before, total;
-      RouteScan(shared.scan).ExclusiveSum(int64_t{above} << 32 | int64_t{equal}, before, total);
-      const int64_t earlier_equal = equal_before + (before & 0xffffffff);
-      const int64_t place = start + above_before + (before >> 32) + min(earlier_equal, ties);
+      // Both counts in one scan: 16 bits hold those of a tile.
+      int before, total;
+      RouteScan(shared.scan).ExclusiveSum(int{above} << 16 | int{equal}, before, total);
+      const int64_t earlier_equal = equal_before + (before & 0xffff);
+      const int64_t place = start + above_before + (before >> 16) + min(earlier_equal, ties);
       if ((above || (equal && earlier_equal < ties)) && place < args.num_selected)
         args.rows[place] = row;
-      above_before += total >> 32;
-      equal_before += total & 0xffffffff;
+      above_before += total >> 16;
+      equal_before += total & 0xffff;
       __syncthreads();
     }
     const int64_t stop = min(start + above_before + min(equal_before, ties), args.num_selected);

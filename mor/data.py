@@ -140,8 +140,13 @@ def prepare_tokens(
             sizes = {name: count * np.dtype(dtype).itemsize for name, count in counts.items()}
             meta = {"identity": identity, "corpus": corpus.name, "tokens": counts, "bytes": sizes}
             (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            if folder.exists() and not _is_complete(folder, identity):
+                shutil.rmtree(folder)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not _is_complete(folder, identity):  # else another process was quicker
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return TokenFiles(

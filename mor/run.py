@@ -58,24 +58,26 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
         disable_tqdm=not options.progress,
     )
     checkpoint = _checkpoint(options)
-    corpus = open_corpus(
-        options.data,
-        text_field=options.text_field,
-        config=options.data_config,
-        split=options.data_split,
-    )
-    tokenizer = _tokenizer(options, corpus, checkpoint)
-    config = _model_config(options, len(tokenizer), tokenizer.eos_token_id)
-    max_tokens = options.max_tokens
-    if max_tokens is None and corpus.name.startswith("dataset "):
-        max_tokens = (
-            options.steps
-            * options.batch_size
-            * options.gradient_accumulation
-            * arguments.world_size
-            * options.seq_len
+    # Of several processes the first makes the tokens, then the others find them.
+    with arguments.main_process_first(local=False):
+        corpus = open_corpus(
+            options.data,
+            text_field=options.text_field,
+            config=options.data_config,
+            split=options.data_split,
         )
-    files = prepare_tokens(corpus, tokenizer, options.output_dir, max_tokens)
+        tokenizer = _tokenizer(options, corpus, checkpoint)
+        config = _model_config(options, len(tokenizer), tokenizer.eos_token_id)
+        max_tokens = options.max_tokens
+        if max_tokens is None and corpus.name.startswith("dataset "):
+            max_tokens = (
+                options.steps
+                * options.batch_size
+                * options.gradient_accumulation
+                * arguments.world_size
+                * options.seq_len
+            )
+        files = prepare_tokens(corpus, tokenizer, options.output_dir, max_tokens)
     separate = options.separate_documents
     train_rows = TokenBlocks(files, options.seq_len, separate_documents=separate)
     held_out_rows = None
@@ -91,7 +93,8 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
     model = MoRForCausalLM(config)
     if checkpoint is not None:
         check_same_model(checkpoint, model)
-    _remember(options, files.identity)
+    if arguments.process_index == 0:
+        _remember(options, files.identity)
     trainer = MoRTrainer(
         model,
         arguments,

@@ -23,10 +23,10 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from mor.analysis import flops_per_token
-from mor.modules import TokenChoice
+from mor.callbacks import LogRouting, UpdateRouterBias, routing_line
 from mor.optim import parameter_groups
 
-__all__ = ["MoRTrainer", "UpdateRouterBias", "training_arguments"]
+__all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "training_arguments"]
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
 
@@ -126,7 +126,8 @@ class MoRTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training:
             lm_loss = outputs.get("lm_loss")
-            loss = loss if lm_loss is None else lm_loss
+            if lm_loss is not None:
+                loss = lm_loss * self._loss_scale(num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         self._window_batches += 1
         for name in ("lm_loss", *_ROUTER_LOSSES):
@@ -134,6 +135,15 @@ class MoRTrainer(Trainer):
             if part is not None:
                 self._parts[name] = self._parts[name] + part.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
+        """The factor on losses that are sums over the targets of all processes, as the Trainer's.
+
+        The mean over the processes, which follows, makes it their sum again.
+        """
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch, as `mor.analysis` counts them."""
@@ -168,12 +178,7 @@ class MoRTrainer(Trainer):
         return {**parts, **self._routing(), **speed}
 
     def _routing(self) -> dict[str, float]:
-        metrics = getattr(self.accelerator.unwrap_model(self.model), "routing_metrics", None)
-        if metrics is None:
-            return {}
-        values: dict[str, float] = metrics.compute()
-        metrics.reset()
-        return values
+        return routing_line(self.accelerator.unwrap_model(self.model), self.accelerator.device)
 
 
 class _CloseWindow(TrainerCallback):
@@ -208,27 +213,6 @@ class _ProgressLine(ProgressCallback):
         hidden = {"epoch", "total_flos", "step", *(key for key in logs if key.endswith("_runtime"))}
         shown = [f"{key} {value:.4g}" for key, value in logs.items() if key not in hidden]
         self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
-
-
-class UpdateRouterBias(TrainerCallback):
-    """Loss-free balancing: updates the routers' selection bias after every optimizer step.
-
-    `MoRTrainer` has it; give it to a plain `transformers.Trainer` as `callbacks=[...]`.
-    """
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """After the optimizer, before the gradients are cleared."""
-        assert model is not None
-        for module in model.modules():
-            if isinstance(module, TokenChoice):
-                module.update_bias()
 
 
 def training_arguments(

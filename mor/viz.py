@@ -1,120 +1,149 @@
-"""Pictures of recursion: text coloured by depth, loss against FLOPs, depth by position."""
+"""Pictures of recursion: text by depth, depth by position, router scores, loss by FLOPs."""
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-__all__ = ["depth_page", "plot_depth_by_position", "plot_loss_against_flops", "token_pieces"]
+from mor.depth_page import COLOURS, check_depths, depth_page, token_pieces
 
-# Light to dark in one hue (ColorBrewer "YlGnBu", safe for colour-blind readers), each with the text
-# colour that has a contrast of at least 7:1 on it. The bar below a token repeats the depth for
-# readers who see no colour.
-_COLOURS = (
-    ("#ffffff", "#000000"),
-    ("#ffffcc", "#000000"),
-    ("#a1dab4", "#000000"),
-    ("#41b6c4", "#000000"),
-    ("#1d4f91", "#ffffff"),
-    ("#081d58", "#ffffff"),
-)
+if TYPE_CHECKING:
+    from mor.modules import RecursionOutput
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #000; background: #fff; }}
-pre {{ font: 14px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.t {{ border-bottom: solid #555; border-radius: 2px; }}
-.l {{ padding: 0 .5em; margin-right: 1em; }}
-{styles}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{intro}</p>
-<p>Recursions: {legend}</p>
-<pre>{body}</pre>
-</body>
-</html>
-"""
+__all__ = [
+    "depth_page",
+    "plot_depth_by_position",
+    "plot_loss_against_flops",
+    "plot_router_scores",
+    "plot_text_by_depth",
+    "router_scores",
+    "token_pieces",
+]
 
 
-def token_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
-    """Cuts a text into one piece for each token; the pieces join to the text again.
-
-    Args:
-        text: what was tokenised.
-        offsets: start and end character of each token, as a fast tokenizer's
-            `return_offsets_mapping` gives them. Tokens that share a character (a byte-level
-            tokenizer splits some) give it to the first.
-
-    Example:
-        >>> token_pieces("a b", [(0, 1), (1, 3)])
-        ['a', ' b']
-    """
-    pieces = []
-    done = 0
-    for _, end in offsets:
-        pieces.append(text[done:end])
-        done = max(done, end)
-    return pieces
-
-
-def depth_page(
-    pieces: Sequence[str],
-    depths: Sequence[int],
-    *,
-    title: str = "Recursion depth of each token",
-    intro: str = "",
-) -> str:
-    """Makes a self-contained HTML page in which each token's colour is its recursion depth.
+def plot_text_by_depth(
+    pieces: Sequence[str], depths: Sequence[int], path: str | Path, *, columns: int = 80
+) -> None:
+    """Draws a text in which each token's colour is its recursion depth: `depth_page` for a paper.
 
     Args:
         pieces: the text of each token.
         depths: how many recursions each token took, at most 5.
-        title: heading.
-        intro: a sentence above the text.
-
-    Returns:
-        The page. It loads nothing, runs no script, and shows any text as text.
+        path: the file; its ending chooses the format.
+        columns: characters in a line; longer lines are broken, between any two characters.
 
     Raises:
-        ValueError: not one depth for each piece, or a depth outside [0, 5].
+        ValueError: not one depth for each piece, a depth outside [0, 5], no column.
     """
-    if len(pieces) != len(depths):
-        raise ValueError(f"expected one depth for each of {len(pieces)} tokens, got {len(depths)}")
-    wrong = [depth for depth in depths if not 0 <= depth < len(_COLOURS)]
-    if wrong:
-        raise ValueError(f"expected depths from 0 to {len(_COLOURS) - 1}, got {wrong[0]}")
-    deepest = max(depths, default=0)
-    styles = "\n".join(
-        f".d{depth} {{ background: {back}; color: {fore}; border-bottom-width: {depth}px; }}"
-        for depth, (back, fore) in enumerate(_COLOURS[: deepest + 1])
-    )
-    total = max(1, len(depths))
-    shares = [100 * list(depths).count(depth) / total for depth in range(deepest + 1)]
-    legend = "".join(
-        f'<span class="t l d{depth}">{depth} ({shares[depth]:.0f}%)</span>'
-        for depth in range(min(depths, default=0), deepest + 1)
-    )
-    body = "".join(
-        f'<span class="t d{depth}" title="{depth}">{html.escape(piece)}</span>'
-        for piece, depth in zip(pieces, depths, strict=True)
-        if piece
-    )
-    return _PAGE.format(
-        title=html.escape(title),
-        intro=html.escape(intro),
-        styles=styles,
-        legend=legend,
-        body=body,
-    )
+    from matplotlib.patches import Patch, Rectangle
+
+    check_depths(pieces, depths)
+    if columns < 1:
+        raise ValueError(f"expected at least one column, got {columns}")
+    boxes, rows = _text_boxes(pieces, depths, columns)
+    # Inches of a character of matplotlib's own monospaced font at 9 points, and of a line.
+    width, height = 0.602 * 9 / 72, 0.24
+    figure, axes = _figure(height=height * rows + 0.5, width=max(4.0, width * columns + 0.3))
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    axes.axis("off")
+    for row, column, text, depth in boxes:
+        back, fore = COLOURS[depth]
+        axes.add_patch(Rectangle((column, row + 0.08), len(text), 0.84, facecolor=back))
+        axes.text(
+            column, row + 0.5, text, color=fore, size=9, family="DejaVu Sans Mono", va="center",
+            parse_math=False,
+        )  # fmt: skip
+    keys = [
+        Patch(facecolor=COLOURS[depth][0], edgecolor="#555", label=str(depth))
+        for depth in sorted(set(depths))
+    ]
+    figure.legend(
+        handles=keys, title="recursions", ncols=max(1, len(keys)), loc="outside lower left",
+        frameon=False, fontsize=8, title_fontsize=8,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
+def _text_boxes(
+    pieces: Sequence[str], depths: Sequence[int], columns: int
+) -> tuple[list[tuple[int, int, str, int]], int]:
+    """Where each run of characters stands: (row, column, text, depth); and the number of rows."""
+    boxes = []
+    row = column = 0
+    for piece, depth in zip(pieces, depths, strict=True):
+        for number, line in enumerate(piece.expandtabs(4).split("\n")):
+            if number:
+                row, column = row + 1, 0
+            while line:
+                if column == columns:
+                    row, column = row + 1, 0
+                text, line = line[: columns - column], line[columns - column :]
+                boxes.append((row, column, text, depth))
+                column += len(text)
+    return boxes, row + 1
+
+
+def router_scores(routing: "RecursionOutput") -> list[tuple[Tensor, Tensor]]:
+    """What the router thought of the tokens at each recursion, and which of them took it.
+
+    Args:
+        routing: `output.routing` of a model.
+
+    Returns:
+        For each recursion (scores [C] in (0, 1), taken [C] bool). Expert-choice: the sigmoid of the
+        logits of the C candidates (the auxiliary router's, where there is one), selected above 0.5
+        in evaluation. Token-choice: the softmax share that each of the C = N tokens gave this
+        depth, taken where it chose it.
+
+    Raises:
+        ValueError: a model without a router.
+    """
+    import torch
+
+    if routing.logits is not None:
+        shares = routing.logits.detach().softmax(dim=-1)
+        return [(shares[:, r], routing.depths == r + 1) for r in range(shares.shape[1])]
+    if not routing.steps:
+        raise ValueError("expected the routing of a model with a router, got one without")
+    scores = []
+    candidates = torch.arange(routing.depths.shape[0], device=routing.depths.device)
+    for step in routing.steps:
+        logits = step.logits if step.aux_logits is None else step.aux_logits
+        assert logits is not None
+        scores.append((logits.detach().sigmoid(), torch.isin(candidates, step.rows)))
+        candidates = step.rows
+    return scores
+
+
+def plot_router_scores(routing: "RecursionOutput", path: str | Path, *, bins: int = 40) -> None:
+    """Draws a histogram of the router's scores for each recursion; see `router_scores`.
+
+    Args:
+        routing: `output.routing` of a model.
+        path: the file; its ending chooses the format.
+        bins: bars between 0 and 1.
+
+    Raises:
+        ValueError: a model without a router.
+    """
+    scores = router_scores(routing)
+    token_choice = routing.logits is not None
+    name = "depth" if token_choice else "recursion"
+    labels = ["choose it" if token_choice else "take it", "do not"]
+    figure, panels = _figure(height=0.8 + 1.3 * len(scores), rows=len(scores))
+    for number, (axes, (values, taken)) in enumerate(zip(panels, scores, strict=True), 1):
+        groups = [values[taken].float().cpu().numpy(), values[~taken].float().cpu().numpy()]
+        axes.hist(
+            groups, bins=bins, range=(0, 1), stacked=True, color=[COLOURS[4][0], COLOURS[2][0]],
+            label=labels,
+        )  # fmt: skip
+        if not token_choice:
+            axes.axvline(0.5, color="#000", linewidth=0.8, linestyle="--")
+        axes.set(ylabel=f"{name} {number}\ntokens")
+    panels[0].legend()
+    panels[-1].set(xlabel="router score", xlim=(0, 1))
+    figure.savefig(path, dpi=150)
 
 
 def plot_loss_against_flops(
@@ -178,9 +207,12 @@ def plot_depth_by_position(depths: Tensor, path: str | Path, *, bins: int = 64) 
     figure.savefig(path, dpi=150)
 
 
-def _figure(height: float = 4.5):  # type: ignore[no-untyped-def]  # matplotlib's figure and axes
+# matplotlib's figure and axes, a list of axes if rows are given.
+def _figure(height: float = 4.5, width: float = 8, rows: int | None = None):  # type: ignore[no-untyped-def]
     # Not pyplot: it keeps global state and may pick a backend that needs a display.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if rows is None:
+        return figure, figure.subplots()
+    return figure, list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])

@@ -338,3 +338,22 @@ def test_corpus_shorter_than_one_block(books, tokenizer, tmp_path):
         ValueError, match=r"corpus too short: its train part has \d+ tokens, one block needs 9999"
     ):
         TokenBlocks(files, 9999)
+
+
+def test_another_process_made_the_same_tokens_meanwhile(books, tokenizer, tmp_path, monkeypatch):
+    made = []
+
+    def tokenise(*arguments):
+        counts = original(*arguments)
+        if not made:
+            made.append(None)
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+            made[0] = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+        return counts
+
+    original = data_module._tokenise
+    monkeypatch.setattr(data_module, "_tokenise", tokenise)
+    files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+    assert made == [files]
+    assert files.train.stat().st_size > 0
+    assert [path.name for path in tmp_path.iterdir()] == [files.train.parent.name]

@@ -23,7 +23,7 @@ from mor.checkpoints import checkpoint_to_resume, find_problem
 from mor.data import TokenBlocks, TokenFiles
 from mor.options import RunOptions
 from mor.run import prepare_run, train
-from mor.training import MoRTrainer, UpdateRouterBias, training_arguments
+from mor.training import LogRouting, MoRTrainer, UpdateRouterBias, training_arguments
 
 VOCAB, LENGTH = 300, 16
 
@@ -135,6 +135,32 @@ def test_tensorboard_gets_every_number(logs, kind):
             values = {event.step: event.value for event in events.Scalars(tag)}
             for line in lines:
                 assert values[line["step"]] == pytest.approx(line[name], rel=1e-4), tag
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics"),
+    [
+        ("expert", {"dead_tokens", "entropy", "sampling_accuracy", "selected_share_3"}),
+        ("token", {"dead_tokens", "entropy", "max_vio", "selected_share_3"}),
+    ],
+)
+def test_a_plain_trainer_sends_routing_to_tensorboard(kind, metrics, logs, blocks, tmp_path):
+    arguments = training_arguments(
+        tmp_path, steps=6, batch_size=4, log_every=2, eval_every=3, report_to=["tensorboard"]
+    )
+    trainer = Trainer(_model(kind), arguments, train_dataset=blocks, eval_dataset=blocks)
+    LogRouting.add_to(trainer)
+    trainer.train()
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir()))).Reload()
+    ours, _ = logs[kind]
+    for prefix, key in (("train/", "loss"), ("eval/", "eval_loss")):
+        for name in metrics:
+            values = {event.step: event.value for event in events.Scalars(prefix + name)}
+            own = ("eval_" if prefix == "eval/" else "") + name
+            expected = {line["step"]: line[own] for line in _lines(ours, key)}
+            assert values == pytest.approx(expected, rel=1e-4), name
+            kept = {line["step"]: line[own] for line in _lines(trainer, key)}
+            assert kept == pytest.approx(expected, rel=1e-6), name
 
 
 def test_evaluation_logs_the_language_model_loss_and_its_own_routing(logs, blocks):

@@ -6,7 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mor.viz import depth_page, plot_depth_by_position, plot_loss_against_flops, token_pieces
+from mor.depth_page import COLOURS
+from mor.viz import (
+    depth_page,
+    plot_depth_by_position,
+    plot_loss_against_flops,
+    plot_router_scores,
+    plot_text_by_depth,
+    router_scores,
+    token_pieces,
+)
+from tests.models.conftest import small_model
 
 
 class _Spans(HTMLParser):
@@ -69,11 +79,9 @@ def _luminance(colour: str) -> float:
 
 
 def test_colours_are_readable_and_ordered():
-    from mor.viz import _COLOURS
-
-    backgrounds = [_luminance(background) for background, _ in _COLOURS]
+    backgrounds = [_luminance(background) for background, _ in COLOURS]
     assert backgrounds == sorted(backgrounds, reverse=True)
-    for background, foreground in _COLOURS:
+    for background, foreground in COLOURS:
         light, dark = sorted((_luminance(background), _luminance(foreground)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 7
 
@@ -120,3 +128,90 @@ def test_depth_plot_takes_padding_and_any_length(tmp_path):
 def test_depth_plot_refuses_what_has_no_tokens(depths, tmp_path):
     with pytest.raises(ValueError, match="expected depths of shape"):
         plot_depth_by_position(depths, tmp_path / "x.png")
+
+
+def _colours(path) -> dict[tuple[int, int, int], int]:
+    with Image.open(path) as image:
+        return {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def test_text_figure_has_an_area_of_colour_for_each_token(tmp_path):
+    pieces, depths = ["def", " f():\n", "\t$x^2$", " é_{"], [1, 3, 2, 1]
+    plot_text_by_depth(pieces, depths, tmp_path / "a.png", columns=20)
+    plot_text_by_depth(pieces, [1, 1, 1, 1], tmp_path / "b.png", columns=20)
+    mixed, plain = _colours(tmp_path / "a.png"), _colours(tmp_path / "b.png")
+    for depth in (2, 3):
+        assert mixed[_rgb(COLOURS[depth][0])] > 1000
+        assert _rgb(COLOURS[depth][0]) not in plain
+    assert plain[_rgb(COLOURS[1][0])] > 1.3 * mixed[_rgb(COLOURS[1][0])] > 1000
+    # A depth has as much area as its tokens have characters; the text itself covers some of it.
+    area = {depth: mixed[_rgb(COLOURS[depth][0])] for depth in (2, 3)}
+    assert area[2] / area[3] == pytest.approx(9 / 5, rel=0.4)
+
+
+def test_text_figure_breaks_lines():
+    from mor.viz import _text_boxes
+
+    boxes, rows = _text_boxes(["abc", "de\n", "", "\nfghij", "k"], [1, 2, 1, 3, 2], 4)
+    assert boxes == [
+        (0, 0, "abc", 1),
+        (0, 3, "d", 2),
+        (1, 0, "e", 2),
+        (3, 0, "fghi", 3),
+        (4, 0, "j", 3),
+        (4, 1, "k", 2),
+    ]
+    assert rows == 5
+
+
+@pytest.mark.parametrize(
+    ("depths", "columns", "message"),
+    [([1, 2], 80, "one depth for each"), ([7], 80, "from 0 to 5"), ([1], 0, "at least one column")],
+)
+def test_text_figure_refuses(depths, columns, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_text_by_depth(["a"], depths, tmp_path / "x.png", columns=columns)
+
+
+@pytest.mark.parametrize("options", [{"router": "expert"}, {"router_aux": "router"}], ids=str)
+def test_expert_scores_above_the_threshold_are_those_taken(options):
+    model = small_model(**options).eval()
+    with torch.no_grad():
+        routing = model(torch.arange(3, 83).reshape(2, 40)).routing
+    scores = router_scores(routing)
+    assert [len(values) for values, _ in scores] == [80, 80, int(scores[1][1].sum())]
+    assert scores[0][1].all()  # capacity 1
+    for r, (values, taken) in enumerate(scores):
+        assert int(taken.sum()) == int((routing.depths > r).sum()) > 0
+        if r:
+            assert torch.equal(values > 0.5, taken)
+            assert not taken.all()
+
+
+def test_token_scores_are_shares_and_the_largest_is_taken():
+    model = small_model(router="token").eval()
+    with torch.no_grad():
+        routing = model(torch.arange(3, 83).reshape(2, 40)).routing
+    values = torch.stack([values for values, _ in router_scores(routing)])
+    taken = torch.stack([taken for _, taken in router_scores(routing)])
+    torch.testing.assert_close(values.sum(0), torch.ones(80))
+    assert (taken.sum(0) == 1).all()
+    assert torch.equal(values.argmax(0), taken.long().argmax(0))
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_score_histogram_is_a_picture_with_both_groups(router, tmp_path):
+    model = small_model(router=router)  # in training too, where gradients are attached
+    plot_router_scores(model(torch.arange(3, 83).reshape(2, 40)).routing, tmp_path / "x.png")
+    colours = _colours(tmp_path / "x.png")
+    assert min(colours[_rgb(COLOURS[4][0])], colours[_rgb(COLOURS[2][0])]) > 1000
+
+
+def test_score_histogram_needs_a_router(tmp_path):
+    model = small_model(router=None)
+    with pytest.raises(ValueError, match="with a router, got one without"):
+        plot_router_scores(model(torch.arange(3, 23).reshape(1, 20)).routing, tmp_path / "x.png")

@@ -11,6 +11,7 @@
 
 #include "depth_attention.scalar.h"
 #include "depth_attention.simd.h"
+#include "results.h"
 
 namespace mor {
 namespace {
@@ -249,7 +250,7 @@ std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Ten
   AttentionProblem p = operands.problem(dims, causal, scale);
   check_values(p, operands);
   const bool is_double = q.scalar_type() == ScalarType::Double;
-  Tensor out = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
+  Tensor out = new_result(q, {dims.num_queries, dims.num_heads, dims.head_dim});
   Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries},
                                         is_double ? ScalarType::Double : ScalarType::Float);
   p.out_data = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
@@ -274,9 +275,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
   const Tensor lse = torch::stable::contiguous(lse_in);
   p.grad_out = operand(grad_out), p.out = operand(out);
   p.lse = const_cast<void*>(lse.const_data_ptr());
-  Tensor grad_q = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
-  Tensor grad_k = torch::stable::new_empty(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
-  Tensor grad_v = torch::stable::new_empty(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
+  Tensor grad_q = new_result(q, {dims.num_queries, dims.num_heads, dims.head_dim});
+  Tensor grad_k = new_result(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
+  Tensor grad_v = new_result(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
   Tensor grad_key_bias =
       torch::stable::new_empty(q, {key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();

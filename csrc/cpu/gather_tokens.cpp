@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "gather_tokens.simd.h"
+#include "results.h"
 #include "row_hits.simd.h"
 
 namespace mor {
@@ -14,7 +15,7 @@ Tensor gather_tokens_cpu(const Tensor& x_in, const Tensor& rows_in) {
   const Tensor rows = torch::stable::contiguous(rows_in);
   const int64_t* index = rows.const_data_ptr<int64_t>();
   check_row_range(index, dims.num_taken, dims.num_rows, "gather_tokens");
-  Tensor y = new_rows(x_in, dims.num_taken, dims.width);
+  Tensor y = new_result(x_in, {dims.num_taken, dims.width});
   const int64_t item = x_in.element_size(), bytes = dims.width * item;
   const auto* in = static_cast<const char*>(x.data);
   auto* out = static_cast<char*>(y.mutable_data_ptr());
@@ -33,7 +34,7 @@ Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& rows_in, 
   const Tensor rows = torch::stable::contiguous(rows_in);
   const RowHits hits = sort_hits(rows.const_data_ptr<int64_t>(), dims.num_taken, dims.num_rows,
                                  "gather_tokens_backward");
-  Tensor grad_x = new_rows(grad_in, dims.num_rows, dims.width);
+  Tensor grad_x = new_result(grad_in, {dims.num_rows, dims.width});
   const int64_t bytes = dims.width * grad_in.element_size();
   RowSums sums{};
   sums.dtype = grad_in.scalar_type();

@@ -5,10 +5,6 @@
 
 #include "row_hits.simd.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace mor {
 namespace {
 
@@ -42,20 +38,6 @@ RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const ch
     order[j] = i;
   }
   return {sorted, order, count, std::move(memory)};
-}
-
-Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t width) {
-  Tensor rows = torch::stable::new_empty(like, {num_rows, width});
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(rows.mutable_data_ptr());
-  const uintptr_t end = begin + num_rows * width * rows.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) & -kHugePage, last = end & -kHugePage;
-  // Only advice: where the kernel has no huge page the result is the same.
-  if (last >= first + 2 * kHugePage)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return rows;
 }
 
 }  // namespace mor

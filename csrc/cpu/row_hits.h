@@ -38,10 +38,6 @@ void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const
 // counting sort, O(count + num_rows).
 RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op);
 
-// A contiguous uninitialised [num_rows, width] like `like`, its memory in huge pages where that
-// saves page faults: for results above some MiB they cost more than the copy.
-Tensor new_rows(const Tensor& like, int64_t num_rows, int64_t width);
-
 // Results of this size are written around the cache (half of the last-level cache of common
 // machines): alone that is up to twice as fast, and it loses nothing where the result is read next.
 constexpr int64_t kStreamBytes = int64_t{12} << 20;

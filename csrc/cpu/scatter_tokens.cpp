@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "results.h"
 #include "row_hits.simd.h"
 #include "scatter_tokens.simd.h"
 
@@ -48,7 +49,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
 Tensor scatter_tokens_cpu(const Tensor& base, const Tensor& updates, const Tensor& rows,
                           const OptionalTensor& gate, const OptionalTensor& base_scale) {
   const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale);
-  Tensor out = new_rows(base, dims.num_rows, dims.width);
+  Tensor out = new_result(base, {dims.num_rows, dims.width});
   scatter_into(out, base, updates, rows, gate, base_scale, dims, "scatter_tokens");
   return out;
 }
@@ -75,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(
   need_base = need_base && base_scale.has_value();
   const Tensor rows = torch::stable::contiguous(rows_in);
   const auto none = [&] { return torch::stable::new_empty(grad_in, {0}); };
-  Tensor grad_base = need_base ? new_rows(grad_in, dims.num_rows, dims.width) : none();
-  Tensor grad_updates = need_updates ? new_rows(grad_in, dims.num_hits, dims.width) : none();
+  Tensor grad_base = need_base ? new_result(grad_in, {dims.num_rows, dims.width}) : none();
+  Tensor grad_updates = need_updates ? new_result(grad_in, {dims.num_hits, dims.width}) : none();
   Tensor grad_gate =
       updates_in.has_value() ? torch::stable::new_empty(*gate, {dims.num_hits}) : none();
   Tensor grad_base_scale =

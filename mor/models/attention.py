@@ -70,8 +70,9 @@ class AttentionContext:
             return self.shared.view
         if self.rows is not None:
             assert self.shared.keys is not None and self.shared.values is not None
-            keys = self.shared.keys.index_copy(0, self.rows, keys)
-            values = self.shared.values.index_copy(0, self.rows, values)
+            count = self.rows.shape[0]  # without torch.compile's spare row
+            keys = self.shared.keys.index_copy(0, self.rows, keys[:count])
+            values = self.shared.values.index_copy(0, self.rows, values[:count])
             return self._append(keys, values, self.shared.packing)
         self.shared.keys, self.shared.values = keys, values
         self.shared.view = self._append(keys, values, self.packing)

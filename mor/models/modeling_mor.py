@@ -34,7 +34,7 @@ from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel"]
+__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel", "batch_share"]
 
 
 class MoRPreTrainedModel(PreTrainedModel):
@@ -227,15 +227,18 @@ class MoRModel(MoRPreTrainedModel):
 
         def block(x: Tensor, current: Packing, step: int, rows: Tensor) -> Tensor:
             first = ends + step * block_depth
-            if x.shape[0] == 0:
+            spare = torch.compiler.is_compiling() and current.lengths is None
+            if spare:
+                x, current = call.add_spare_row(x, current)
+            elif x.shape[0] == 0:
                 return call.run_without_rows(x, range(first, first + block_depth))
             outputs.append([])
             rotary = call.rotary(x, current)
             for depth in range(first, first + block_depth):
                 x = call.run(depth, x, current, rotary, rows)
                 if states is not None:
-                    outputs[-1].append(x)
-            return x
+                    outputs[-1].append(x[:-1] if spare else x)
+            return x[:-1] if spare else x
 
         everything = call.rotary(hidden, packing)
         if ends:
@@ -409,9 +412,9 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            loss = lm_loss
+            loss = lm_loss.clone()  # the Trainer scales it in place
             if base.router_loss is not None:
-                loss = lm_loss + _batch_share(labels, num_items_in_batch) * base.router_loss
+                loss = lm_loss + batch_share(labels, num_items_in_batch) * base.router_loss
         output = MoRCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -476,7 +479,7 @@ def _router_loss(routing: RecursionOutput, config: MoRConfig) -> Tensor | None:
     return torch.stack(parts).sum() if parts else None
 
 
-def _batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """This batch's share of the targets of the optimizer step: the weight of its router loss."""
     if num_items_in_batch is None:
         return 1.0

@@ -86,6 +86,16 @@ class UnrolledLayers:
             return x
         return x * encoding[depth].to(x.dtype)
 
+    def add_spare_row(self, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+        """One more row, of zeros, after all tokens, so that no token attends to it.
+
+        For torch.compile, whose one graph must do with and without rows; see `run_without_rows`.
+        """
+        ends, after = packing.cu_seqlens, self.packing.positions.max().unsqueeze(0) + 1
+        ends = torch.cat([ends[:-1], ends[-1:] + 1])
+        positions = torch.cat([packing.positions, after])
+        return torch.cat([x, x.new_zeros(1, x.shape[1])]), Packing(ends, positions)
+
     def _layer(
         self, unique: int, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
     ) -> Tensor:

@@ -123,6 +123,7 @@ class ExpertChoice(nn.Module):
                 if self.aux_routers
                 else None
             )
+            before_selection = current
             ranked = logits if aux_logits is None or self.training else aux_logits
             if self.random:
                 ranked = ranked - self._random_threshold(step)
@@ -143,7 +144,7 @@ class ExpertChoice(nn.Module):
             if self.use_z_loss:
                 z_losses.append(z_loss(logits.unsqueeze(-1)))
 
-            everything = local.shape[0] == candidates.shape[0]
+            everything = current is before_selection
             x = candidates if everything else gather_tokens(candidates, local)
             gates = self.score(logits if everything else gather_tokens(logits, local))
             rows = rows if everything else gather_tokens(rows, local)
@@ -206,5 +207,10 @@ def _select_above_threshold(logits: Tensor, packing: Packing) -> tuple[Tensor, P
     refuse_nan(logits, "ExpertChoice")
     grouped, offsets = group_rows(logits > 0, 2, packing.cu_seqlens)
     starts = offsets[packing.num_sequences :]
-    local = grouped[int(starts[0]) :]
+    (dropped,) = starts[:1].tolist()  # symbols under torch.compile and torch.export
+    if not torch.compiler.is_compiling() and dropped == 0:
+        return grouped, packing
+    torch._check(dropped >= 0)
+    torch._check(dropped <= packing.num_rows)
+    local = grouped[dropped:]
     return local, packing.select(local, cu_seqlens=(starts - starts[0]).to(torch.int32))

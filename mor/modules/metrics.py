@@ -84,6 +84,37 @@ class RoutingMetrics:
         self._reached[0, positions % _POSITIONS] = True
         self._reached[1, reached % _POSITIONS] = True
 
+    @torch.no_grad()
+    def sum_over_processes(self, device: torch.device) -> None:
+        """Adds up what all processes counted; all must call it, before `compute`.
+
+        Args:
+            device: where the process group communicates.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        if self.num_recursions == 0:
+            return  # a model without a router
+        count = self.num_recursions
+        places = (2, _POSITIONS)
+        parts = [
+            torch.tensor([self._tokens, self._candidates, float(self._load is not None)]),
+            torch.as_tensor(self._agree).reshape(1),
+            torch.stack([torch.as_tensor(selected) for selected in self._selected]),
+            torch.zeros(count) if self._probability is None else self._probability,
+            torch.zeros(count) if self._load is None else self._load,
+            torch.zeros(places) if self._reached is None else self._reached,
+        ]
+        flat = torch.cat([part.to(device, torch.float64).reshape(-1) for part in parts])
+        torch.distributed.all_reduce(flat)
+        sizes = [3, 1, count, count, count, 2 * _POSITIONS]
+        counts, agree, selected, probability, load, reached = flat.split(sizes)
+        tokens, candidates, routers = counts.tolist()
+        self._tokens, self._candidates = int(tokens), int(candidates)
+        self._agree, self._selected, self._probability = agree, list(selected), probability
+        self._load = load if routers else None
+        self._reached = reached.reshape(places) > 0
+
     def compute(self) -> dict[str, float]:
         """The metrics since the last reset; empty if there was no forward."""
         if self._tokens == 0:

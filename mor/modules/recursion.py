@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor
+from torch.export import register_dataclass
 
 from mor.modules.packing import Packing
 
@@ -58,6 +59,11 @@ class RecursionOutput:
     steps: list[RecursionStep] = field(default_factory=list)
     logits: Tensor | None = None
     gates: Tensor | None = None
+
+
+# FSDP2 finds the tensors of an output by torch's pytrees, and torch.export returns them so.
+register_dataclass(RecursionStep, serialized_type_name="mor.RecursionStep")
+register_dataclass(RecursionOutput, serialized_type_name="mor.RecursionOutput")
 
 
 def default_capacities(num_recursions: int) -> list[float]:

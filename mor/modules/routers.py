@@ -13,6 +13,7 @@ __all__ = [
     "apply_gate",
     "aux_loss",
     "balancing_loss",
+    "count_choices",
     "refuse_nan",
     "z_loss",
 ]
@@ -180,10 +181,17 @@ def aux_loss(logits: Tensor, rows: Tensor) -> Tensor:
 
     Reference: MoR paper, section 2.2.1 (auxiliary loss against the causality violation).
     """
-    if logits.shape[0] == 0:
-        return logits.sum()
     target = torch.zeros_like(logits).index_fill(0, rows, 1.0)
-    return functional.binary_cross_entropy_with_logits(logits, target)
+    total = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    return total / max(logits.shape[0], 1)
+
+
+def count_choices(choice: Tensor, num_outputs: int) -> Tensor:
+    """[R] int64: how many of the tokens [N] chose each output.
+
+    Not bincount, whose size depends on data: that would wait for the device and not compile.
+    """
+    return (choice.unsqueeze(1) == torch.arange(num_outputs, device=choice.device)).sum(dim=0)
 
 
 def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
@@ -198,12 +206,12 @@ def balancing_loss(scores: Tensor, choice: Tensor) -> Tensor:
     num_tokens, num_outputs = scores.shape
     if num_tokens == 0:
         return scores.sum()
-    counts = torch.bincount(choice, minlength=num_outputs).to(scores.dtype)
+    counts = count_choices(choice, num_outputs).to(scores.dtype)
     return (counts * (num_outputs / num_tokens) * scores.mean(dim=0)).sum()
 
 
 def z_loss(logits: Tensor) -> Tensor:
     """Keeps logits small: mean over the tokens of logsumexp(logits)^2; logits [N, R]."""
-    if logits.shape[0] == 0:
-        return logits.sum()
-    return logits.logsumexp(dim=-1).square().mean()
+    # Of one logit it is the logit; torch.export cannot trace logsumexp without knowing of any rows.
+    log_sum = logits[:, 0] if logits.shape[1] == 1 else logits.logsumexp(dim=-1)
+    return log_sum.square().sum() / max(logits.shape[0], 1)

@@ -1,5 +1,7 @@
 """Token-choice routing: each token decides its depth before the first recursion."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from mor.modules.routers import (
     RouterScore,
     apply_gate,
     balancing_loss,
+    count_choices,
     refuse_nan,
     z_loss,
 )
@@ -44,7 +47,6 @@ class TokenChoice(nn.Module):
     """
 
     bias: Tensor
-    load: Tensor
     warmup_step: Tensor
 
     def __init__(
@@ -87,7 +89,9 @@ class TokenChoice(nn.Module):
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if balancing == "loss_free":
             self.register_buffer("bias", torch.zeros(num_recursions))
-            self.register_buffer("load", torch.zeros(num_recursions), persistent=False)
+            # No buffer: DDP would replace it by that of the first process before each forward, and
+            # bfloat16 models could not count in it.
+            self.load = torch.zeros(num_recursions, device="cpu")
         self.metrics = RoutingMetrics(num_recursions)
 
     def forward(
@@ -101,40 +105,33 @@ class TokenChoice(nn.Module):
         depths = choice + 1
         chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
         gates = torch.ones_like(chosen) if self.gating == "additive" else chosen
-        counts = torch.bincount(choice, minlength=self.num_recursions)
+        counts = count_choices(choice, self.num_recursions)
         if self.training and self.balancing == "loss_free" and not warming_up:
-            self.load += counts
+            self.load = self.load.to(counts.device) + counts
         self.metrics.update_choice(scores, counts, choice, packing.positions)
 
-        # One synchronisation a forward: how many tokens leave after each step.
-        leaving = counts.tolist()
+        active = _active_tokens(counts, hidden.shape[0])
         x, current, out, steps = hidden, packing, hidden, []
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         for step in range(self.num_recursions):
-            step_rows = rows
             x = block(x, current, step, rows)
-            before, state = out, out.index_copy(0, rows, x) if keep_states else None
-            if leaving[step] == rows.shape[0]:
-                done, done_x = rows, x
-                local = rows[:0]
-                current = current.select(local, cu_seqlens=torch.zeros_like(current.cu_seqlens))
-            else:
+            states = (out, out.index_copy(0, rows, x)) if keep_states else (None, None)
+            steps.append(RecursionStep(rows, None, None, None, *states))
+            done, done_x = rows, x
+            if step + 1 < self.num_recursions:
                 stays = gather_tokens(depths, rows) > step + 1
                 grouped, offsets = group_rows(stays, 2, current.cu_seqlens)
+                leaving = active[step] - active[step + 1]
+                leave, stay = grouped[:leaving], grouped[leaving:]
                 starts = offsets[current.num_sequences :]
-                local = grouped[leaving[step] :]
-                current = current.select(local, cu_seqlens=(starts - starts[0]).to(torch.int32))
-                leave = grouped[: leaving[step]]
+                current = current.select(stay, cu_seqlens=(starts - starts[0]).to(torch.int32))
                 done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
+                x, rows = gather_tokens(x, stay), gather_tokens(rows, stay)
             done_gates = gather_tokens(gates, done)
             # A token that leaves still shows, in `out`, what went into the first recursion.
             entered = gather_tokens(out, done) if self.gating == "residual" else done_x
             done_x, _ = apply_gate(self.gating, entered, done_x, done_gates)
             out = scatter_tokens(out, done_x, done, done_gates)
-            states = (before, state) if keep_states else (None, None)
-            steps.append(RecursionStep(step_rows, None, None, None, *states))
-            if step + 1 < self.num_recursions:
-                x, rows = gather_tokens(x, local), gather_tokens(rows, local)
         return RecursionOutput(
             out,
             depths,
@@ -164,11 +161,25 @@ class TokenChoice(nn.Module):
     def update_bias(self) -> None:
         """Loss-free balancing: b_i += u * sign(mean load - load_i), then forgets the loads.
 
-        Call it after every optimizer step (mor's Trainer does). The loads of all ranks are summed.
+        Call it after every optimizer step (mor's Trainer does), in all processes: their loads are
+        summed.
         """
         if self.balancing != "loss_free":
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load)
         self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)
-        self.load.zero_()
+        self.load = torch.zeros_like(self.load)
+
+
+def _active_tokens(counts: Tensor, num_tokens: int) -> list[int]:
+    """How many tokens take each step, from how many choose each. One synchronisation a forward.
+
+    Under torch.compile they are symbols; the checks tell it what it needs to slice by them.
+    """
+    active: list[int] = counts.flip(0).cumsum(0).flip(0).tolist()
+    active[0] = num_tokens
+    for more, fewer in pairwise(active):
+        torch._check(fewer >= 0)
+        torch._check(fewer <= more)
+    return active

@@ -19,7 +19,7 @@ from transformers import (
 
 from mor import MoRConfig, MoRForCausalLM
 
-from .conftest import small_config, small_model
+from .conftest import rowwise_linear, small_config, small_model
 from .test_generation import padded, prompts
 
 
@@ -86,12 +86,6 @@ def test_documents_do_not_see_each_other(variant, how):
             packed = model(tokens, **options).logits[0]
             alone = [model(piece).logits[0] for piece in tokens.split(lengths, dim=1)]
         torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
-
-
-def rowwise_linear(x, weight, bias=None):
-    """A matrix product whose rows cannot depend on how many rows there are, unlike a library's."""
-    y = (x.unsqueeze(-2) * weight).sum(-1)
-    return y if bias is None else y + bias
 
 
 @pytest.mark.parametrize("rowwise", [True, False], ids=["rowwise", "library"])

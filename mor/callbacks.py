@@ -1,0 +1,94 @@
+"""Callbacks that bring routing to any `transformers.Trainer`; `MoRTrainer` does the same itself."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
+
+from mor.modules import RoutingMetrics, TokenChoice
+
+__all__ = ["LogRouting", "UpdateRouterBias", "routing_line"]
+
+
+def routing_line(model: nn.Module, device: torch.device) -> dict[str, float]:
+    """The routing metrics of all processes since the last call; empty without a router.
+
+    Args:
+        model: whose modules have `RoutingMetrics` as `metrics` (several routers: the last counts).
+        device: where the process group, if any, communicates.
+    """
+    values: dict[str, float] = {}
+    for module in model.modules():
+        metrics = getattr(module, "metrics", None)
+        if isinstance(metrics, RoutingMetrics):
+            metrics.sum_over_processes(device)
+            values |= metrics.compute()
+            metrics.reset()
+    return values
+
+
+class LogRouting(TrainerCallback):
+    """Adds the routing metrics to each log line of any Trainer, and so to TensorBoard and the rest.
+
+    Example:
+        >>> trainer = SFTTrainer(model, args, train_dataset=data)  # doctest: +SKIP
+        >>> LogRouting.add_to(trainer)  # doctest: +SKIP
+    """
+
+    @classmethod
+    def add_to(cls, trainer: Trainer) -> None:
+        """Adds the callback where it must stand: the reporters log what callbacks before them left.
+
+        `Trainer(callbacks=...)` would put it after them.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        flow = [isinstance(callback, DefaultFlowCallback) for callback in callbacks].index(True)
+        callbacks.insert(flow + 1, cls())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Logs before each evaluation, which adds its own tokens to the metrics."""
+        control.should_log |= control.should_evaluate
+        return control
+
+    on_epoch_end = on_step_end
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Extends the line that the reporters and the state get."""
+        assert logs is not None and model is not None
+        prefix = "eval_" if "eval_loss" in logs else ""
+        values = {prefix + name: value for name, value in routing_line(model, args.device).items()}
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+
+class UpdateRouterBias(TrainerCallback):
+    """Loss-free balancing: updates the routers' selection bias after every optimizer step.
+
+    `MoRTrainer` has it; give it to a plain `transformers.Trainer` as `callbacks=[...]`.
+    """
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """After the optimizer, before the gradients are cleared."""
+        assert model is not None
+        for module in model.modules():
+            if isinstance(module, TokenChoice):
+                module.update_bias()

@@ -1,0 +1,91 @@
+"""Reads what ptxas made of the kernels in a shared library: registers, spills, instructions."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+BUDGETS: list[dict[str, Any]] = json.loads((REPOSITORY / "kernels/budgets.json").read_text())[
+    "kernels"
+]
+
+
+@dataclass
+class Kernel:
+    """One kernel of one architecture."""
+
+    architecture: str
+    name: str  # with template arguments
+    registers: int
+    stack: int  # bytes: spills, or arrays that found no registers
+    instructions: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def budget(self) -> dict[str, Any] | None:
+        """The first that fits."""
+        return next((b for b in BUDGETS if fnmatchcase(self.name, b["kernel"])), None)
+
+
+def cuobjdump() -> Path | None:
+    """The tool of the package nvidia-cuda-cuobjdump, if installed."""
+    found = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cu1*/bin/cuobjdump")
+    return next(found, None)
+
+
+def _run(tool: Path, *arguments: str) -> str:
+    environment = {"PATH": f"{tool.parent}:/usr/bin:/bin"}  # nvdisasm lies beside it
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, env=environment)
+    if "does not contain device code" in done.stdout + done.stderr:
+        return ""
+    done.check_returncode()
+    return done.stdout
+
+
+def _short_names(symbols: list[str]) -> dict[str, str]:
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), check=True, capture_output=True, text=True
+    ).stdout
+    names = [line.split("(")[0].removeprefix("void ") for line in text.splitlines()]
+    return {s: n.replace("mor::", "") for s, n in zip(symbols, names, strict=True)}
+
+
+@cache
+def kernels(library: Path) -> list[Kernel]:
+    """Our kernels (not CUB's) of all architectures in the library; none if it has no CUDA code."""
+    tool = cuobjdump()
+    assert tool is not None
+    found: dict[tuple[str, str], Kernel] = {}
+    architecture = symbol = ""
+    for line in _run(tool, "--dump-resource-usage", str(library)).splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            architecture = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            symbol = match[1]
+        elif (match := re.match(r"  REG:(\d+) STACK:(\d+)", line)) and symbol.startswith("_ZN3mor"):
+            found[architecture, symbol] = Kernel(architecture, symbol, int(match[1]), int(match[2]))
+    for architecture in {a for a, _ in found}:
+        current = None
+        for line in _run(tool, "-sass", "-arch", architecture, str(library)).splitlines():
+            if match := re.search(r"Function : (\S+)", line):
+                current = found.get((architecture, match[1]))
+            elif current is not None and (
+                match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", line)
+            ):
+                current.instructions.update(_classes(match[1]))
+    names = _short_names([symbol for _, symbol in found])
+    for (_, symbol), kernel in found.items():
+        kernel.name = names[symbol]
+    return list(found.values())
+
+
+def _classes(instruction: str) -> list[str]:
+    """LDG.E.128.CONSTANT counts as LDG, and as LDG.128."""
+    base, *modifiers = instruction.split(".")
+    return [base, f"{base}.128"] if "128" in modifiers else [base]

@@ -1,0 +1,63 @@
+"""The machine code of the CUDA kernels keeps to kernels/budgets.json: no GPU needed."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+from machine_code import BUDGETS, Kernel, cuobjdump, kernels
+
+import mor.ops  # noqa: F401 - loads the library
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Kernel]:
+    if cuobjdump() is None:
+        pytest.skip("nvidia-cuda-cuobjdump is not installed")
+    library = next(p for p in torch.ops.loaded_libraries if Path(p).name == "_ops.so")
+    found = kernels(Path(library))
+    if not found:
+        pytest.skip("built without nvcc: no machine code to inspect")
+    return found
+
+
+def test_every_kernel_has_a_budget_and_every_budget_a_kernel(built):
+    without = sorted({kernel.name for kernel in built if kernel.budget is None})
+    assert not without, f"no budget in kernels/budgets.json for {without}"
+    used = [b["kernel"] for b in BUDGETS if any(kernel.budget is b for kernel in built)]
+    assert used == [b["kernel"] for b in BUDGETS]
+
+
+def test_nothing_spills(built):
+    spills = [
+        f"{kernel.architecture} {kernel.name}: {kernel.stack} bytes"
+        for kernel in built
+        if not fnmatchcase(kernel.name, "*<double*")
+        and (kernel.stack or kernel.instructions["STL"] or kernel.instructions["LDL"])
+    ]
+    assert not spills
+
+
+def test_registers_stay_in_the_budget(built):
+    over = [
+        f"{kernel.architecture} {kernel.name}: {kernel.registers} of {kernel.budget['registers']}"
+        for kernel in built
+        if kernel.registers > kernel.budget["registers"]
+    ]
+    assert not over
+
+
+def test_budgets_let_a_block_run():
+    """65536 registers, given to a warp in units of eight a thread."""
+    for budget in BUDGETS:
+        assert -(-budget["registers"] // 8) * 8 * budget["threads"] <= 65536, budget["kernel"]
+
+
+def test_kernels_use_the_instructions_they_are_written_for(built):
+    missing = [
+        f"{kernel.architecture} {kernel.name}: {name}"
+        for kernel in built
+        for name in kernel.budget["instructions"]
+        if not kernel.instructions[name]
+    ]
+    assert not missing
