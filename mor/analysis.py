@@ -97,7 +97,7 @@ def flops_breakdown(
 
 
 def _router_flops(config: PreTrainedConfig) -> float:
-    if not isinstance(config, MoRConfig) or config.router is None:
+    if not isinstance(config, MoRConfig) or config.router is None or config.router_type == "random":
         return 0.0
     d = config.hidden_size
     outputs = 1 if config.router == "expert" else config.num_recursions

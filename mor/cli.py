@@ -1,4 +1,4 @@
-"""The `mor` command: train, generate, demo, info."""
+"""The `mor` command: train, generate, convert, demo, info."""
 
 import inspect
 import os
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -111,6 +111,69 @@ def generate(
             seed=seed,
         )
     )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Folder of a dense model in Transformers' format, or a GGUF file."),
+    ],
+    output_dir: Annotated[Path, typer.Argument(help="Folder for the MoR model.")],
+    num_recursions: Annotated[int, typer.Option(help="Times the shared block is applied.")] = 3,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Layers at full depth (unrolled). Default: the dense model's."),
+    ] = None,
+    sharing: Annotated[str, typer.Option(help="Which layers are shared.")] = "middle_cycle",
+    router: Annotated[
+        Literal["expert", "token", "none"],
+        typer.Option(help="Who chooses: experts choose tokens or tokens their depth."),
+    ] = "expert",
+    gating: Annotated[
+        str, typer.Option(help="weighted (the paper's), additive, or residual (starts nearest).")
+    ] = "weighted",
+    kv_strategy: Annotated[
+        str, typer.Option(help="Which keys and values a recursion sees.")
+    ] = "recursion",
+    init: Annotated[
+        str, typer.Option(help="Layers to start from: stepwise, average, lower, upper, random.")
+    ] = "stepwise",
+    relaxation: Annotated[
+        Literal["lora", "dora", "none"],
+        typer.Option(help="Adapters of each recursion's own, started by a truncated SVD."),
+    ] = "none",
+    relaxation_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, float64.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the routers and of --init random.")] = 0,
+) -> None:
+    """Convert a dense checkpoint, with its tokenizer, to a Mixture-of-Recursions one."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from mor.convert import convert_checkpoint
+
+    disable_progress_bar()
+    depth = {} if layers is None else {"num_hidden_layers": layers}
+    with _one_sentence():
+        model = convert_checkpoint(
+            source,
+            output_dir,
+            init=init,
+            seed=seed,
+            dtype=dtype,
+            num_recursions=num_recursions,
+            sharing=sharing,
+            router=None if router == "none" else router,
+            router_gating=gating,
+            kv_strategy=kv_strategy,
+            relaxation=None if relaxation == "none" else relaxation,
+            relaxation_rank=relaxation_rank,
+            **depth,
+        )
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    typer.echo(f"Model of {millions:.1f}M parameters saved in {output_dir}; it needs training")
 
 
 @app.command()

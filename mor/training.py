@@ -24,6 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from mor.analysis import flops_per_token
 from mor.callbacks import LogRouting, UpdateRouterBias, routing_line
+from mor.optim import parameter_groups
 
 __all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "training_arguments"]
 
@@ -47,9 +48,20 @@ class MoRTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the Trainer's arguments."""
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self, *args: Any, aux_router_learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        """Takes the Trainer's arguments.
+
+        Args:
+            *args: the Trainer's.
+            aux_router_learning_rate: peak rate of auxiliary routers; see `parameter_groups`.
+            **kwargs: the Trainer's.
+        """
         super().__init__(*args, **kwargs)
+        self.aux_router_learning_rate = aux_router_learning_rate
         self._parts: defaultdict[str, Tensor | float] = defaultdict(float)
         self._finite: Tensor | bool = True
         self._window_batches = 0
@@ -60,6 +72,22 @@ class MoRTrainer(Trainer):
         self.add_callback(UpdateRouterBias())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_ProgressLine())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, or with `parameter_groups` where auxiliary routers have their own rate."""
+        if self.optimizer is None and self.aux_router_learning_rate is not None:
+            trained = self.model if model is None else model
+            groups = parameter_groups(
+                trained, self.args.weight_decay, self.aux_router_learning_rate
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer, but for recursion encodings, which start at ones."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith("recursion_encoding")]
 
     def training_step(
         self,

@@ -65,7 +65,7 @@ def run(text, tmp_path_factory) -> Path:
 def test_help_names_every_command():
     code, output, _ = _mor("--help")
     assert code == 0
-    for command in ("train", "generate", "demo", "info"):
+    for command in ("train", "generate", "convert", "demo", "info"):
         assert command in output
 
 

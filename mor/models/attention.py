@@ -50,6 +50,7 @@ class AttentionContext:
         reuses_kv: a later use, which computes no keys and values of its own.
         rows: a later use that overwrites the shared keys of its active tokens (hybrid): their rows
             among all tokens of this call.
+        use: how many earlier depths used the same layer.
     """
 
     packing: Packing
@@ -58,6 +59,7 @@ class AttentionContext:
     shared: SharedKV | None = None
     reuses_kv: bool = False
     rows: Tensor | None = None
+    use: int = 0
 
     def keys_for(self, keys: Tensor, values: Tensor) -> KeyView:
         """Everything the queries may see, given the keys and values just computed."""

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from mor.modules.recursion import check_capacities
-from mor.modules.routers import ROUTER_TYPES, SCORE_FUNCTIONS
+from mor.modules.routers import GATINGS, ROUTER_TYPES, SCORE_FUNCTIONS
 
 __all__ = ["MoRConfig"]
 
@@ -38,12 +38,16 @@ class MoRConfig(PreTrainedConfig):
             their own keys and values with fresh ones (paper, section 2.2.2).
         capacities: expert-choice, share of the tokens that recursion r takes, non-increasing, in
             (0, 1]; default (R - r) / R.
-        router_type: "linear", "mlp" (hidden size 2D) or "wide_mlp" (4D).
+        router_type: "linear", "mlp" (hidden size 2D), "wide_mlp" (4D), or "random", uniform scores
+            (the ablation's baseline; the router's losses are left out).
         router_func: "sigmoid", "tanh", "softmax" (token-choice only) or "none"; default sigmoid for
             expert-choice, softmax for token-choice.
-        router_alpha: factor on the score; default 1 for softmax, else 0.1.
+        router_alpha: factor on the score; default 1 for softmax, else 0.1. With residual gating it
+            is what makes the gate of an untrained router 1: 2 for sigmoid, R for softmax.
         router_temperature: the router reads hidden / temperature.
-        router_gating: "weighted" or "additive".
+        router_gating: "weighted" (the paper's), "additive" (no gate) or "residual",
+            `H + g (f(H) - H)`: not in the paper, but with it a converted model starts as the
+            recursive model without router for the tokens it takes.
         router_aux: expert-choice, how causal routing is learnt: "loss", "router" or None.
         router_aux_coef: weight of that loss.
         router_balancing: token-choice: "loss", "loss_free" or None.
@@ -52,6 +56,13 @@ class MoRConfig(PreTrainedConfig):
         router_z_coef: weight of the z-loss; 0 leaves it out.
         capacity_warmup_steps: expert-choice, training forwards over which capacities fall from 1.
         balance_warmup_steps: token-choice, training forwards in which all tokens go all the way.
+        relaxation: "lora" or "dora" gives every use of a shared layer its own low-rank adapter (by
+            peft) and norms; None shares layers entirely.
+        relaxation_rank: rank of the adapters.
+        relaxation_alpha: factor on them, over the rank; default twice the rank.
+        relaxation_targets: names of the linear layers that get one ("q_proj", ...); default all.
+        recursion_encoding: multiplies the output of a shared layer by a learnt vector of each use's
+            own, which starts at ones.
         eval_routing: expert-choice in evaluation: "threshold" (causal) or "topk", which looks at
             later tokens and exists to reproduce published numbers.
 
@@ -100,6 +111,11 @@ class MoRConfig(PreTrainedConfig):
     router_z_coef: float = 0.0
     capacity_warmup_steps: int = 0
     balance_warmup_steps: int = 0
+    relaxation: str | None = None
+    relaxation_rank: int = 16
+    relaxation_alpha: float | None = None
+    relaxation_targets: list[str] | tuple[str, ...] | None = None
+    recursion_encoding: bool = False
     eval_routing: str = "threshold"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -109,9 +125,16 @@ class MoRConfig(PreTrainedConfig):
             self.base_config = copy.deepcopy(self.base_config)
         super().__post_init__(**kwargs)
         if self.router_func is None:
-            self.router_func = "softmax" if self.router == "token" else "sigmoid"
+            learnt = "softmax" if self.router == "token" else "sigmoid"
+            self.router_func = "none" if self.router_type == "random" else learnt
         if self.router_alpha is None:
-            self.router_alpha = 1.0 if self.router_func == "softmax" else 0.1
+            residual = self.router_gating == "residual"
+            alphas = {"softmax": float(self.num_recursions) if residual else 1.0}
+            if residual:
+                alphas |= {"sigmoid": 2.0, "none": 1.0, "tanh": 1.0}
+            self.router_alpha = alphas.get(self.router_func, 0.1)
+        if self.relaxation_alpha is None:
+            self.relaxation_alpha = 2.0 * self.relaxation_rank
         self._check_options()
         if self.router == "expert":
             self.capacities = check_capacities(self.capacities, self.num_recursions)
@@ -175,9 +198,10 @@ class MoRConfig(PreTrainedConfig):
             "kv_strategy": KV_STRATEGIES,
             "router_type": ROUTER_TYPES,
             "router_func": SCORE_FUNCTIONS,
-            "router_gating": ("weighted", "additive"),
+            "router_gating": GATINGS,
             "router_aux": ("loss", "router", None),
             "router_balancing": ("loss", "loss_free", None),
+            "relaxation": ("lora", "dora", None),
             "eval_routing": ("threshold", "topk"),
         }
         for name, allowed in options.items():
@@ -206,6 +230,15 @@ class MoRConfig(PreTrainedConfig):
                 f"MoRConfig.capacities: only expert-choice has capacities, got {self.capacities} "
                 f"with router {self.router!r}"
             )
+        if (self.relaxation or self.recursion_encoding) and self.num_recursions == 1:
+            raise ValueError(
+                "MoRConfig.relaxation, recursion_encoding: one recursion uses every layer once; "
+                "there is nothing to relax"
+            )
+        if self.relaxation_rank < 1:
+            raise ValueError(
+                f"MoRConfig.relaxation_rank: expected at least 1, got {self.relaxation_rank}"
+            )
         if not self.router_temperature > 0:
             raise ValueError(
                 f"MoRConfig.router_temperature: expected a positive number, got "
@@ -216,5 +249,9 @@ class MoRConfig(PreTrainedConfig):
                 raise ValueError(
                     f"MoRConfig.{name}: expected at least 0, got {getattr(self, name)}"
                 )
+        if self.router_type == "random" and self.router_func != "none":
+            raise ValueError(
+                f"MoRConfig.router_func: random scores are used as they are, got {self.router_func}"
+            )
         if self.router == "expert" and self.router_func == "softmax":
             raise ValueError("MoRConfig.router_func: softmax needs token-choice routing")

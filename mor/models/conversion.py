@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mor.models.configuration_mor import MoRConfig
+from mor.models.relaxation import shared_part, start_as_shared, start_from_dense
 
-__all__ = ["INITIALISATIONS", "initialise_from_dense", "source_layers"]
+__all__ = ["INITIALISATIONS", "dense_depths", "initialise_from_dense", "source_layers"]
 
 INITIALISATIONS = ("stepwise", "average", "lower", "upper", "random")
 
@@ -68,22 +69,33 @@ def _sharing_depths(config: MoRConfig, num_dense_layers: int) -> list[list[int]]
     schedule = config.layer_schedule
     ends = 1 if config.sharing.startswith("middle") else 0
     depths = range(ends, len(schedule) - ends)
-    # Where the depths differ, the unrolled depth is stretched over the dense one.
-    stretch = (num_dense_layers - 1 - 2 * ends) / max(len(depths) - 1, 1)
+    dense = dense_depths(config, num_dense_layers)
     found: dict[int, list[int]] = {}
-    for i, depth in enumerate(depths):
-        dense = ends + round(i * stretch)
-        found.setdefault(schedule[depth], []).append(dense)
+    for depth in depths:
+        found.setdefault(schedule[depth], []).append(dense[depth])
     return [sorted(set(layers)) for _, layers in sorted(found.items())]
 
 
-def initialise_from_dense(model: Any, dense: Any, sources: Sequence[Sequence[int]]) -> None:
+def dense_depths(config: MoRConfig, num_dense_layers: int) -> list[int]:
+    """The dense layer at each unrolled depth: stretched over it, where the depths differ."""
+    ends = 1 if config.sharing.startswith("middle") else 0
+    middle = config.num_hidden_layers - 2 * ends
+    stretch = (num_dense_layers - 1 - 2 * ends) / max(middle - 1, 1)
+    between = [ends + round(i * stretch) for i in range(middle)]
+    return [0, *between, num_dense_layers - 1] if ends else between
+
+
+def initialise_from_dense(
+    model: Any, dense: Any, sources: Sequence[Sequence[int]], svd_start: bool = True
+) -> None:
     """Copies embedding, norm, head and layers of a dense causal language model into a MoR one.
 
     Args:
         model: a `MoRForCausalLM`.
         dense: the dense model, of the architecture of `model.config.base_config`.
         sources: see `source_layers`.
+        svd_start: of a relaxed model: the adapters start at what the dense layers are more than the
+            shared ones, not at zero.
     """
     inner = dense.model
     with torch.no_grad():
@@ -92,8 +104,18 @@ def initialise_from_dense(model: Any, dense: Any, sources: Sequence[Sequence[int
         if not model.config.tie_word_embeddings:
             _copy(model.lm_head, dense.lm_head)
         for layer, indices in zip(model.model.layers, sources, strict=True):
-            states = [inner.layers[i].state_dict() for i in indices]
-            layer.load_state_dict({name: _mean([s[name] for s in states]) for name in states[0]})
+            for name, module in inner.layers[indices[0]].named_modules():
+                states = [inner.layers[i].get_submodule(name).state_dict() for i in indices]
+                if next(module.parameters(False), None) is not None:
+                    mean = {key: _mean([s[key] for s in states]) for key in states[0]}
+                    shared_part(layer.get_submodule(name)).load_state_dict(mean)
+        if model.config.relaxation is None:
+            return
+        if svd_start:
+            depths = dense_depths(model.config, len(inner.layers))
+            start_from_dense(model.model.layers, inner.layers, model.config, depths)
+        else:
+            start_as_shared(model.model.layers)
 
 
 def _copy(target: nn.Module, source: nn.Module) -> None:

@@ -26,6 +26,7 @@ from mor.models.configuration_mor import MoRConfig
 from mor.models.construction import base_model, recursion
 from mor.models.conversion import initialise_from_dense, source_layers
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
+from mor.models.relaxation import initialise_adapters, relax
 from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
@@ -61,6 +62,13 @@ class MoRPreTrainedModel(PreTrainedModel):
         if isinstance(module, ExpertChoice | TokenChoice):
             for buffer in module.buffers(recurse=False):
                 nn.init.zeros_(buffer)
+        if isinstance(module, MoRModel) and module.recursion_encoding is not None:
+            nn.init.ones_(module.recursion_encoding)
+
+    def initialize_weights(self) -> None:
+        """As Transformers, which calls `_init_weights` for no module without tensors of its own."""
+        super().initialize_weights()
+        initialise_adapters(self)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As Transformers, plus a one-line file by which trust_remote_code finds this package."""
@@ -90,12 +98,20 @@ class MoRModel(MoRPreTrainedModel):
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.schedule = config.layer_schedule
+        self.uses = [self.schedule[:d].count(unique) for d, unique in enumerate(self.schedule)]
         base = base_model(config)
         self.embed_tokens = base.embed_tokens
         self.layers = base.layers
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
         self.recursion = recursion(config)
+        self.recursion_encoding = (
+            nn.Parameter(torch.ones(len(self.schedule), config.hidden_size))
+            if config.recursion_encoding
+            else None
+        )
+        if config.relaxation is not None:
+            relax(self.layers, config)
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         if config.kv_strategy == "shared":
             for layer in self.layers:
@@ -283,6 +299,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         *,
         gguf_file: str | None = None,
         dtype: torch.dtype | None = None,
+        svd_start: bool = True,
         **options: Any,
     ) -> "MoRForCausalLM":
         """Converts a dense causal language model; its layers start the unique layers.
@@ -298,6 +315,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             seed: of "random" and of the routers.
             gguf_file: name of a GGUF file in the directory, read by Transformers.
             dtype: of the weights; default the dense model's.
+            svd_start: with relaxation: start each adapter at the truncated SVD of what its dense
+                layer is more than the shared layer; False: at zero.
             **options: of `MoRConfig`; `num_hidden_layers` is the unrolled depth, default the dense
                 model's.
 
@@ -317,6 +336,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         if config is None:
             base = copy.deepcopy(dense.config)
             base.num_hidden_layers = options.pop("num_hidden_layers", base.num_hidden_layers)
+            if hasattr(base, "quantization_config"):  # of a GGUF file, whose weights are now plain
+                del base.quantization_config
             config = MoRConfig(base_config=base, **options)
         elif options:
             raise ValueError(f"from_dense: expected config or options, got both ({list(options)})")
@@ -330,7 +351,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             torch.manual_seed(seed)
             model = cls(config)
         model.to(dtype or dense.dtype)
-        initialise_from_dense(model, dense, sources)
+        initialise_from_dense(model, dense, sources, svd_start)
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model
 

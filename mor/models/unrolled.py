@@ -26,6 +26,7 @@ class UnrolledLayers:
         self.caches = cache.layers if cache is not None else [None] * len(model.schedule)
         self.longest = batch.shape[1]
         self.strategy = model.config.kv_strategy
+        self.uses = model.uses
         self.shared: dict[int, SharedKV] = {}
 
     def rotary(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -54,9 +55,10 @@ class UnrolledLayers:
                 if rows is None:
                     overwritten = torch.arange(x.shape[0], device=x.device)
         context = AttentionContext(
-            packing, self.caches[depth], self.longest, shared, reuses, overwritten
+            packing, self.caches[depth], self.longest, shared, reuses, overwritten, self.uses[depth]
         )
-        return self._layer(unique, x, rotary, context)
+        out = self._layer(unique, x, rotary, context)
+        return self._encode(depth, out)
 
     def run_without_rows(self, x: Tensor, depths: range) -> Tensor:
         """A step that no token takes: its layers run on one row of zeros, whose result is dropped.
@@ -69,12 +71,20 @@ class UnrolledLayers:
         rotary = self.rotary(row, packing)
         for depth in depths:
             unique = self.model.schedule[depth]
-            row = self._layer(unique, row, rotary, AttentionContext(packing))
+            context = AttentionContext(packing, use=self.uses[depth])
+            row = self._encode(depth, self._layer(unique, row, rotary, context))
             cache = self.caches[depth]
             if self.strategy == "hybrid" and cache is not None:
                 shared = self.shared[unique]
                 cache.append(shared.keys, shared.values, self.packing, self.longest)
         return row[:0]
+
+    def _encode(self, depth: int, x: Tensor) -> Tensor:
+        """Recursion encoding: a vector of this depth's own on the output of a shared layer."""
+        encoding = self.model.recursion_encoding
+        if encoding is None or self.model.schedule.count(self.model.schedule[depth]) == 1:
+            return x
+        return x * encoding[depth].to(x.dtype)
 
     def add_spare_row(self, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
         """One more row, of zeros, after all tokens, so that no token attends to it.

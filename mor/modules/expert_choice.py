@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep, check_capacities
-from mor.modules.routers import Router, RouterScore, aux_loss, refuse_nan, z_loss
+from mor.modules.routers import (
+    GATINGS,
+    RandomRouter,
+    Router,
+    RouterScore,
+    apply_gate,
+    aux_loss,
+    refuse_nan,
+    z_loss,
+)
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.group_rows import group_rows
 from mor.ops.route_topk import route_topk
@@ -31,9 +40,11 @@ class ExpertChoice(nn.Module):
         hidden_size: D.
         num_recursions: R.
         capacities: c_r, non-increasing, each in (0, 1]; default (R - r) / R.
-        router_type, temperature, std: see `Router`.
+        router_type, temperature, std: see `Router`; "random" scores with a `RandomRouter`, has
+            neither aux nor z-loss, and takes its share of the tokens in evaluation.
         score: turns logits into gates.
-        gating: "weighted", or "additive" for `H_t + f(H)_t`.
+        gating: "weighted", "additive" for `H_t + f(H)_t` or "residual" for
+            `H_t + g_t (f(H)_t - H_t)`.
         aux: "loss" trains the router itself to predict its selection; "router" trains a separate
             mlp-free twin on detached states and uses it in evaluation; None does neither.
         eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
@@ -65,23 +76,30 @@ class ExpertChoice(nn.Module):
     ) -> None:
         super().__init__()
         self.capacities = check_capacities(capacities, num_recursions)
-        if gating not in ("weighted", "additive"):
-            raise ValueError(f"router_gating: expected weighted or additive, got {gating!r}")
+        if gating not in GATINGS:
+            raise ValueError(f"router_gating: expected one of {GATINGS}, got {gating!r}")
         if eval_routing not in ("threshold", "topk"):
             raise ValueError(f"eval_routing: expected threshold or topk, got {eval_routing!r}")
         if aux not in ("loss", "router", None):
             raise ValueError(f"router_aux: expected loss, router or None, got {aux!r}")
         if score.function == "softmax":
             raise ValueError("router_func: softmax needs several outputs; expert-choice has one")
-        self.score, self.gating, self.aux, self.use_z_loss = score, gating, aux, use_z_loss
+        self.random = router_type == "random"
+        self.score = RouterScore("none", score.alpha) if self.random else score
+        self.gating = gating
+        self.aux = None if self.random else aux
+        self.use_z_loss = use_z_loss and not self.random
         self.eval_routing = eval_routing
         self.capacity_warmup_steps = capacity_warmup_steps
         self.routers = nn.ModuleList(
-            Router(hidden_size, 1, router_type, temperature, std) for _ in range(num_recursions)
+            RandomRouter(1, step)
+            if self.random
+            else Router(hidden_size, 1, router_type, temperature, std)
+            for step in range(num_recursions)
         )
         self.aux_routers = nn.ModuleList(
             Router(hidden_size, 1, router_type, 1.0, std)
-            for _ in range(num_recursions if aux == "router" else 0)
+            for _ in range(num_recursions if self.aux == "router" else 0)
         )
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         self.metrics = RoutingMetrics(num_recursions)
@@ -98,7 +116,8 @@ class ExpertChoice(nn.Module):
         aux_losses, z_losses = [], []
         for step, router in enumerate(self.routers):
             candidates = hidden if step == 0 else gather_tokens(hidden, rows)
-            logits = router(candidates).squeeze(-1)
+            inputs = (candidates, current.positions) if self.random else (candidates,)
+            logits = router(*inputs).squeeze(-1)
             aux_logits = (
                 self.aux_routers[step](candidates.detach()).squeeze(-1)
                 if self.aux_routers
@@ -106,6 +125,8 @@ class ExpertChoice(nn.Module):
             )
             before_selection = current
             ranked = logits if aux_logits is None or self.training else aux_logits
+            if self.random:
+                ranked = ranked - self._random_threshold(step)
             if capacities[step] == 1 and current is packing:
                 local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
             elif self.training or self.eval_routing == "topk":
@@ -128,7 +149,7 @@ class ExpertChoice(nn.Module):
             gates = self.score(logits if everything else gather_tokens(logits, local))
             rows = rows if everything else gather_tokens(rows, local)
             y = block(x, current, step, rows)
-            gate = gates if self.gating == "weighted" else None
+            y, gate = apply_gate(self.gating, x, y, gates)
             before = hidden
             hidden = scatter_tokens(hidden, y, rows, gate)
             depths = depths.index_fill(0, rows, step + 1)
@@ -142,6 +163,11 @@ class ExpertChoice(nn.Module):
             z_loss=torch.stack(z_losses).sum() if z_losses else None,
             steps=steps,
         )
+
+    def _random_threshold(self, step: int) -> float:
+        """Uniform scores above it are the share of the candidates that training takes."""
+        candidates = self.capacities[step - 1] if step else 1.0
+        return 1 - self.capacities[step] / candidates
 
     def _capacities_now(self) -> list[float]:
         if not self.training or self.capacity_warmup_steps == 0:

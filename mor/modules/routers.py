@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __all__ = [
+    "RandomRouter",
     "Router",
     "RouterScore",
+    "apply_gate",
     "aux_loss",
     "balancing_loss",
     "count_choices",
@@ -16,7 +18,8 @@ __all__ = [
     "z_loss",
 ]
 
-ROUTER_TYPES = ("linear", "mlp", "wide_mlp")
+ROUTER_TYPES = ("linear", "mlp", "wide_mlp", "random")
+GATINGS = ("weighted", "additive", "residual")
 SCORE_FUNCTIONS = ("sigmoid", "tanh", "softmax", "none")
 _WIDTHS = {"mlp": 2, "wide_mlp": 4}
 
@@ -47,7 +50,7 @@ class Router(nn.Module):
         std: float = 0.02,
     ) -> None:
         super().__init__()
-        if router_type not in ROUTER_TYPES:
+        if router_type != "linear" and router_type not in _WIDTHS:
             raise ValueError(f"router_type: expected one of {ROUTER_TYPES}, got {router_type!r}")
         if not temperature > 0:
             raise ValueError(f"router_temperature: expected a positive number, got {temperature}")
@@ -78,6 +81,42 @@ class Router(nn.Module):
             return x
 
 
+class RandomRouter(nn.Module):
+    """Scores that know nothing of the token: uniform in [0, 1), the ablation's baseline.
+
+    New ones in every training forward. In evaluation they are a hash of the token's position (and
+    of `step`, the output, the seed): causal, and the same with and without a cache.
+
+    Args:
+        num_outputs: scores per token.
+        step: tells the routers of a model apart.
+        seed: of the hash.
+    """
+
+    def __init__(self, num_outputs: int = 1, step: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.num_outputs, self.step, self.seed = num_outputs, step, seed
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Scores [N, num_outputs] float32 of the tokens [N, D] at positions [N]."""
+        if self.training:
+            shape = (hidden.shape[0], self.num_outputs)
+            return torch.rand(shape, dtype=torch.float32, device=hidden.device)
+        outputs = torch.arange(self.num_outputs, device=hidden.device)
+        counter = positions.unsqueeze(1) * 65537 + self.step * 257 + outputs
+        # The finaliser of SplitMix64, in int64 arithmetic that wraps around.
+        x = (counter + self.seed + 1) * -7046029254386353131
+        x = (x ^ _shift(x, 30)) * -4658895280553007687
+        x = (x ^ _shift(x, 27)) * -7723592293110705685
+        x = x ^ _shift(x, 31)
+        return _shift(x, 40).to(torch.float32) / 2**24
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
 @dataclass(frozen=True)
 class RouterScore:
     """Turns logits into gates: alpha * function(logit).
@@ -105,6 +144,23 @@ class RouterScore:
         elif self.function == "softmax":
             logits = logits.softmax(dim=-1)
         return self.alpha * logits
+
+
+def apply_gate(
+    gating: str, before: Tensor, after: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What is added to the residual stream, and the factor on it.
+
+    Args:
+        gating: "weighted": g f(H), "additive": f(H), both with f's own residual stream inside, as
+            the paper; "residual": g (f(H) - H), with which g = 1 is f(H), as a dense model.
+        before: [K, D] states that went into the block.
+        after: [K, D] f of them.
+        gates: [K].
+    """
+    if gating == "residual":
+        return after - before, gates
+    return after, gates if gating == "weighted" else None
 
 
 def refuse_nan(scores: Tensor, where: str) -> None:

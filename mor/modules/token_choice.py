@@ -9,8 +9,11 @@ from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
 from mor.modules.recursion import Block, RecursionOutput, RecursionStep
 from mor.modules.routers import (
+    GATINGS,
+    RandomRouter,
     Router,
     RouterScore,
+    apply_gate,
     balancing_loss,
     count_choices,
     refuse_nan,
@@ -32,9 +35,10 @@ class TokenChoice(nn.Module):
     Args:
         hidden_size: D.
         num_recursions: R.
-        router_type, temperature, std: see `Router`.
+        router_type, temperature, std: see `Router`; "random" scores with a `RandomRouter` and has
+            neither balancing nor z-loss.
         score: turns logits [N, R] into scores; the highest is chosen.
-        gating: "weighted", or "additive" for `x + f^i(x)`.
+        gating: "weighted", "additive" for `x + f^i(x)` or "residual" for `x + g (f^i(x) - x)`.
         balancing: "loss", "loss_free" (a bias on the selection, see `update_bias`) or None.
         bias_update_rate: u of loss-free balancing.
         balance_warmup_steps: training forward calls in which every token takes all recursions.
@@ -61,8 +65,8 @@ class TokenChoice(nn.Module):
         balance_warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        if gating not in ("weighted", "additive"):
-            raise ValueError(f"router_gating: expected weighted or additive, got {gating!r}")
+        if gating not in GATINGS:
+            raise ValueError(f"router_gating: expected one of {GATINGS}, got {gating!r}")
         if balancing not in ("loss", "loss_free", None):
             raise ValueError(
                 f"router_balancing: expected loss, loss_free or None, got {balancing!r}"
@@ -70,10 +74,18 @@ class TokenChoice(nn.Module):
         if num_recursions < 1:
             raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
         self.num_recursions = num_recursions
-        self.score, self.gating, self.balancing = score, gating, balancing
-        self.use_z_loss, self.bias_update_rate = use_z_loss, bias_update_rate
+        self.random = router_type == "random"
+        self.score = RouterScore("none", score.alpha) if self.random else score
+        self.gating = gating
+        self.balancing = balancing = None if self.random else balancing
+        self.use_z_loss = use_z_loss and not self.random
+        self.bias_update_rate = bias_update_rate
         self.balance_warmup_steps = balance_warmup_steps
-        self.router = Router(hidden_size, num_recursions, router_type, temperature, std)
+        self.router = (
+            RandomRouter(num_recursions)
+            if self.random
+            else Router(hidden_size, num_recursions, router_type, temperature, std)
+        )
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if balancing == "loss_free":
             self.register_buffer("bias", torch.zeros(num_recursions))
@@ -86,13 +98,13 @@ class TokenChoice(nn.Module):
         self, hidden: Tensor, packing: Packing, block: Block, keep_states: bool = False
     ) -> RecursionOutput:
         """Runs up to R recursion steps over hidden [N, D]; keep_states fills `before`, `after`."""
-        logits = self.router(hidden)
+        logits = self.router(hidden, packing.positions) if self.random else self.router(hidden)
         scores = self.score(logits)
         warming_up = self._advance_warmup()
         choice = self._choose(scores, warming_up)
         depths = choice + 1
         chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
-        gates = chosen if self.gating == "weighted" else torch.ones_like(chosen)
+        gates = torch.ones_like(chosen) if self.gating == "additive" else chosen
         counts = count_choices(choice, self.num_recursions)
         if self.training and self.balancing == "loss_free" and not warming_up:
             self.load = self.load.to(counts.device) + counts
@@ -115,7 +127,11 @@ class TokenChoice(nn.Module):
                 current = current.select(stay, cu_seqlens=(starts - starts[0]).to(torch.int32))
                 done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
                 x, rows = gather_tokens(x, stay), gather_tokens(rows, stay)
-            out = scatter_tokens(out, done_x, done, gather_tokens(gates, done))
+            done_gates = gather_tokens(gates, done)
+            # A token that leaves still shows, in `out`, what went into the first recursion.
+            entered = gather_tokens(out, done) if self.gating == "residual" else done_x
+            done_x, _ = apply_gate(self.gating, entered, done_x, done_gates)
+            out = scatter_tokens(out, done_x, done, done_gates)
         return RecursionOutput(
             out,
             depths,

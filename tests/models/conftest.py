@@ -50,6 +50,12 @@ VARIANTS = {
     "token-hybrid": {"router": "token", "kv_strategy": "hybrid"},
     "token-loss-free": {"router": "token", "router_balancing": "loss_free"},
     "token-additive": {"router": "token", "router_gating": "additive"},
+    "expert-residual": {"router": "expert", "router_gating": "residual"},
+    "token-residual-shared": {
+        "router": "token",
+        "router_gating": "residual",
+        "kv_strategy": "shared",
+    },
     "expert-cycle-shared": {
         "router": "expert",
         "sharing": "cycle",

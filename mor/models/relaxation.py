@@ -1,0 +1,213 @@
+"""Relaxed recursion: a shared layer gets its own low-rank adapter for every recursion that uses it.
+
+The adapters are `peft`'s LoRA and DoRA layers, injected in place under the names `recursion_0`,
+`recursion_1`, ...; norms, which no product of two matrices can move cheaply, get a copy per use.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mor.models.configuration_mor import MoRConfig
+
+__all__ = ["initialise_adapters", "relax", "shared_part", "start_as_shared", "start_from_dense"]
+
+_PREFIX = "recursion_"
+#: What a later use computes nothing with where it reuses the keys and values of the first.
+_OF_KEYS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+
+
+def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
+    """Injects the adapters of `config.relaxation` into each layer that is used more than once.
+
+    Args:
+        layers: the unique layers, in place.
+        config: whose options `relaxation`, `relaxation_rank`, `relaxation_alpha` and
+            `relaxation_targets` count.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: targets that no layer has.
+
+    Reference: MoR paper, appendix (relaxation), after Relaxed Recursive Transformers
+    (arXiv 2410.20672).
+    """
+    schedule = config.layer_schedule
+    for unique, layer in enumerate(layers):
+        uses = schedule.count(unique)
+        if uses == 1:
+            continue
+        linears = _linears(layer, config.relaxation_targets)
+        norms = [
+            name
+            for name, module in layer.named_modules()
+            if not isinstance(module, nn.Linear)
+            and next(module.parameters(False), None) is not None
+        ]
+        for use in range(uses):
+            unread = _OF_KEYS if use and config.kv_strategy == "shared" else ()
+            names = [name for name in linears if name not in unread]
+            # The first use keeps the layer's own norms.
+            copies = [name for name in norms if use and name not in unread]
+            _inject(layer, config, f"{_PREFIX}{use}", names, copies)
+        layer.requires_grad_(True)  # peft freezes what is no adapter
+        kind: Any = type(layer)
+        layer.__class__ = _relaxed(kind)
+
+
+def _linears(layer: nn.Module, targets: Sequence[str] | None) -> list[str]:
+    found = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    if targets is None:
+        return found
+    kinds = sorted({name.rpartition(".")[2] for name in found})
+    if not targets or set(targets) - set(kinds):
+        raise ValueError(
+            f"MoRConfig.relaxation_targets: expected some of {kinds}, got {list(targets)}"
+        )
+    return [name for name in found if name.rpartition(".")[2] in targets]
+
+
+def _inject(
+    layer: nn.Module, config: MoRConfig, adapter: str, names: list[str], copies: list[str]
+) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("MoRConfig.relaxation needs peft: pip install peft") from error
+    dora = config.relaxation == "dora"
+    alpha: Any = config.relaxation_alpha
+    biased = [n for n in names if not dora and shared_part(layer.get_submodule(n)).bias is not None]
+    for group, bias in ((biased, True), ([n for n in names if n not in biased], False)):
+        if not group:
+            continue
+        options = LoraConfig(
+            r=config.relaxation_rank,
+            lora_alpha=alpha,
+            target_modules=group,
+            modules_to_save=copies or None,
+            use_dora=dora,
+            lora_bias=bias,
+        )
+        inject_adapter_in_model(options, layer, adapter)
+        del layer.peft_config  # peft's note for its own next call, which would warn of it
+        copies = []
+
+
+def shared_part(module: nn.Module) -> Any:
+    """The dense architecture's own module below the adapters, or the module itself."""
+    return getattr(module, "base_layer", getattr(module, "original_module", module))
+
+
+@cache
+def _relaxed(kind: Any) -> Any:
+    """The decoder layer whose forward first turns on the adapters of the use it is called for.
+
+    A subclass, because the choice must be made again inside gradient checkpointing's second
+    forward, which repeats the class's `forward` and no hook of the layer.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _select(self, kwargs["mor_context"].use)
+        return kind.forward(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _select(layer: Any, use: int) -> None:
+    """Makes `recursion_USE` the active adapter; others, of a user's own LoRA, stay as they are.
+
+    Not by peft's `set_adapter`, which also stops the gradients of the adapters it turns off, those
+    of the uses before in this forward among them.
+    """
+    for module in layer.modules():
+        if hasattr(module, "_active_adapter"):
+            names = module.active_adapters if hasattr(module, "lora_A") else ()
+            others = [name for name in names if not name.startswith(_PREFIX)]
+            module._active_adapter = [f"{_PREFIX}{use}", *others]
+
+
+@torch.no_grad()
+def initialise_adapters(model: Any) -> None:
+    """Starts the adapters as no change at all: B = 0, DoRA's magnitudes the base's norms.
+
+    By Transformers' initialisation, which leaves tensors alone that were loaded.
+    """
+    from transformers import initialization
+
+    for module in model.modules():
+        for name, up in getattr(module, "lora_B", {}).items():
+            if not name.startswith(_PREFIX):
+                continue
+            for parameter in up.parameters():
+                initialization.zeros_(parameter)
+            if name in module.lora_magnitude_vector:
+                magnitude = module.lora_magnitude_vector[name].weight
+                initialization.copy_(magnitude, module.base_layer.weight.norm(dim=1))
+
+
+@torch.no_grad()
+def start_as_shared(layers: Any) -> None:
+    """Starts all uses of each layer as the shared layer, after its weights were filled in."""
+    for module in layers.modules():
+        for own in getattr(module, "modules_to_save", {}).values():
+            own.load_state_dict(module.original_module.state_dict())
+        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
+            magnitude.weight.copy_(module.base_layer.weight.norm(dim=1))
+
+
+@torch.no_grad()
+def start_from_dense(
+    layers: nn.ModuleList, dense_layers: nn.ModuleList, config: MoRConfig, depths: Sequence[int]
+) -> None:
+    """Starts each adapter at the truncated SVD of what the dense layer is more than the shared one.
+
+    With the full rank each use is its dense layer exactly (DoRA: but for biases, which stay
+    shared). DoRA's magnitudes start at the dense weights'.
+
+    Args:
+        layers: the relaxed unique layers, their shared weights in place.
+        dense_layers: of the dense model.
+        config: the MoR configuration.
+        depths: the dense layer of each unrolled depth.
+    """
+    schedule = config.layer_schedule
+    for depth, unique in enumerate(schedule):
+        if schedule.count(unique) == 1:
+            continue
+        adapter = f"{_PREFIX}{schedule[:depth].count(unique)}"
+        layer, dense = layers[unique], dense_layers[depths[depth]]
+        for name, source in dense.named_modules():
+            if next(source.parameters(False), None) is None:
+                continue
+            target: Any = layer.get_submodule(name)
+            if adapter in getattr(target, "lora_A", {}):
+                _svd_start(target, adapter, source)
+            elif adapter in getattr(target, "modules_to_save", {}):
+                target.modules_to_save[adapter].load_state_dict(source.state_dict())
+            elif adapter == f"{_PREFIX}0" and hasattr(target, "original_module"):
+                target.original_module.load_state_dict(source.state_dict())
+
+
+def _svd_start(target: Any, adapter: str, source: Any) -> None:
+    base, down, up = target.base_layer, target.lora_A[adapter], target.lora_B[adapter]
+    residual = source.weight - base.weight
+    residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    u, s, v = torch.linalg.svd(residual, full_matrices=False)
+    rank = min(down.out_features, s.shape[0])
+    root = (s[:rank] / target.scaling[adapter]).sqrt()
+    _fill(up.weight, u[:, :rank] * root)
+    _fill(down.weight.T, v[:rank].T * root)
+    if up.bias is not None:
+        # peft scales the bias with the product.
+        up.bias.copy_((source.bias - base.bias) / target.scaling[adapter])
+    if adapter in target.lora_magnitude_vector:
+        target.lora_magnitude_vector[adapter].weight.copy_(source.weight.double().norm(dim=1))
+
+
+def _fill(target: Tensor, columns: Tensor) -> None:
+    """Columns into the first of target; the rest, of a rank above the matrix's own, are zeros."""
+    target.zero_()
+    target[:, : columns.shape[1]].copy_(columns)
