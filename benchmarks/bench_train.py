@@ -1,8 +1,8 @@
 """One training step (forward and backward) of MoR against the dense model of the same depth.
 
 Prints the ratio of the times beside the ratio of the FLOPs that mor.analysis predicts, and the
-ratio to the recursive model without a router. Both models run eagerly, or both compiled with --compile;
-the dense one is Transformers' Llama with SDPA. Where the authors' ratios were measured:
+ratio to the recursive model without a router. Both models run eagerly, or both compiled with
+--compile; the dense one is Transformers' Llama with SDPA. Where the authors' ratios were measured:
 --hidden-size 384 --block-depth 4 --vocab-size 1024 --seq-len 512 --batch-size 4 --threads 1
 """
 
