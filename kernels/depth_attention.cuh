@@ -22,6 +22,14 @@ struct AttentionOperand {
   }
 };
 
+// The keys, as rows of k, that a query's position lets it see.
+struct __align__(8) KeyRange {
+  uint32_t begin, count;
+
+  __device__ __forceinline__ bool has(uint32_t key) const { return key - begin < count; }
+  __device__ __forceinline__ uint32_t end() const { return begin + count; }
+};
+
 // Everything the kernels read and write. Optional pointers may be null.
 template <class T>
 struct DepthAttention {
@@ -34,7 +42,8 @@ struct DepthAttention {
   int num_sequences, num_heads, num_kv_heads, head_dim;
   bool causal;
   acc_t<T> scale;
-  int32_t* key_ends;  // [Nq] scratch: row one past the last key that a query's position lets it see
+  int64_t window;        // positions that a query sees, its own included; 0: all before it
+  KeyRange* key_ranges;  // [Nq] scratch; inside a sequence neither begins nor ends descend
 
   T* out;         // [Nq, H, hd]
   acc_t<T>* lse;  // [H, Nq]
@@ -51,9 +60,23 @@ struct DepthAttention {
   __host__ __device__ int group() const { return num_heads / num_kv_heads; }
 };
 
-// One thread per query: searches its sequence, then the end of its keys in ascending positions.
+// The first of rows begin .. end - 1, of which later ones satisfy `passed` no more, that does not.
+template <class Passed>
+__device__ __forceinline__ int32_t first_not(int32_t begin, int32_t end, Passed&& passed) {
+  while (begin < end) {
+    const int32_t middle = begin + (end - begin) / 2;
+    if (passed(middle)) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return end;
+}
+
+// One thread per query: searches its sequence, then its keys in ascending positions.
 template <class T>
-__global__ void depth_attention_key_ends_kernel(DepthAttention<T> p) {
+__global__ void depth_attention_key_ranges_kernel(DepthAttention<T> p) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.num_queries; i += step) {
     int low = 0, high = p.num_sequences - 1;  // the last sequence that begins at or before i
@@ -67,15 +90,15 @@ __global__ void depth_attention_key_ends_kernel(DepthAttention<T> p) {
     }
     int32_t begin = p.cu_seqlens_k[low], end = p.cu_seqlens_k[low + 1];
     const int64_t position = p.q_positions[i];
-    while (p.causal && begin < end) {
-      const int32_t middle = begin + (end - begin) / 2;
-      if (p.k_positions[middle] <= position) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
+    if (p.causal) {
+      end = first_not(begin, end, [&](int32_t j) { return p.k_positions[j] <= position; });
     }
-    p.key_ends[i] = end;
+    if (p.window > 0) {  // unsigned differences to keys not after the query cannot overflow
+      begin = first_not(begin, end, [&](int32_t j) {
+        return uint64_t(position) - uint64_t(p.k_positions[j]) >= uint64_t(p.window);
+      });
+    }
+    p.key_ranges[i] = {uint32_t(begin), uint32_t(end - begin)};
   }
 }
 
@@ -167,36 +190,39 @@ __device__ __forceinline__ unsigned next_key_tile(const int32_t* k_depths, int d
   return begin;
 }
 
-// First packed row of the sequence that sees any key from row `key` on: key ends ascend.
+// Packed rows first .. end - 1 of the sequence are those that a position lets see any of the keys
+// key .. key_end - 1, and perhaps rows between them.
+struct RowRange {
+  unsigned first, end;
+};
 template <class T>
-__device__ __forceinline__ unsigned first_row_seeing(const DepthAttention<T>& p,
-                                                     const QueryTile<T>& sequence, unsigned key) {
-  unsigned low = 0, high = sequence.num_rows / sequence.group;
-  while (low < high) {
-    const unsigned middle = (low + high) / 2;
-    if (unsigned(p.key_ends[sequence.q_begin + middle]) > key) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
+__device__ __forceinline__ RowRange rows_seeing(const DepthAttention<T>& p,
+                                                const QueryTile<T>& sequence, unsigned key,
+                                                unsigned key_end) {
+  const int32_t begin = int32_t(sequence.q_begin);
+  int32_t end = begin + int32_t(sequence.num_rows / sequence.group);
+  const int32_t first =
+      first_not(begin, end, [&](int32_t query) { return p.key_ranges[query].end() <= key; });
+  if (p.window > 0) {
+    end = first_not(first, end, [&](int32_t query) { return p.key_ranges[query].begin < key_end; });
   }
-  return low * sequence.group;
+  return {unsigned(first - begin) * sequence.group, unsigned(end - begin) * sequence.group};
 }
 
-// First tile start at or after `first` with a row that sees one of the keys from row `key` on, of
-// which the deepest has `depth`.
+// First tile start at or after rows.first with a row of `rows` that sees one of the keys from row
+// `key` on, of which the deepest has `depth`.
 template <class T>
 __device__ __forceinline__ unsigned next_query_tile(const DepthAttention<T>& p,
                                                     const QueryTile<T>& sequence,
                                                     unsigned tile_rows, unsigned key, int depth,
-                                                    unsigned first) {
+                                                    RowRange rows) {
+  unsigned first = rows.first;
   if (p.q_depths == nullptr) return first;
-  for (; first < sequence.num_rows; first += tile_rows) {
+  for (; first < rows.end; first += tile_rows) {
     bool sees = false;
-    for (unsigned r = first + threadIdx.x % 32; r < min(first + tile_rows, sequence.num_rows);
-         r += 32) {
+    for (unsigned r = first + threadIdx.x % 32; r < min(first + tile_rows, rows.end); r += 32) {
       const unsigned query = sequence.q_begin + r / sequence.group;
-      sees |= unsigned(p.key_ends[query]) > key && p.q_depths[query] <= depth;
+      sees |= p.key_ranges[query].end() > key && p.q_depths[query] <= depth;
     }
     if (__any_sync(~0u, sees)) break;
   }
@@ -206,13 +232,13 @@ __device__ __forceinline__ unsigned next_query_tile(const DepthAttention<T>& p,
 // What the rows of a query tile may see. A row that does not exist sees nothing.
 template <int ROWS>
 struct QueryMask {
-  unsigned key_end[ROWS];
+  KeyRange keys[ROWS];
   int32_t depth[ROWS];
 
   template <class T>
   __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile) {
     for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
-      key_end[r] = tile.has(r) ? unsigned(p.key_ends[tile.query(r)]) : 0;
+      keys[r] = tile.has(r) ? p.key_ranges[tile.query(r)] : KeyRange{0, 0};
       depth[r] = !tile.has(r)            ? INT32_MAX
                  : p.q_depths == nullptr ? INT32_MIN
                                          : p.q_depths[tile.query(r)];
@@ -254,8 +280,8 @@ template <class Acc>
 inline constexpr Acc kLn2 = Acc(0.69314718055994530942);
 
 template <class T>
-cudaError_t launch_depth_attention_key_ends(const DepthAttention<T>& p, cudaStream_t stream) {
-  MOR_LAUNCH(depth_attention_key_ends_kernel<T>, grid_for(p.num_queries, 128), 128, 0, stream, p);
+cudaError_t launch_depth_attention_key_ranges(const DepthAttention<T>& p, cudaStream_t stream) {
+  MOR_LAUNCH(depth_attention_key_ranges_kernel<T>, grid_for(p.num_queries, 128), 128, 0, stream, p);
   return cudaGetLastError();
 }
 

@@ -153,6 +153,7 @@ def visible_pairs(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     causal: bool = True,
+    window: int | None = None,
 ) -> int:
     """(query, key) pairs that depth_attention computes, depths aside; see its arguments."""
     pairs = 0
@@ -162,6 +163,9 @@ def visible_pairs(
         k = k_positions[k_ends[b] : k_ends[b + 1]]
         if causal:
             pairs += int(torch.searchsorted(k.contiguous(), q.contiguous(), right=True).sum())
+            if window is not None:
+                passed = torch.searchsorted(k.contiguous(), q.contiguous() - window, right=True)
+                pairs -= int(passed.sum())
         else:
             pairs += q.shape[0] * k.shape[0]
     return pairs
@@ -174,8 +178,9 @@ def _attention_pairs(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     causal: bool,
+    window: int | None,
 ) -> int:
-    pairs = visible_pairs(q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, causal)
+    pairs = visible_pairs(q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, causal, window)
     return pairs * q.shape[1] * q.shape[2]
 
 
@@ -183,15 +188,17 @@ def _attention_pairs(
 @register_flop_formula(torch.ops.mor.depth_attention, get_raw=True)
 def _forward_flops(
     q: Tensor, k: Tensor, v: Tensor, qp: Tensor, kp: Tensor, cq: Tensor, ck: Tensor,
-    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float, **kwargs: Any,
+    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float,
+    window: int | None = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return 4 * _attention_pairs(q, qp, kp, cq, ck, causal)
+    return 4 * _attention_pairs(q, qp, kp, cq, ck, causal, window)
 
 
 @register_flop_formula(torch.ops.mor.depth_attention_backward, get_raw=True)
 def _backward_flops(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     qp: Tensor, kp: Tensor, cq: Tensor, ck: Tensor,
-    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float, **kwargs: Any,
+    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float,
+    window: int | None = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return 8 * _attention_pairs(q, qp, kp, cq, ck, causal)
+    return 8 * _attention_pairs(q, qp, kp, cq, ck, causal, window)
