@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mor.models import MoRConfig, MoRForCausalLM
+from mor.models.attention import windows
 from mor.modules.recursion import default_capacities
 
 __all__ = [
@@ -81,7 +82,9 @@ def flops_breakdown(
     head_dim = getattr(config, "head_dim", None) or d // heads
     parts = dict.fromkeys(("projections", "attention", "mlp", "router"), 0.0)
     strategy = config.kv_strategy if isinstance(config, MoRConfig) else "recursion"
-    for share, reuses in zip(active_shares(config, shares), _reuses_kv(config), strict=True):
+    dense = config.base_config if isinstance(config, MoRConfig) else config
+    layers = zip(active_shares(config, shares), _reuses_kv(config), windows(dense), strict=True)
+    for share, reuses, window in layers:
         queries = share * seq_len
         projected = 2 * d * heads * head_dim
         if not (reuses and strategy == "shared"):
@@ -89,6 +92,10 @@ def flops_breakdown(
         parts["projections"] += 2 * projected * share
         # Active queries see the active keys before them, or with shared keys every key before them.
         pairs = queries * (seq_len + 1) / 2 if reuses else queries * (queries + 1) / 2
+        if window is not None and window < seq_len:
+            # In the window, of which those at the start of the sequence see only a part.
+            keys = window - window * (window - 1) / 2 / seq_len
+            pairs = queries * (keys if reuses else 1 + share * (keys - 1))
         parts["attention"] += 4 * heads * head_dim * pairs / seq_len
         parts["mlp"] += 2 * 3 * d * config.intermediate_size * share
     parts["router"] = _router_flops(config)

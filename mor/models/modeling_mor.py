@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from mor.models.attention import skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
-from mor.models.construction import base_model, recursion
+from mor.models.construction import base_model, initialise, recursion
 from mor.models.conversion import initialise_from_dense, source_layers
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
@@ -57,7 +57,7 @@ class MoRPreTrainedModel(PreTrainedModel):
         return "mor"
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        initialise(self.config, module)
         if isinstance(module, ExpertChoice | TokenChoice):
             for buffer in module.buffers(recurse=False):
                 nn.init.zeros_(buffer)
@@ -86,6 +86,7 @@ class MoRModel(MoRPreTrainedModel):
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
+    rotary_types: list[str | None]
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
@@ -95,6 +96,9 @@ class MoRModel(MoRPreTrainedModel):
         self.layers = base.layers
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
+        # Gemma 3 turns windowed and full layers by different angles; others know one kind only.
+        one_kind = getattr(base.rotary_emb, "layer_types", None) is None
+        self.rotary_types = [None] * len(base.layers) if one_kind else base.config.layer_types
         self.recursion = recursion(config)
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         if config.kv_strategy == "shared":

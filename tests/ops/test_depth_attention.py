@@ -50,8 +50,10 @@ def make_inputs(
     q_positions, k_positions = [torch.zeros(0).long()], [torch.zeros(0).long()]
     for num_queries, num_keys in zip(queries, keys, strict=True):
         key = torch.arange(num_keys) * 2 + 1
+        if positions == "pairs":
+            key = key // 4 * 4 + 1
         chosen = torch.randint(0, 2 * num_keys + 1, (num_queries,), generator=generator)
-        if positions == "subset" and num_queries <= num_keys:
+        if positions in ("subset", "pairs") and num_queries <= num_keys:
             chosen = key[torch.randperm(num_keys, generator=generator)[:num_queries]]
         if positions == "unused":
             key[num_keys // 2 :] = UNUSED
@@ -131,13 +133,13 @@ CASES = [
     case("head-96", queries=[70], keys=[70], heads=(3, 1), head_dim=96, depths=True),
     case("negative-scale", queries=[20], keys=[37], scale=-0.7),
     case("zero-scale", queries=[20], keys=[37], scale=0.0),
-    case("window-1", **RAGGED, window=1),  # keys are 2 apart: each query's own alone
+    case("window-1", **RAGGED, positions="pairs", window=1),
     case("window-bias-depths", queries=[9, 3], keys=[12, 5], head_dim=3, **BOTH, window=6),
     case("window-gqa-head-24", **RAGGED, heads=(4, 2), head_dim=24, bias=True, window=9),
     case("window-larger-than-all", **RAGGED, depths=True, window=2**63 - 1),
     case("window-many-tiles", queries=[300, 40], keys=[530, 200], heads=(2, 1), **BOTH, window=90),
     case("window-gaps", queries=[100, 60], keys=[700, 9], heads=(3, 1), window=20, head_dim=64),
-    case("window-before-any-key", queries=[40, 9], keys=[20, 3], positions="free", window=2),
+    case("window-before-any-key", queries=[40, 9], keys=[20, 3], positions="free", window=4),
     case("window-equal-positions", queries=[19], keys=[35], positions="equal", window=1),
     case("window-unused", queries=[1, 20], keys=[50, 64], positions="unused", window=17),
     case("window-decode", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, window=70),
@@ -224,17 +226,22 @@ def test_gradients_do_not_depend_on_the_threads(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_see_no_key(dtype: torch.dtype) -> None:
-    inputs = example(dtype)
+@pytest.mark.parametrize("window", [None, 30])
+def test_rows_that_see_no_key(window: int | None, dtype: torch.dtype) -> None:
+    inputs = example(dtype, window=window)
     inputs["q_positions"][:4] = 0  # the keys start at position 1
+    hidden = torch.arange(23) < 4
+    if window is not None:
+        inputs["q_positions"][16:20] = 5000
+        hidden[16:20] = True
     leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
     out, lse = depth_attention(**inputs)
     assert not lse.requires_grad
-    assert (out[:4] == 0).all()
-    assert (lse[:, :4] == -torch.inf).all()
-    assert lse[:, 4:].isfinite().all()
+    assert (out[hidden] == 0).all()
+    assert (lse[:, hidden] == -torch.inf).all()
+    assert lse[:, ~hidden].isfinite().all()
     grads = torch.autograd.grad(out.sum(), leaves)
-    assert (grads[0][:4] == 0).all()
+    assert (grads[0][hidden] == 0).all()
     assert all(g.isfinite().all() for g in grads)
 
 

@@ -15,8 +15,8 @@ FLOATING = ("q", "k", "v", "key_bias")
 OPERANDS = ("q", "k", "v", "grad_out", "forward_out")
 POINTERS = (
     "q", "k", "v", "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k", "q_depths",
-    "k_depths", "key_bias", "grad_out", "forward_out", "key_ranges", "out", "lse", "delta", "grad_q",
-    "grad_k", "grad_v", "grad_bias_parts", "grad_key_bias",
+    "k_depths", "key_bias", "grad_out", "forward_out", "key_ranges", "out", "lse", "delta",
+    "grad_q", "grad_k", "grad_v", "grad_bias_parts", "grad_key_bias",
 )  # fmt: skip
 SIZES = (
     "num_queries", "num_keys", "num_sequences", "num_heads", "num_kv_heads", "head_dim", "causal",
