@@ -137,11 +137,9 @@ struct TaskList {
   template <class Body>
   void run(int64_t bytes, Body&& body) const {
     double products = 0;
-    for (int64_t b = 0; b < p.dims.num_sequences; ++b) {
-      const int64_t keys = p.cu_k[b + 1] - p.cu_k[b];
-      products += static_cast<double>(sequence_rows(b)) *
-                  static_cast<double>(p.window > 0 ? std::min(keys, p.window) : keys);
-    }
+    const int64_t window = p.window == 0 ? p.dims.num_keys : p.window;
+    for (int64_t b = 0; b < p.dims.num_sequences; ++b)
+      products += 1.0 * sequence_rows(b) * std::min<int64_t>(p.cu_k[b + 1] - p.cu_k[b], window);
     products *= p.dims.num_kv_heads * p.dims.head_dim;
     // Waking threads costs some microseconds, as much as about this many products.
     int64_t threads = products < 2e5 ? 1 : torch::stable::get_num_threads();

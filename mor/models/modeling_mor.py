@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from mor.models.attention import skip_reused_projections
+from mor.models.attention import layer_types_at, skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
 from mor.models.construction import base_model, initialise, recursion
@@ -318,6 +318,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         if config is None:
             base = copy.deepcopy(dense.config)
             base.num_hidden_layers = options.pop("num_hidden_layers", base.num_hidden_layers)
+            if types := layer_types_at(base, base.num_hidden_layers, "from_dense"):
+                base.layer_types = types
             config = MoRConfig(base_config=base, **options)
         elif options:
             raise ValueError(f"from_dense: expected config or options, got both ({list(options)})")

@@ -209,9 +209,17 @@ def test_uses_of_a_layer_must_agree_on_its_type():
     with pytest.raises(ValueError, match=r"layer_types wherever a layer.*at depths \[1, 3, 5\]"):
         MoRForCausalLM(MoRConfig(base_config=base, num_recursions=3))
     MoRForCausalLM(MoRConfig(base_config=base, num_recursions=1))
+    for recursions in (2, 4):  # Gemma 3's own pattern, five windowed layers and a full one
+        base = Gemma3TextConfig(**SIZES | {"num_hidden_layers": 26}, head_dim=16)
+        MoRForCausalLM(MoRConfig(base_config=base, num_recursions=recursions))
 
 
-def test_a_deeper_model_needs_the_types_of_its_layers():
+def test_a_deeper_model_needs_the_types_of_its_layers(tmp_path):
+    alike = dense_model("qwen2", layer_types=["sliding_attention"] * 8)
+    model = MoRForCausalLM.from_dense(alike, num_recursions=3, num_hidden_layers=11)
+    assert all(layer.self_attn.sliding_window == 4 for layer in model.model.layers)
+    model.save_pretrained(tmp_path)
+    assert len(MoRForCausalLM.from_pretrained(tmp_path).config.base_config.layer_types) == 11
     with pytest.raises(ValueError, match="expected layer_types of 11 layers, got 8"):
         MoRForCausalLM.from_dense(dense_model("qwen3"), num_recursions=3, num_hidden_layers=11)
 
