@@ -239,9 +239,7 @@ def test_flops_are_those_counted(router):
 
 def test_swap_of_windowed_layers():
     dense = dense_model("mistral")
-    model = mor.swap(copy.deepcopy(dense), (1, 7), num_recursions=1, router="token").eval()
-    routed = model.model.layers[1]
-    assert routed.recursion.num_recursions == 1
+    model = mor.swap(copy.deepcopy(dense), (1, 7), num_recursions=3, router="token").eval()
     tokens = prompts(2, 20)
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
     out = model.generate(tokens, output_logits=True, return_dict_in_generate=True, **options)
