@@ -19,7 +19,14 @@ class Problem:
     """One batch of equal sequences, packed for us and [B, H, S, hd] for the others."""
 
     def __init__(
-        self, batch: int, queries: int, keys: int, heads: tuple[int, int], depths: bool, **to: Any
+        self,
+        batch: int,
+        queries: int,
+        keys: int,
+        heads: tuple[int, int],
+        depths: bool,
+        window: int | None = None,
+        **to: Any,
     ) -> None:
         """Queries stand at a sorted random choice of the keys' positions."""
         generator = torch.Generator().manual_seed(0)
@@ -31,6 +38,8 @@ class Problem:
         self.q_depths = torch.full((batch, queries), 2, dtype=torch.int32)
         self.k_depths = torch.randint(1, 4, (batch, keys), generator=generator, dtype=torch.int32)
         self.visible = self.q_pos[:, :, None] >= self.k_pos[:, None]
+        if window is not None:
+            self.visible &= self.q_pos[:, :, None] - self.k_pos[:, None] < window
         if depths:
             self.visible &= self.k_depths[:, None] >= self.q_depths[:, :, None]
         self.q, self.grad = (
@@ -42,6 +51,7 @@ class Problem:
             for _ in "kv"
         )
         self.shape, self.head_dim, self.depths = (batch, queries, keys, heads), head_dim, depths
+        self.window = window
         self.flop = 4 * head_dim * heads[0] * int(self.visible.sum())
 
     def ours(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -50,10 +60,11 @@ class Problem:
         q_pos, k_pos = self.q_pos.flatten(), self.k_pos.flatten()
         cu_q = torch.arange(batch + 1, dtype=torch.int32) * queries
         cu_k = torch.arange(batch + 1, dtype=torch.int32) * keys
-        depths: dict[str, Any] = {}
+        options: dict[str, Any] = {"window": self.window}
         if self.depths:
-            depths = {"q_depths": self.q_depths.flatten(), "k_depths": self.k_depths.flatten()}
-        return lambda q, k, v: depth_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, **depths)[0]
+            options["q_depths"] = self.q_depths.flatten()
+            options["k_depths"] = self.k_depths.flatten()
+        return lambda q, k, v: depth_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, **options)[0]
 
     def heads_first(self, t: Tensor) -> Tensor:
         """[rows, H, hd] as [B, H, S, hd]."""
@@ -170,6 +181,11 @@ def main() -> None:
                 (
                     f"depths B2 {s // 2}of{s} {name}",
                     (2, s // 2, s, heads, True),
+                    ("masked", "flex"),
+                ),
+                (
+                    f"window{s // 8} B2 S{s} {name}",
+                    (2, s, s, heads, False, s // 8),
                     ("masked", "flex"),
                 ),
                 (f"decode B8 S{s // 4} {name}", (8, 1, s // 4, heads, False), ("masked", "matmul")),

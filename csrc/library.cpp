@@ -40,14 +40,14 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "depth_attention(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "
       "Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, Tensor? q_depths, Tensor? k_depths, Tensor? key_bias, bool causal, "
-      "float scale) "
+      "float scale, int? window=None) "
       "-> (Tensor out, Tensor softmax_lse)");
   m.def(
       "depth_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
       "softmax_lse, "
       "Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? "
       "q_depths, "
-      "Tensor? k_depths, Tensor? key_bias, bool causal, float scale) "
+      "Tensor? k_depths, Tensor? key_bias, bool causal, float scale, int? window=None) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_key_bias)");
 
   m.def("instruction_set(str force) -> str");

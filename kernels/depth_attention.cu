@@ -64,7 +64,7 @@ bool is_aligned(const Tensor& t) {
 
 template <class T>
 DepthAttention<T> problem(const DepthAttentionDims& dims, const Operands& o, bool causal,
-                          double scale, const Tensor& key_ends) {
+                          double scale, const optional<int64_t>& window, const Tensor& key_ranges) {
   DepthAttention<T> p{};
   p.q = operand<T>(o.q), p.k = operand<T>(o.k), p.v = operand<T>(o.v);
   p.q_positions = o.q_positions.const_data_ptr<int64_t>();
@@ -76,8 +76,8 @@ DepthAttention<T> problem(const DepthAttentionDims& dims, const Operands& o, boo
   p.num_queries = dims.num_queries, p.num_keys = dims.num_keys;
   p.num_sequences = int(dims.num_sequences), p.num_heads = int(dims.num_heads);
   p.num_kv_heads = int(dims.num_kv_heads), p.head_dim = int(dims.head_dim);
-  p.causal = causal, p.scale = acc_t<T>(scale);
-  p.key_ends = static_cast<int32_t*>(key_ends.mutable_data_ptr());
+  p.causal = causal, p.scale = acc_t<T>(scale), p.window = window.value_or(0);
+  p.key_ranges = static_cast<KeyRange*>(key_ranges.mutable_data_ptr());
   p.aligned = is_aligned(o.q) && is_aligned(o.k) && is_aligned(o.v);
   return p;
 }
@@ -91,17 +91,18 @@ std::tuple<Tensor, Tensor> depth_attention_cuda(Tensor q, Tensor k, Tensor v, Te
                                                 Tensor cu_seqlens_k, optional<Tensor> q_depths,
                                                 optional<Tensor> k_depths,
                                                 optional<Tensor> key_bias, bool causal,
-                                                double scale) {
-  const auto dims = check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q,
-                                          cu_seqlens_k, q_depths, k_depths, key_bias);
+                                                double scale, optional<int64_t> window) {
+  const auto dims =
+      check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                            k_depths, key_bias, causal, window);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
                                             cu_seqlens_k, q_depths, k_depths, key_bias);
   Tensor out = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
   Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries}, acc_dtype(q));
-  const Tensor key_ends = torch::stable::new_empty(q, {dims.num_queries}, ScalarType::Int);
+  const Tensor key_ranges = torch::stable::new_empty(q, {dims.num_queries, 2}, ScalarType::Int);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
-    auto p = problem<T>(dims, operands, causal, scale, key_ends);
+    auto p = problem<T>(dims, operands, causal, scale, window, key_ranges);
     p.out = static_cast<T*>(out.mutable_data_ptr());
     p.lse = static_cast<acc_t<T>*>(lse.mutable_data_ptr());
     check_launch(launch_depth_attention(p, current_stream(q)), "depth_attention");
@@ -113,10 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
     Tensor grad_out_in, Tensor q, Tensor k, Tensor v, Tensor out_in, Tensor lse_in,
     Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
     optional<Tensor> q_depths, optional<Tensor> k_depths, optional<Tensor> key_bias, bool causal,
-    double scale) {
-  const auto dims =
-      check_depth_attention_backward(grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions,
-                                     cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias);
+    double scale, optional<int64_t> window) {
+  const auto dims = check_depth_attention_backward(
+      grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k,
+      q_depths, k_depths, key_bias, causal, window);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
                                             cu_seqlens_k, q_depths, k_depths, key_bias);
@@ -133,10 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
   Tensor grad_key_bias = torch::stable::new_empty(q, {bias ? dims.num_keys : 0}, acc);
   const Tensor delta = scratch(dims.num_heads, dims.num_queries);
   const Tensor parts = scratch(bias ? dims.num_kv_heads : 0, dims.num_keys);
-  const Tensor key_ends = torch::stable::new_empty(q, {dims.num_queries}, ScalarType::Int);
+  const Tensor key_ranges = torch::stable::new_empty(q, {dims.num_queries, 2}, ScalarType::Int);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
     using Acc = acc_t<T>;
-    auto p = problem<T>(dims, operands, causal, scale, key_ends);
+    auto p = problem<T>(dims, operands, causal, scale, window, key_ranges);
     p.grad_out = operand<T>(grad_out), p.forward_out = operand<T>(out);
     p.aligned = p.aligned && is_aligned(grad_out);
     p.lse = static_cast<Acc*>(const_cast<void*>(lse.const_data_ptr()));

@@ -22,6 +22,14 @@ struct AttentionOperand {
   }
 };
 
+// The keys, as rows of k, that a query's position lets it see.
+struct __align__(8) KeyRange {
+  uint32_t begin, count;
+
+  __device__ __forceinline__ bool has(uint32_t key) const { return key - begin < count; }
+  __device__ __forceinline__ uint32_t end() const { return begin + count; }
+};
+
 // Everything the kernels read and write. Optional pointers may be null.
 template <class T>
 struct DepthAttention {
@@ -34,7 +42,8 @@ struct DepthAttention {
   int num_sequences, num_heads, num_kv_heads, head_dim;
   bool causal;
   acc_t<T> scale;
-  int32_t* key_ends;  // [Nq] scratch: row one past the last key that a query's position lets it see
+  int64_t window;        // positions that a query sees, its own included; 0: all before it
+  KeyRange* key_ranges;  // [Nq] scratch; inside a sequence neither begins nor ends descend
 
   T* out;         // [Nq, H, hd]
   acc_t<T>* lse;  // [H, Nq]
@@ -51,9 +60,23 @@ struct DepthAttention {
   __host__ __device__ int group() const { return num_heads / num_kv_heads; }
 };
 
-// One thread per query: searches its sequence, then the end of its keys in ascending positions.
+// The first of rows begin .. end - 1, of which later ones satisfy `passed` no more, that does not.
+template <class Passed>
+__device__ __forceinline__ int32_t first_not(int32_t begin, int32_t end, Passed&& passed) {
+  while (begin < end) {
+    const int32_t middle = begin + (end - begin) / 2;
+    if (passed(middle)) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return end;
+}
+
+// One thread per query: searches its sequence, then its keys in ascending positions.
 template <class T>
-__global__ void depth_attention_key_ends_kernel(DepthAttention<T> p) {
+__global__ void depth_attention_key_ranges_kernel(DepthAttention<T> p) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.num_queries; i += step) {
     int low = 0, high = p.num_sequences - 1;  // the last sequence that begins at or before i
@@ -67,15 +90,15 @@ __global__ void depth_attention_key_ends_kernel(DepthAttention<T> p) {
     }
     int32_t begin = p.cu_seqlens_k[low], end = p.cu_seqlens_k[low + 1];
     const int64_t position = p.q_positions[i];
-    while (p.causal && begin < end) {
-      const int32_t middle = begin + (end - begin) / 2;
-      if (p.k_positions[middle] <= position) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
+    if (p.causal) {
+      end = first_not(begin, end, [&](int32_t j) { return p.k_positions[j] <= position; });
     }
-    p.key_ends[i] = end;
+    if (p.window > 0) {  // unsigned differences to keys not after the query cannot overflow
+      begin = first_not(begin, end, [&](int32_t j) {
+        return uint64_t(position) - uint64_t(p.k_positions[j]) >= uint64_t(p.window);
+      });
+    }
+    p.key_ranges[i] = {uint32_t(begin), uint32_t(end - begin)};
   }
 }
 
@@ -151,98 +174,6 @@ struct QueryTile {
   }
 };
 
-// First tile start at or after `begin` that holds a key as deep as `depth`; past `end` if none
-// does.
-__device__ __forceinline__ unsigned next_key_tile(const int32_t* k_depths, int depth,
-                                                  unsigned tile_keys, unsigned begin,
-                                                  unsigned end) {
-  if (k_depths == nullptr) return begin;
-  for (; begin < end; begin += tile_keys) {
-    bool deep = false;
-    for (unsigned j = begin + threadIdx.x % 32; j < min(begin + tile_keys, end); j += 32) {
-      deep |= k_depths[j] >= depth;
-    }
-    if (__any_sync(~0u, deep)) break;
-  }
-  return begin;
-}
-
-// First packed row of the sequence that sees any key from row `key` on: key ends ascend.
-template <class T>
-__device__ __forceinline__ unsigned first_row_seeing(const DepthAttention<T>& p,
-                                                     const QueryTile<T>& sequence, unsigned key) {
-  unsigned low = 0, high = sequence.num_rows / sequence.group;
-  while (low < high) {
-    const unsigned middle = (low + high) / 2;
-    if (unsigned(p.key_ends[sequence.q_begin + middle]) > key) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low * sequence.group;
-}
-
-// First tile start at or after `first` with a row that sees one of the keys from row `key` on, of
-// which the deepest has `depth`.
-template <class T>
-__device__ __forceinline__ unsigned next_query_tile(const DepthAttention<T>& p,
-                                                    const QueryTile<T>& sequence,
-                                                    unsigned tile_rows, unsigned key, int depth,
-                                                    unsigned first) {
-  if (p.q_depths == nullptr) return first;
-  for (; first < sequence.num_rows; first += tile_rows) {
-    bool sees = false;
-    for (unsigned r = first + threadIdx.x % 32; r < min(first + tile_rows, sequence.num_rows);
-         r += 32) {
-      const unsigned query = sequence.q_begin + r / sequence.group;
-      sees |= unsigned(p.key_ends[query]) > key && p.q_depths[query] <= depth;
-    }
-    if (__any_sync(~0u, sees)) break;
-  }
-  return first;
-}
-
-// What the rows of a query tile may see. A row that does not exist sees nothing.
-template <int ROWS>
-struct QueryMask {
-  unsigned key_end[ROWS];
-  int32_t depth[ROWS];
-
-  template <class T>
-  __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile) {
-    for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
-      key_end[r] = tile.has(r) ? unsigned(p.key_ends[tile.query(r)]) : 0;
-      depth[r] = !tile.has(r)            ? INT32_MAX
-                 : p.q_depths == nullptr ? INT32_MIN
-                                         : p.q_depths[tile.query(r)];
-    }
-  }
-
-  __device__ __forceinline__ int least_depth() const {
-    int least = INT32_MAX;
-    for (int r = threadIdx.x % 32; r < ROWS; r += 32) least = min(least, depth[r]);
-    return __reduce_min_sync(~0u, least);
-  }
-};
-
-// Depth and bias of the keys of a tile, the bias times `factor`.
-template <class Acc, int KEYS>
-struct KeyFacts {
-  int32_t depth[KEYS];
-  Acc bias[KEYS];
-
-  template <class T>
-  __device__ __forceinline__ void load(const DepthAttention<T>& p, unsigned begin, unsigned end,
-                                       Acc factor = Acc(1)) {
-    for (unsigned j = threadIdx.x; j < KEYS; j += blockDim.x) {
-      const bool exists = begin + j < end;
-      depth[j] = exists && p.k_depths != nullptr ? p.k_depths[begin + j] : INT32_MIN;
-      bias[j] = exists && p.key_bias != nullptr ? p.key_bias[begin + j] * factor : Acc(0);
-    }
-  }
-};
-
 __device__ __forceinline__ float exp2_acc(float x) { return exp2f(x); }
 __device__ __forceinline__ double exp2_acc(double x) { return exp2(x); }
 __device__ __forceinline__ float log_acc(float x) { return logf(x); }
@@ -254,8 +185,8 @@ template <class Acc>
 inline constexpr Acc kLn2 = Acc(0.69314718055994530942);
 
 template <class T>
-cudaError_t launch_depth_attention_key_ends(const DepthAttention<T>& p, cudaStream_t stream) {
-  MOR_LAUNCH(depth_attention_key_ends_kernel<T>, grid_for(p.num_queries, 128), 128, 0, stream, p);
+cudaError_t launch_depth_attention_key_ranges(const DepthAttention<T>& p, cudaStream_t stream) {
+  MOR_LAUNCH(depth_attention_key_ranges_kernel<T>, grid_for(p.num_queries, 128), 128, 0, stream, p);
   return cudaGetLastError();
 }
 

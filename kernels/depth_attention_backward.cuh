@@ -61,7 +61,7 @@ cudaError_t launch_depth_attention_backward(const DepthAttention<T>& p, cudaStre
   const int64_t rows = p.num_queries * p.num_heads;
   if (!fits_row_numbers(p)) return cudaErrorInvalidValue;
   if (rows == 0 || p.num_keys == 0) return launch_zero_gradients(p, stream);
-  cudaError_t error = launch_depth_attention_key_ends(p, stream);
+  cudaError_t error = launch_depth_attention_key_ranges(p, stream);
   if (error != cudaSuccess) return error;
   MOR_LAUNCH(depth_attention_delta_kernel<T>, grid_for(rows, 4), 128, 0, stream, p);
   error = cudaGetLastError();

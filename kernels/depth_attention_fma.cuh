@@ -3,7 +3,7 @@
 // the right one, and the four neighbouring head dimensions at 4 * across + 32 * c for each c.
 #pragma once
 
-#include "depth_attention.cuh"
+#include "depth_attention_masks.cuh"
 
 namespace mor {
 

@@ -48,7 +48,7 @@ struct AttentionBackwardSmem {
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
         const int r = down + 16 * i, n = across + 8 * j;
-        const bool visible = begin + n < queries.key_end[r] && keys.depth[n] >= queries.depth[r];
+        const bool visible = queries.keys[r].has(begin + n) && keys.depth[n] >= queries.depth[r];
         const Acc score = scores[i][j] * p.scale + keys.bias[n] - lse[r];
         const Acc weight = visible ? exp2_acc(score * kLog2E<Acc>) : Acc(0);
         weights.data[r][n] = weight;
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAtt
   const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
   s.load_queries(p, tile);
   __syncthreads();
-  const unsigned key_end = s.queries.key_end[num_rows - 1];
+  const unsigned key_end = s.queries.keys[num_rows - 1].end();
   const int least_depth = s.queries.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
   };
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {};
-  for (unsigned begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
+  for (unsigned begin = next(s.queries.keys[0].begin); begin < key_end;
        begin = next(begin + kKeys)) {
     s.load_keys(p, tile.kv_head, begin, key_end);
     __syncthreads();
@@ -122,13 +122,14 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_kv_kernel(DepthAt
   deepest = __reduce_max_sync(~0u, deepest);
 
   QueryTile<T> tile(p, place.sequence, kv_head);
+  const RowRange rows = rows_seeing(p, tile, begin, end);
   const auto next = [&](unsigned first) {
-    return next_query_tile(p, tile, kQueries, begin, deepest, first);
+    return next_query_tile(p, tile, kQueries, begin, deepest, {first, rows.end});
   };
 
   Acc sums_k[kKeys / 16][HEAD_DIM / 8] = {}, sums_v[kKeys / 16][HEAD_DIM / 8] = {};
   Acc sums_bias[kKeys / 16] = {};
-  for (tile.move_to(next(first_row_seeing(p, tile, begin))); tile.first < tile.num_rows;
+  for (tile.move_to(next(rows.first)); tile.first < rows.end;
        tile.move_to(next(tile.first + kQueries))) {
     s.load_queries(p, tile);
     __syncthreads();

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_forward_kernel(DepthAt
   s.queries.load(p, tile);
   load_rows(s.q, p, [&](int r) { return tile.row(p.q, r); });
   __syncthreads();
-  const unsigned key_end = s.queries.key_end[num_rows - 1];
+  const unsigned key_end = s.queries.keys[num_rows - 1].end();
   const int least_depth = s.queries.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_forward_kernel(DepthAt
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {}, top[kQueries / 16], total[kQueries / 16] = {};
   for (Acc& t : top) t = kNone;
-  for (unsigned begin = next(p.cu_seqlens_k[place.sequence]); begin < key_end;
+  for (unsigned begin = next(s.queries.keys[0].begin); begin < key_end;
        begin = next(begin + kKeys)) {
     const auto load_keys = [&](const AttentionOperand<T>& from) {
       load_rows(s.kv, p, [&](int r) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_forward_kernel(DepthAt
       for (int j = 0; j < kKeys / 8; ++j) {
         const int n = across + 8 * j;
         const bool visible =
-            begin + n < s.queries.key_end[r] && s.keys.depth[n] >= s.queries.depth[r];
+            s.queries.keys[r].has(begin + n) && s.keys.depth[n] >= s.queries.depth[r];
         scores[i][j] = visible ? (scores[i][j] * p.scale + s.keys.bias[n]) * kLog2E<Acc> : kNone;
         highest = max(highest, scores[i][j]);
       }

@@ -10,7 +10,7 @@ template <class T>
 cudaError_t launch_depth_attention(const DepthAttention<T>& p, cudaStream_t stream) {
   if (p.num_queries == 0 || p.num_heads == 0) return cudaSuccess;
   if (!fits_row_numbers(p)) return cudaErrorInvalidValue;
-  const cudaError_t error = launch_depth_attention_key_ends(p, stream);
+  const cudaError_t error = launch_depth_attention_key_ranges(p, stream);
   if (error != cudaSuccess) return error;
   return dispatch_head_dim(p.head_dim, [&]<int HEAD_DIM>() {
     const auto tiles = [&](int tile_rows) {

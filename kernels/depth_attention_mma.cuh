@@ -3,7 +3,7 @@
 // next of every 8 (kernels/mma.cuh).
 #pragma once
 
-#include "depth_attention.cuh"
+#include "depth_attention_masks.cuh"
 #include "mma.cuh"
 
 namespace mor {

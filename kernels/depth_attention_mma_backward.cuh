@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   load_rows_async(s.grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
   s.queries.load(p, tile);
   __syncthreads();
-  const unsigned key_end = s.queries.mask.key_end[num_rows - 1];
+  const unsigned key_end = s.queries.mask.keys[num_rows - 1].end();
   const int least_depth = s.queries.mask.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
 
   float sums[HEAD_DIM / 8][4] = {};
   const float scale = p.scale * kLog2E<float>;
-  unsigned begin = next(p.cu_seqlens_k[place.sequence]);
+  unsigned begin = next(s.queries.mask.keys[0].begin);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[0]);
   cp_async_commit();
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int key = 8 * n + lane % 4 * 2 + r % 2, row = warp_row + lane / 4 + r / 2 * 8;
-        const bool visible = begin + key < s.queries.mask.key_end[row] &&
+        const bool visible = s.queries.mask.keys[row].has(begin + key) &&
                              stage.keys.depth[key] >= s.queries.mask.depth[row];
         finish_score(scores[n][r], d_scores[n][r], scale, stage.keys.bias[key], s.queries.lse[row],
                      s.queries.delta[row], visible);
@@ -161,8 +161,9 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   deepest = __reduce_max_sync(~0u, deepest);
 
   QueryTile<T> tile(p, place.sequence, kv_head);
+  const RowRange rows = rows_seeing(p, tile, begin, end);
   const auto next = [&](unsigned first) {
-    return next_query_tile(p, tile, kQueries, begin, deepest, first);
+    return next_query_tile(p, tile, kQueries, begin, deepest, {first, rows.end});
   };
   const auto fetch = [&](typename Smem::Stage& stage) {  // the tile
     load_rows_async(stage.q, p, [&](int r) { return tile.row(p.q, r); });
@@ -173,13 +174,13 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   float sums_k[kWidth / 8][4] = {}, sums_v[kWidth / 8][4] = {}, sums_bias[2] = {};
   const float scale = p.scale * kLog2E<float>;
   int turn = 0;
-  tile.move_to(next(first_row_seeing(p, tile, begin)));
-  bool more = tile.first < tile.num_rows;
+  tile.move_to(next(rows.first));
+  bool more = tile.first < rows.end;
   if (more) fetch(s.stages[0]);
   cp_async_commit();
   while (more) {
     tile.move_to(next(tile.first + kQueries));
-    more = tile.first < tile.num_rows;
+    more = tile.first < rows.end;
     if (Tile::kStages == 2 && more) fetch(s.stages[turn ^ 1]);
     cp_async_commit();
     cp_async_wait<1>();
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int row = 8 * n + lane % 4 * 2 + r % 2, key = warp_key + lane / 4 + r / 2 * 8;
-        const bool visible = begin + key < stage.queries.mask.key_end[row] &&
+        const bool visible = stage.queries.mask.keys[row].has(begin + key) &&
                              s.keys.depth[key] >= stage.queries.mask.depth[row];
         finish_score(scores[n][r], d_scores[n][r], scale, s.keys.bias[key], stage.queries.lse[row],
                      stage.queries.delta[row], visible);

@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   load_rows_async(s.q, p, [&](int r) { return tile.row(p.q, r); });
   s.queries.load(p, tile);
   __syncthreads();
-  const unsigned key_end = s.queries.key_end[num_rows - 1];
-  const unsigned all_see_until = s.queries.key_end[0];
+  const unsigned key_end = s.queries.keys[num_rows - 1].end();
+  const unsigned all_see_from = s.queries.keys[num_rows - 1].begin;
+  const unsigned all_see_until = s.queries.keys[0].end();
   const int least_depth = s.queries.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
@@ -53,15 +54,15 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   };
 
   float sums[HEAD_DIM / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
-  unsigned my_key_end[2];
+  KeyRange my_keys[2];
   int my_depth[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    my_key_end[half] = s.queries.key_end[warp_row + lane / 4 + 8 * half];
+    my_keys[half] = s.queries.keys[warp_row + lane / 4 + 8 * half];
     my_depth[half] = s.queries.depth[warp_row + lane / 4 + 8 * half];
   }
   const float scale = p.scale * kLog2E<float>;
-  unsigned begin = next(p.cu_seqlens_k[place.sequence]);
+  unsigned begin = next(s.queries.keys[0].begin);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[turn]);
   cp_async_commit();
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
     const auto& stage = s.stages[turn];
     float scores[kKeys / 8][4];
     dot_rows(scores, s.q, warp_row, stage.k);
-    const bool masked = p.k_depths != nullptr || begin + kKeys > all_see_until;
+    const bool masked =
+        p.k_depths != nullptr || begin < all_see_from || begin + kKeys > all_see_until;
     float highest[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
         float score = scores[n][r] * scale;
         if (p.key_bias != nullptr) score += stage.keys.bias[key];
         if (masked &&
-            !(begin + key < my_key_end[half] && stage.keys.depth[key] >= my_depth[half])) {
+            !(my_keys[half].has(begin + key) && stage.keys.depth[key] >= my_depth[half])) {
           score = -INFINITY;
         }
         scores[n][r] = score;

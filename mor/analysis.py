@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mor.models import MoRConfig, MoRForCausalLM
+from mor.models.attention import windows
 from mor.modules.recursion import default_capacities
 
 __all__ = [
@@ -81,7 +82,9 @@ def flops_breakdown(
     head_dim = getattr(config, "head_dim", None) or d // heads
     parts = dict.fromkeys(("projections", "attention", "mlp", "router"), 0.0)
     strategy = config.kv_strategy if isinstance(config, MoRConfig) else "recursion"
-    for share, reuses in zip(active_shares(config, shares), _reuses_kv(config), strict=True):
+    dense = config.base_config if isinstance(config, MoRConfig) else config
+    layers = zip(active_shares(config, shares), _reuses_kv(config), windows(dense), strict=True)
+    for share, reuses, window in layers:
         queries = share * seq_len
         projected = 2 * d * heads * head_dim
         if not (reuses and strategy == "shared"):
@@ -89,6 +92,10 @@ def flops_breakdown(
         parts["projections"] += 2 * projected * share
         # Active queries see the active keys before them, or with shared keys every key before them.
         pairs = queries * (seq_len + 1) / 2 if reuses else queries * (queries + 1) / 2
+        if window is not None and window < seq_len:
+            # In the window, of which those at the start of the sequence see only a part.
+            keys = window - window * (window - 1) / 2 / seq_len
+            pairs = queries * (keys if reuses else 1 + share * (keys - 1))
         parts["attention"] += 4 * heads * head_dim * pairs / seq_len
         parts["mlp"] += 2 * 3 * d * config.intermediate_size * share
     parts["router"] = _router_flops(config)
@@ -153,6 +160,7 @@ def visible_pairs(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     causal: bool = True,
+    window: int | None = None,
 ) -> int:
     """(query, key) pairs that depth_attention computes, depths aside; see its arguments."""
     pairs = 0
@@ -162,6 +170,9 @@ def visible_pairs(
         k = k_positions[k_ends[b] : k_ends[b + 1]]
         if causal:
             pairs += int(torch.searchsorted(k.contiguous(), q.contiguous(), right=True).sum())
+            if window is not None:
+                passed = torch.searchsorted(k.contiguous(), q.contiguous() - window, right=True)
+                pairs -= int(passed.sum())
         else:
             pairs += q.shape[0] * k.shape[0]
     return pairs
@@ -174,8 +185,9 @@ def _attention_pairs(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     causal: bool,
+    window: int | None,
 ) -> int:
-    pairs = visible_pairs(q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, causal)
+    pairs = visible_pairs(q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, causal, window)
     return pairs * q.shape[1] * q.shape[2]
 
 
@@ -183,15 +195,17 @@ def _attention_pairs(
 @register_flop_formula(torch.ops.mor.depth_attention, get_raw=True)
 def _forward_flops(
     q: Tensor, k: Tensor, v: Tensor, qp: Tensor, kp: Tensor, cq: Tensor, ck: Tensor,
-    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float, **kwargs: Any,
+    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float,
+    window: int | None = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return 4 * _attention_pairs(q, qp, kp, cq, ck, causal)
+    return 4 * _attention_pairs(q, qp, kp, cq, ck, causal, window)
 
 
 @register_flop_formula(torch.ops.mor.depth_attention_backward, get_raw=True)
 def _backward_flops(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     qp: Tensor, kp: Tensor, cq: Tensor, ck: Tensor,
-    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float, **kwargs: Any,
+    q_depths: Any, k_depths: Any, key_bias: Any, causal: bool, scale: float,
+    window: int | None = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return 8 * _attention_pairs(q, qp, kp, cq, ck, causal)
+    return 8 * _attention_pairs(q, qp, kp, cq, ck, causal, window)

@@ -81,10 +81,11 @@ void differentiate_scores(const float* scores, const float* dp, int64_t count, f
   }
 }
 
-// sums[row of the key] += weights (by key along the lanes) times `rows` (reduced along the lanes).
+// sums[row of the key - first_key] += weights (by key along the lanes) times `rows` (reduced along
+// the lanes).
 template <class E>
-void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t depth, int64_t padded,
-                  const E* weights, const E* rows, float* tile, float* sums) {
+void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t first_key, int64_t depth,
+                  int64_t padded, const E* weights, const E* rows, float* tile, float* sums) {
   int64_t d = 0;
   for (; d + kWidth <= padded; d += kWidth) {
     multiply<E, kVectors, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
@@ -95,7 +96,7 @@ void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t depth, 
         block.count, depth, weights, rows + d, tile + d);
   }
   for (int64_t j = 0; j < block.count; ++j) {
-    float* sum = sums + (keys.row(block.first + j) - keys.begin) * padded;
+    float* sum = sums + (keys.row(block.first + j) - first_key) * padded;
     for (d = 0; d < padded; d += kLanes)
       store(sum + d, load(sum + d) + load(tile + j * kKeyStride + d));
   }
@@ -158,7 +159,8 @@ template <class T, class E>
 int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
                        const KeyGradients& sums, char* scratch) {
   const int64_t padded = round_up(p.dims.head_dim, 16), depth = padded / kPerElement<E>;
-  const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
+  const int64_t first_key = p.cu_k[task.sequence];
+  const int64_t sequence_keys = p.cu_k[task.sequence + 1] - first_key;
   constexpr bool kPairs = kPerElement<E> == 2;
   Arena arena{scratch};
   E* q_lanes = arena.take<E>(kBackwardRows * depth);
@@ -167,7 +169,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   E* grad_rows = arena.take<E>(kLaneStride<E> * kKeyStride);
   float* dq = arena.take<float>(kBackwardRows * padded);
   const RowGradients rows{arena.take<float>(kBackwardRows), arena.take<float>(kBackwardRows)};
-  const RowLimits limits{arena.take<int32_t>(kBackwardRows), arena.take<int32_t>(kBackwardRows)};
+  const RowLimits limits = take_limits(arena, p, kBackwardRows);
   float* scores = arena.take<float>(kBlockKeys * kWidth);
   float* dp = arena.take<float>(kBlockKeys * kWidth);
   ScoreGradients<E> gradients{arena.take<E>(kBlockKeys * kLaneStride<E>),
@@ -205,18 +207,18 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
 
     for (block.first = 0; block.first < keys.count; block.first += kBlockKeys) {
       block.count = min(kBlockKeys, keys.count - block.first);
+      const LaneRange seeing = lanes_that_see(limits, lanes, block.first, block.count);
+      if (seeing.begin == seeing.end) continue;
       pack_keys<T>(p, task.kv_head, keys, padded, block);
       if (p.key_bias) std::memset(bias_sums, 0, block.count * kLanes * sizeof(float));
-      int64_t first_lane = 0;  // of the groups that see any of the block: positions ascend
-      while (limits.limit[first_lane + kWidth - 1] <= block.first) first_lane += kWidth;
-      for (int64_t lane = first_lane; lane < lanes; lane += kWidth) {
-        const RowLimits seen{limits.limit + lane, limits.depth + lane};
+      for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
+        const RowLimits seen = limits.from(lane);
         const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
         multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
             count, depth, block.k_rows, q_lanes + lane * depth, scores);
         multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
             count, depth, block.v_rows, grad_lanes + lane * depth, dp);
-        const bool plain = seen.limit[0] >= block.first + count && !block.bias && !block.depths;
+        const bool plain = all_see(seen, block.first, count) && !block.bias && !block.depths;
         const auto differentiate =
             plain ? &differentiate_scores<E, true> : &differentiate_scores<E, false>;
         differentiate(scores, dp, count, log2_scale, block, seen,
@@ -231,14 +233,14 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
               padded, reduced, block.k_keys, gradients.ds + lane, dq + lane * padded);
         }
       }
-      const int64_t skipped = first_lane / kPerElement<E>;
-      const int64_t reduced = (lanes - first_lane) / kPerElement<E>;
-      add_key_sums(block, keys, reduced, padded, gradients.p + skipped,
+      const int64_t skipped = seeing.begin / kPerElement<E>;
+      const int64_t reduced = (seeing.end - seeing.begin) / kPerElement<E>;
+      add_key_sums(block, keys, first_key, reduced, padded, gradients.p + skipped,
                    grad_rows + skipped * kKeyStride, tile, sums.v);
-      add_key_sums(block, keys, reduced, padded, gradients.ds + skipped,
+      add_key_sums(block, keys, first_key, reduced, padded, gradients.ds + skipped,
                    q_rows + skipped * kKeyStride, tile, sums.k);
       for (int64_t j = 0; p.key_bias && j < block.count; ++j) {
-        sums.bias[keys.row(block.first + j) - keys.begin] +=
+        sums.bias[keys.row(block.first + j) - first_key] +=
             reduce_add(load(bias_sums + j * kLanes));
       }
     }

@@ -44,7 +44,8 @@ struct Operands {
     if (key_bias_in.has_value()) key_bias = torch::stable::contiguous(*key_bias_in);
   }
 
-  AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale) const {
+  AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale,
+                           const optional<int64_t>& window) const {
     AttentionProblem p{};
     p.dims = dims;
     p.dtype = q.scalar_type();
@@ -58,7 +59,7 @@ struct Operands {
       p.k_depths = k_depths.const_data_ptr<int32_t>();
     }
     if (key_bias.defined()) p.key_bias = key_bias.const_data_ptr();
-    p.causal = causal, p.scale = scale;
+    p.causal = causal, p.scale = scale, p.window = window.value_or(0);
     return p;
   }
 };
@@ -136,8 +137,9 @@ struct TaskList {
   template <class Body>
   void run(int64_t bytes, Body&& body) const {
     double products = 0;
+    const int64_t window = p.window == 0 ? p.dims.num_keys : p.window;
     for (int64_t b = 0; b < p.dims.num_sequences; ++b)
-      products += static_cast<double>(sequence_rows(b)) * (p.cu_k[b + 1] - p.cu_k[b]);
+      products += 1.0 * sequence_rows(b) * std::min<int64_t>(p.cu_k[b + 1] - p.cu_k[b], window);
     products *= p.dims.num_kv_heads * p.dims.head_dim;
     // Waking threads costs some microseconds, as much as about this many products.
     int64_t threads = products < 2e5 ? 1 : torch::stable::get_num_threads();
@@ -242,12 +244,14 @@ std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Ten
                                                Tensor k_positions, Tensor cu_seqlens_q,
                                                Tensor cu_seqlens_k, optional<Tensor> q_depths,
                                                optional<Tensor> k_depths, optional<Tensor> key_bias,
-                                               bool causal, double scale) {
-  const auto dims = check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q,
-                                          cu_seqlens_k, q_depths, k_depths, key_bias);
+                                               bool causal, double scale,
+                                               optional<int64_t> window) {
+  const auto dims =
+      check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                            k_depths, key_bias, causal, window);
   const Operands operands(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
                           k_depths, key_bias);
-  AttentionProblem p = operands.problem(dims, causal, scale);
+  AttentionProblem p = operands.problem(dims, causal, scale, window);
   check_values(p, operands);
   const bool is_double = q.scalar_type() == ScalarType::Double;
   Tensor out = new_result(q, {dims.num_queries, dims.num_heads, dims.head_dim});
@@ -263,13 +267,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
     Tensor grad_out_in, Tensor q, Tensor k, Tensor v, Tensor out_in, Tensor lse_in,
     Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
     optional<Tensor> q_depths, optional<Tensor> k_depths, optional<Tensor> key_bias, bool causal,
-    double scale) {
-  const auto dims =
-      check_depth_attention_backward(grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions,
-                                     cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias);
+    double scale, optional<int64_t> window) {
+  const auto dims = check_depth_attention_backward(
+      grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k,
+      q_depths, k_depths, key_bias, causal, window);
   const Operands operands(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
                           k_depths, key_bias);
-  AttentionProblem p = operands.problem(dims, causal, scale);
+  AttentionProblem p = operands.problem(dims, causal, scale, window);
   check_values(p, operands);
   const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
   const Tensor lse = torch::stable::contiguous(lse_in);

@@ -109,8 +109,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
   E* q = arena.take<E>(groups * depth * kWidth);
   float* out = arena.take<float>(groups * padded * kWidth);
   const RowSums sums{arena.take<float>(groups * kWidth), arena.take<float>(groups * kWidth)};
-  const RowLimits limits{arena.take<int32_t>(groups * kWidth),
-                         arena.take<int32_t>(groups * kWidth)};
+  const RowLimits limits = take_limits(arena, p, groups * kWidth);
   float* scores = arena.take<float>(kBlockKeys * kWidth);
   E* weights = arena.take<E>(kBlockKeys / kPerElement<E> * kWidth);
   float* factor = arena.take<float>(kWidth);
@@ -135,16 +134,17 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
 
   for (; block.first < keys.count; block.first += kBlockKeys) {
     block.count = min(kBlockKeys, keys.count - block.first);
+    const LaneRange seeing = lanes_that_see(limits, groups * kWidth, block.first, block.count);
+    if (seeing.begin == seeing.end) continue;
     pack_keys<T>(p, task.kv_head, keys, padded, block);
-    for (int64_t lane = 0; lane < groups * kWidth; lane += kWidth) {
+    for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
       const RowSums group{sums.largest + lane, sums.sum + lane};
-      const RowLimits seen{limits.limit + lane, limits.depth + lane};
+      const RowLimits seen = limits.from(lane);
       const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
-      if (count <= 0) continue;
       multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
           count, depth, block.k_rows, q + lane * depth, scores);
       const bool plain =
-          seen.limit[0] >= block.first + count && !block.bias && !block.depths && log2_scale > 0;
+          all_see(seen, block.first, count) && !block.bias && !block.depths && log2_scale > 0;
       if (!plain)
         mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
       const float scale = plain ? log2_scale : 1.0f;

@@ -4,16 +4,13 @@
 // E: simd/gemm.h.
 #pragma once
 
-#include "depth_attention.simd.h"
+#include "depth_attention.keys.h"
 #include "simd/exp.h"
 #include "simd/gemm.h"
 
 namespace mor {
 namespace MOR_ISA {
 
-constexpr int kVectors = 2;
-constexpr int kWidth = kVectors * kLanes;  // lanes of a group
-constexpr int kBlockKeys = 64;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin_inff();
 
@@ -28,27 +25,10 @@ template <class E>
 constexpr int kRowStride = kMaxHeadDim / kPerElement<E> + 16;
 constexpr int kKeyStride = kMaxHeadDim + 16;
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // softmax_lse of a row with its largest score in units of log2.
 inline float log_sum(float largest, float sum) {
   return sum != 0 ? (largest + __builtin_log2f(sum)) * kLn2 : -kInfinity;
 }
-
-// Hands out 64-byte aligned pieces of one allocation; with a null base only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-};
 
 // Floats from a row, zeros up to the padded width.
 template <class T>
@@ -105,60 +85,6 @@ inline __m512i round_pairs(VecF a, VecF b) {
 }
 #endif
 
-// Which keys of its sequence a task reads: rows begin + i, or (depths) rows list[i], those whose
-// depth some query reaches, up to the last that a position allows.
-struct KeyList {
-  int64_t begin, count;
-  int32_t* list;
-  bool mask_depths;  // some listed key is still hidden from some query
-
-  int64_t row(int64_t i) const { return list ? list[i] : begin + i; }
-};
-
-// The first i in [0, count) whose position exceeds `position`.
-inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int64_t position) {
-  if (!p.causal) return keys.count;
-  int64_t low = 0, high = keys.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (p.k_positions[keys.row(middle)] <= position) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
-// The row's query and head.
-struct RowIndex {
-  int64_t query, head;
-};
-inline RowIndex row_index(const AttentionProblem& p, const AttentionTask& task, int64_t row) {
-  return {p.cu_q[task.sequence] + row / p.group, task.kv_head * p.group + row % p.group};
-}
-
-inline KeyList list_keys(const AttentionProblem& p, const AttentionTask& task, int32_t* list) {
-  const int64_t begin = p.cu_k[task.sequence];
-  KeyList keys{begin, p.cu_k[task.sequence + 1] - begin, nullptr, false};
-  const int64_t first_query = row_index(p, task, task.row_begin).query;
-  const int64_t last_query = row_index(p, task, task.row_end - 1).query;
-  keys.count = visible_keys(p, keys, p.q_positions[last_query]);
-  if (!p.q_depths) return keys;
-  int32_t least = p.q_depths[first_query], most = least;
-  for (int64_t i = first_query; i <= last_query; ++i) {
-    least = p.q_depths[i] < least ? p.q_depths[i] : least;
-    most = p.q_depths[i] > most ? p.q_depths[i] : most;
-  }
-  int64_t count = 0;
-  int32_t shallowest = most;
-  for (int64_t j = begin; j < begin + keys.count; ++j) {
-    list[count] = static_cast<int32_t>(j);
-    if (p.k_depths[j] >= least) {
-      ++count;
-      shallowest = p.k_depths[j] < shallowest ? p.k_depths[j] : shallowest;
-    }
-  }
-  return {begin, count, list, shallowest < most};
-}
-
 // The task's rows of an operand into lanes: to[group][e][lane], zeros beyond the last row.
 template <class T, class E>
 void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const AttentionTask& task,
@@ -175,35 +101,6 @@ void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const Atte
     }
     for (int64_t e = 0; e < depth; ++e) column[e * kWidth] = line[e];
   }
-}
-
-// What a group of lanes may see: keys of the list by position (`limit`), and its query's depth.
-struct RowLimits {
-  int32_t *limit, *depth;  // [kWidth]
-};
-
-inline void fill_limits(const AttentionProblem& p, const AttentionTask& task, const KeyList& keys,
-                        const RowLimits& all) {
-  const int64_t rows = task.row_end - task.row_begin;
-  for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
-    const int64_t query = row_index(p, task, task.row_begin + min(row, rows - 1)).query;
-    const bool repeats = row > 0 && (row >= rows || (task.row_begin + row) % p.group != 0);
-    all.limit[row] = static_cast<int32_t>(repeats ? all.limit[row - 1]
-                                                  : visible_keys(p, keys, p.q_positions[query]));
-    all.depth[row] = p.q_depths ? p.q_depths[query] : 0;
-  }
-}
-
-// Which of a vector of rows see key `j` of the list.
-inline VecI visible_rows(const RowLimits& rows, int lane, int64_t j, const int32_t* key_depth) {
-  VecI limit, depth;
-  std::memcpy(&limit, rows.limit + lane, sizeof limit);
-  VecI visible = VecI{} + static_cast<int32_t>(j) < limit;
-  if (key_depth) {
-    std::memcpy(&depth, rows.depth + lane, sizeof depth);
-    visible &= VecI{} + *key_depth >= depth;
-  }
-  return visible;
 }
 
 // A block of packed keys. Reduced along d: k_rows, v_rows; along the keys: k_keys, v_keys. Null:

@@ -126,8 +126,8 @@ void weigh_values(const float* weights, const float* factor, const V* const* val
 }
 
 // One row's scores of a block to weights, online; returns the factor of its older sums.
-inline float softmax_row(float* scores, const KeyBlock<float>& block, float scale, int32_t limit,
-                         int32_t depth, float& largest, float& sum) {
+inline float softmax_row(float* scores, const KeyBlock<float>& block, float scale, int32_t first,
+                         int32_t limit, int32_t depth, float& largest, float& sum) {
   VecI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   VecF most = splat(-kInfinity);
@@ -135,6 +135,7 @@ inline float softmax_row(float* scores, const KeyBlock<float>& block, float scal
     VecF x = load(scores + j) * splat(scale);
     if (block.bias) x += load(block.bias + j);
     VecI visible = lane + static_cast<int32_t>(block.first + j) < limit;
+    visible &= lane + static_cast<int32_t>(block.first + j) >= first;
     visible &= lane + static_cast<int32_t>(j) < static_cast<int32_t>(block.count);
     if (block.depths) {
       VecI depths;
@@ -175,8 +176,7 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
   T* copies = arena.take<T>(direct ? 0 : 4 * kBlockKeys * padded);  // two blocks of K and V
   float* bias = arena.take<float>(kBlockKeys);
   int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
-  const RowLimits limits{arena.take<int32_t>(round_up(rows, kWidth)),
-                         arena.take<int32_t>(round_up(rows, kWidth))};
+  const RowLimits limits = take_limits(arena, p, round_up(rows, kWidth));
   const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
   int32_t* list = arena.take<int32_t>(p.q_depths ? sequence_keys : 0);
   if (!scratch) return arena.used;
@@ -237,8 +237,9 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
       score_rows<kRows>(all_q + row * kRowStride<E>, at, next, block.count, vectors, scores);
       float factor[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
-        factor[r] = softmax_row(scores + r * kBlockKeys, block, scale, limits.limit[first + r],
-                                limits.depth[first + r], largest[row + r], sum[row + r]);
+        const RowLimits seen = limits.from(first + r);
+        factor[r] = softmax_row(scores + r * kBlockKeys, block, scale, seen.first ? *seen.first : 0,
+                                *seen.limit, *seen.depth, largest[row + r], sum[row + r]);
       }
       float* out = all_out + row * padded;
       int64_t d = 0;

@@ -17,12 +17,25 @@ inline int64_t key_end(const AttentionProblem& p, int64_t b, int64_t position) {
          p.k_positions;
 }
 
+// First key of sequence b, up to `end`, that a query at `position` can see for its position. Keys
+// before `end` are not after the query: unsigned differences cannot overflow.
+inline int64_t key_begin(const AttentionProblem& p, int64_t b, int64_t position, int64_t end) {
+  if (p.window == 0) return p.cu_k[b];
+  const auto hidden = [&](int64_t key, int64_t) {
+    return static_cast<uint64_t>(position) - static_cast<uint64_t>(key) >=
+           static_cast<uint64_t>(p.window);
+  };
+  return std::lower_bound(p.k_positions + p.cu_k[b], p.k_positions + end, position, hidden) -
+         p.k_positions;
+}
+
 // One query row of one head; `scores` is scratch.
 template <class T, class Acc = T>
 void scalar_attention_row(const AttentionProblem& p, int64_t b, int64_t i, int64_t h,
                           std::vector<Acc>& scores) {
   const int64_t hd = p.dims.head_dim, g = h / p.group;
-  const int64_t begin = p.cu_k[b], end = key_end(p, b, p.q_positions[i]);
+  const int64_t position = p.q_positions[i], end = key_end(p, b, position);
+  const int64_t begin = key_begin(p, b, position, end);
   const Acc* bias = static_cast<const Acc*>(p.key_bias);
   const T* q = p.q.at<T>(i, h);
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
@@ -60,7 +73,8 @@ void scalar_attention_backward(const AttentionProblem& p, int64_t b, int64_t g, 
   const Acc* bias = static_cast<const Acc*>(p.key_bias);
   std::vector<Acc> grad_q(hd), grad_k(num_keys * hd, Acc{0}), grad_v(num_keys * hd, Acc{0});
   for (int64_t i = p.cu_q[b]; i < p.cu_q[b + 1]; ++i) {
-    const int64_t end = key_end(p, b, p.q_positions[i]);
+    const int64_t position = p.q_positions[i], end = key_end(p, b, position);
+    const int64_t first = key_begin(p, b, position, end);
     for (int64_t h = g * p.group; h < (g + 1) * p.group; ++h) {
       const T *q = p.q.at<T>(i, h), *out = p.out.at<T>(i, h), *grad = p.grad_out.at<T>(i, h);
       const Acc lse = static_cast<const Acc*>(p.lse)[h * p.dims.num_queries + i];
@@ -68,7 +82,7 @@ void scalar_attention_backward(const AttentionProblem& p, int64_t b, int64_t g, 
       for (int64_t d = 0; d < hd; ++d)
         delta += static_cast<Acc>(grad[d]) * static_cast<Acc>(out[d]);
       grad_q.assign(hd, Acc{0});
-      for (int64_t j = begin; j < end; ++j) {
+      for (int64_t j = first; j < end; ++j) {
         if (p.k_depths && p.k_depths[j] < p.q_depths[i]) continue;
         const T *k = p.k.at<T>(j, g), *v = p.v.at<T>(j, g);
         Acc dot = 0, grad_weight = 0;

@@ -33,7 +33,8 @@ struct AttentionProblem {
   const void* key_bias;                // [Nk] Acc, null: none
   bool causal;
   double scale;
-  void* lse;  // [H, Nq] Acc, written by the forward
+  int64_t window;  // positions that a query sees, its own included; 0: all before it
+  void* lse;       // [H, Nq] Acc, written by the forward
 
   void* out_data;  // forward, [Nq, H, hd]
   void *grad_q, *grad_k, *grad_v, *grad_key_bias;

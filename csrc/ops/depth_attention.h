@@ -6,8 +6,10 @@
 //   cu_seqlens_q, cu_seqlens_k [B + 1]: int32; sequence b owns rows cu[b] .. cu[b + 1] - 1
 //   q_depths [Nq], k_depths [Nk]: int32; both or neither
 //   key_bias [Nk]: float32 (float64 for float64), added to every scaled score of the key
+//   window: at least 1, only if causal: how many positions a query sees, its own included
 // Key j is visible to query i iff both belong to the same sequence, (causal) k_positions[j] <=
-// q_positions[i], and (if depths are given) k_depths[j] >= q_depths[i].
+// q_positions[i], (if there is a window) q_positions[i] - k_positions[j] < window, and (if depths
+// are given) k_depths[j] >= q_depths[i].
 //   out [Nq, H, hd]: softmax over the visible keys of scale * <q_i, k_j> + key_bias_j, applied to v
 //   softmax_lse [H, Nq]: float32 (float64 for float64), log of the sum of exponentials; -inf for a
 //     query that sees no key, whose out is 0
@@ -37,7 +39,7 @@ inline DepthAttentionDims check_depth_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_positions,
     const Tensor& k_positions, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
     const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
-    const std::optional<Tensor>& key_bias) {
+    const std::optional<Tensor>& key_bias, bool causal, const std::optional<int64_t>& window) {
   const char* op = "depth_attention";
   check_dim(q, 3, op, "q", "[Nq, H, head_dim]");
   check_dim(k, 3, op, "k", "[Nk, Hkv, head_dim]");
@@ -85,6 +87,10 @@ inline DepthAttentionDims check_depth_attention(
                  q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
                  "key_bias", "[Nk]");
   }
+  if (window.has_value()) {
+    STD_TORCH_CHECK(*window >= 1, op, ": expected a window of at least 1, got ", *window);
+    STD_TORCH_CHECK(causal, op, ": expected causal with a window, got causal=False");
+  }
   return dims;
 }
 
@@ -92,10 +98,12 @@ inline DepthAttentionDims check_depth_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& softmax_lse, const Tensor& q_positions, const Tensor& k_positions,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_depths,
-    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& key_bias) {
+    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& key_bias, bool causal,
+    const std::optional<int64_t>& window) {
   const char* op = "depth_attention_backward";
-  const auto dims = check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q,
-                                          cu_seqlens_k, q_depths, k_depths, key_bias);
+  const auto dims =
+      check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                            k_depths, key_bias, causal, window);
   const auto check_like_q = [&](const Tensor& t, const char* name) {
     check_dim(t, 3, op, name, "[Nq, H, head_dim]");
     check_dtype(t, q.scalar_type(), op, name);

@@ -14,9 +14,13 @@ __all__ = [
     "AttentionContext",
     "SharedKV",
     "check_attention",
+    "layer_types_at",
     "mor_attention",
     "skip_reused_projections",
+    "windows",
 ]
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 KeyView = tuple[Tensor, Tensor, Tensor, Tensor]
 """Keys, values [Nk, Hkv, head_dim], positions [Nk] and cu_seqlens [B + 1]."""
@@ -88,14 +92,51 @@ def check_attention(config: Any, option: str) -> None:
     """Refuses what depth_attention lacks, before any tensor exists.
 
     Raises:
-        ValueError: attention dropout, a sliding window, or layers of another kind.
+        ValueError: attention dropout, soft-capping, attention to later tokens, or layers of a kind
+            other than full_attention and sliding_attention.
     """
-    for name in ("attention_dropout", "sliding_window", "attn_logit_softcapping"):
+    for name in (
+        "attention_dropout",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_bidirectional_attention",
+    ):
         if getattr(config, name, None):
             raise ValueError(f"{option}: {name} is not supported, got {getattr(config, name)}")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}
     if kinds:
-        raise ValueError(f"{option}: only full attention layers are supported, got {sorted(kinds)}")
+        raise ValueError(
+            f"{option}: expected layer_types of {_FULL} and {_SLIDING}, got {sorted(kinds)}"
+        )
+
+
+def layer_types_at(config: Any, depths: int, option: str) -> list[str] | None:
+    """Attention type of each of `depths` layers; None for architectures without `layer_types`.
+
+    Raises:
+        ValueError: layers of several types, but not as many as depths.
+    """
+    types = getattr(config, "layer_types", None)
+    if not types:
+        return None
+    if len(set(types)) == 1:
+        return [types[0]] * depths
+    if len(types) != depths:
+        raise ValueError(
+            f"{option}: expected layer_types of {depths} layers, got {len(types)}: set it to the "
+            "types of the unrolled layers"
+        )
+    return list(types)
+
+
+def windows(config: Any) -> list[int | None]:
+    """Window of each layer of a dense configuration; None where a token sees all before it."""
+    window = getattr(config, "sliding_window", None)
+    types = layer_types_at(config, config.num_hidden_layers, type(config).__name__)
+    return [
+        window if types is None or types[depth] == _SLIDING else None
+        for depth in range(config.num_hidden_layers)
+    ]
 
 
 def mor_attention(
@@ -106,6 +147,7 @@ def mor_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     *,
     mor_context: AttentionContext,
     **kwargs: Any,
@@ -115,7 +157,8 @@ def mor_attention(
     Returns:
         [1, K, H, head_dim] and None (there are no attention weights).
 
-    What depth_attention lacks (dropout, windows) `check_attention` refuses when a model is made.
+    What depth_attention lacks (dropout, soft-capping) `check_attention` refuses when a model is
+    made.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # Under autocast the rotary embedding leaves queries and keys in float32.
@@ -130,6 +173,7 @@ def mor_attention(
         mor_context.packing.cu_seqlens,
         cu_seqlens_k,
         scale=scaling,
+        window=sliding_window,
     )
     return out.unsqueeze(0), None
 

@@ -166,6 +166,11 @@ class MoRConfig(PreTrainedConfig):
         return ["mor_recursion"] * self.num_hidden_layers
 
     @property
+    def _rope_type_labels(self) -> list[str] | None:
+        """By what Transformers recognises rotary parameters that differ between layer types."""
+        return getattr(self.base_config, "layer_types", None)
+
+    @property
     def block_depth(self) -> int:
         """b, layers of the shared block (or, for the sequence strategies, of the repeated part)."""
         ends = 2 if self.sharing.startswith("middle") else 0

@@ -3,19 +3,20 @@
 import copy
 from typing import Any
 
+from torch import nn
 from transformers import MODEL_MAPPING
 
-from mor.models.attention import check_attention
+from mor.models.attention import check_attention, layer_types_at
 from mor.models.configuration_mor import MoRConfig
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.routers import RouterScore
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["ARCHITECTURES", "base_model", "recursion"]
+__all__ = ["ARCHITECTURES", "base_model", "initialise", "recursion"]
 
 #: Dense architectures whose models are nothing but embedding, layers, norm and head: others scale
-#: embeddings or logits in places a recursion would skip.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+#: embeddings or logits in places a recursion would skip (Gemma 3's embedding module scales itself).
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 def base_model(config: MoRConfig) -> Any:
@@ -27,13 +28,41 @@ def base_model(config: MoRConfig) -> Any:
             f"{base.model_type!r}"
         )
     check_attention(base, "MoRConfig.base_config")
-    types = getattr(base, "layer_types", None)
+    types = _unique_layer_types(config)
     base.num_hidden_layers = config.num_unique_layers
     if types is not None:
-        first_use = [config.layer_schedule.index(layer) for layer in range(base.num_hidden_layers)]
-        base.layer_types = [types[depth] for depth in first_use]
+        base.layer_types = types
     base._attn_implementation = "mor"
     return MODEL_MAPPING[type(base)](base)
+
+
+def _unique_layer_types(config: MoRConfig) -> list[str] | None:
+    """Attention type of each unique layer: the one of all unrolled depths that use it."""
+    option, schedule = "MoRConfig.base_config", config.layer_schedule
+    types = layer_types_at(config.base_config, len(schedule), option)
+    if types is None:
+        return None
+    found = []
+    for unique in range(config.num_unique_layers):
+        depths = [depth for depth, layer in enumerate(schedule) if layer == unique]
+        used_as = [types[depth] for depth in depths]
+        if len(set(used_as)) > 1:
+            raise ValueError(
+                f"{option}: expected one of layer_types wherever a layer is used again, got "
+                f"{used_as} at depths {depths}, which share a layer (sharing {config.sharing}, "
+                f"{config.num_recursions} recursions)"
+            )
+        found.append(used_as[0])
+    return found
+
+
+def initialise(config: MoRConfig, module: nn.Module) -> None:
+    """Starts a module as the dense architecture does (Gemma 3's norms start at 0, not 1)."""
+    dense = MODEL_MAPPING[type(config.base_config)]
+    # The method asks its model for nothing but the config, and building one would cost its memory.
+    owner = dense.__new__(dense)
+    owner.__dict__["config"] = config.base_config
+    owner._init_weights(module)
 
 
 def recursion(config: MoRConfig) -> ExpertChoice | TokenChoice | None:

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from mor.models.attention import skip_reused_projections
+from mor.models.attention import layer_types_at, skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
-from mor.models.construction import base_model, recursion
+from mor.models.construction import base_model, initialise, recursion
 from mor.models.conversion import initialise_from_dense, source_layers
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.relaxation import initialise_adapters, relax
@@ -58,7 +58,7 @@ class MoRPreTrainedModel(PreTrainedModel):
         return "mor"
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        initialise(self.config, module)
         if isinstance(module, ExpertChoice | TokenChoice):
             for buffer in module.buffers(recurse=False):
                 nn.init.zeros_(buffer)
@@ -94,6 +94,7 @@ class MoRModel(MoRPreTrainedModel):
     layers: nn.ModuleList
     norm: nn.Module
     rotary_emb: nn.Module
+    rotary_types: list[str | None]
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
@@ -104,6 +105,9 @@ class MoRModel(MoRPreTrainedModel):
         self.layers = base.layers
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
+        # Gemma 3 turns windowed and full layers by different angles; others know one kind only.
+        one_kind = getattr(base.rotary_emb, "layer_types", None) is None
+        self.rotary_types = [None] * len(base.layers) if one_kind else base.config.layer_types
         self.recursion = recursion(config)
         self.recursion_encoding = (
             nn.Parameter(torch.ones(len(self.schedule), config.hidden_size))
@@ -338,6 +342,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             base.num_hidden_layers = options.pop("num_hidden_layers", base.num_hidden_layers)
             if hasattr(base, "quantization_config"):  # of a GGUF file, whose weights are now plain
                 del base.quantization_config
+            if types := layer_types_at(base, base.num_hidden_layers, "from_dense"):
+                base.layer_types = types
             config = MoRConfig(base_config=base, **options)
         elif options:
             raise ValueError(f"from_dense: expected config or options, got both ({list(options)})")

@@ -210,6 +210,9 @@ def swap(
     if any(isinstance(layer, RoutedLayers) for layer in stack):
         raise ValueError("swap: the model has routed layers already")
     check_attention(model.config, "swap")
+    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
+    if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
+        raise ValueError(f"swap: expected layers of one attention type, got {kinds}; see MoRConfig")
     score = options.get("score")
     if isinstance(score, RouterScore):
         options["score"] = asdict(score)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["UnrolledLayers", "states_of_all_tokens"]
 
+Rotary = dict[str | None, tuple[Tensor, Tensor]]
+"""Rotary cos and sin [1, K, head_dim] for each of the model's `rotary_types`."""
+
 
 class UnrolledLayers:
     """The layers of a model during one forward call: packing, cache and shared keys."""
@@ -29,16 +32,20 @@ class UnrolledLayers:
         self.uses = model.uses
         self.shared: dict[int, SharedKV] = {}
 
-    def rotary(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin [1, K, head_dim] at the original positions."""
-        return self.model.rotary_emb(x.unsqueeze(0), packing.positions.unsqueeze(0))
+    def rotary(self, x: Tensor, packing: Packing) -> Rotary:
+        """Rotary cos and sin at the original positions."""
+        at = x.unsqueeze(0), packing.positions.unsqueeze(0)
+        return {
+            kind: self.model.rotary_emb(*at, *([] if kind is None else [kind]))
+            for kind in dict.fromkeys(self.model.rotary_types)
+        }
 
     def run(
         self,
         depth: int,
         x: Tensor,
         packing: Packing,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         rows: Tensor | None = None,
     ) -> Tensor:
         """The layer of one unrolled depth on rows [K, D], `rows` of all N (default: all)."""
@@ -96,11 +103,10 @@ class UnrolledLayers:
         positions = torch.cat([packing.positions, after])
         return torch.cat([x, x.new_zeros(1, x.shape[1])]), Packing(ends, positions)
 
-    def _layer(
-        self, unique: int, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> Tensor:
+    def _layer(self, unique: int, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
+        turn = rotary[self.model.rotary_types[unique]]
         out = self.model.layers[unique](
-            x.unsqueeze(0), position_embeddings=rotary, mor_context=context, **self.kwargs
+            x.unsqueeze(0), position_embeddings=turn, mor_context=context, **self.kwargs
         )
         return (out[0] if isinstance(out, tuple) else out).squeeze(0)
 

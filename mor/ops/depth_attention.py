@@ -24,12 +24,14 @@ def depth_attention(
     key_bias: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which query i sees key j of its own sequence iff position and depth allow it.
 
-    Visible means: `k_positions[j] <= q_positions[i]` (if `causal`) and `k_depths[j] >= q_depths[i]`
-    (if depths are given). No S x S mask exists; extra memory is O(rows). Unused cache slots at the
-    end of a sequence, of position 2**63 - 1, cost nothing.
+    Visible means: `k_positions[j] <= q_positions[i]` (if `causal`), `q_positions[i] -
+    k_positions[j] < window` (if given) and `k_depths[j] >= q_depths[i]` (if depths are given). No
+    S x S mask exists; extra memory is O(rows). Keys outside every window and unused cache slots at
+    the end of a sequence, of position 2**63 - 1, cost nothing.
 
     Args:
         q: [Nq, H, head_dim] queries, float32, bfloat16, float16 or float64; head_dim 1 to 256.
@@ -44,14 +46,15 @@ def depth_attention(
         key_bias: [Nk] float32 (float64 for float64), added to every scaled score of a key.
         causal: whether positions restrict.
         scale: factor of the scores, by default head_dim**-0.5.
+        window: positions that a query sees, its own included, at least 1; needs `causal`.
 
     Returns:
         out [Nq, H, head_dim], differentiable in q, k, v and key_bias, and softmax_lse [H, Nq]
         float32 (float64 for float64), which is not. A query that sees no key gives 0 and -inf.
 
     Raises:
-        RuntimeError: wrong rank, size, dtype or device; on the CPU also falling positions or
-            wrong `cu_seqlens` (undefined on CUDA).
+        RuntimeError: wrong rank, size, dtype, device or window; on the CPU also falling positions
+            or wrong `cu_seqlens` (undefined on CUDA).
 
     Under autocast q, k and v are cast to its dtype.
 
@@ -70,7 +73,7 @@ def depth_attention(
         scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
     return torch.ops.mor.depth_attention(
         q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias,
-        causal, scale,
+        causal, scale, window,
     )  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, q_depths: Tensor | None = None,
     k_depths: Tensor | None = None, key_bias: Tensor | None = None, causal: bool = True,
-    scale: float | None = None,
+    scale: float | None = None, window: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same in plain PyTorch, one dense mask, softmax in float32 as Transformers does it."""
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -93,6 +96,8 @@ def reference(
     visible = rows[0][:, None] == rows[1]
     if causal:
         visible = visible & (k_positions <= q_positions[:, None])
+    if window is not None:
+        visible = visible & (k_positions > q_positions[:, None] - window)
     if q_depths is not None and k_depths is not None:
         visible = visible & (k_depths >= q_depths[:, None])
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -118,16 +123,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.scale = inputs
+    *tensors, ctx.causal, ctx.scale, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: gradient checkpointing lets it be read a single time
-    *grads, grad_bias = torch.ops.mor.depth_attention_backward(grad, *saved, ctx.causal, ctx.scale)
+    *grads, grad_bias = torch.ops.mor.depth_attention_backward(
+        grad, *saved, ctx.causal, ctx.scale, ctx.window
+    )
     bias = None if saved[-1] is None else grad_bias
-    return *grads, *(None,) * 6, bias, None, None
+    return *grads, *(None,) * 6, bias, None, None, None
 
 
 torch.library.register_autograd("mor::depth_attention", _backward, setup_context=_setup_context)

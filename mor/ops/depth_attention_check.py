@@ -15,7 +15,7 @@ def expect(condition: Any, text: str, got: Any, op: str = "depth_attention") -> 
 
 def check(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
     """Checks the operands of depth_attention, in the order of the schema."""
-    q_positions, k_positions, cu_q, cu_k, q_depths, k_depths, key_bias, *_ = rest
+    q_positions, k_positions, cu_q, cu_k, q_depths, k_depths, key_bias, causal, _, *window = rest
 
     def expect_vector(t: Tensor, name: str, shape: str, size: Any, dtype: torch.dtype) -> None:
         expect(t.dim() == 1, f"{name} of shape {shape}", list(t.shape))
@@ -50,6 +50,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
     if key_bias is not None:
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
         expect_vector(key_bias, "key_bias", "[Nk]", k.shape[0], total)
+    for size in window:  # left out where it is the default
+        if size is not None:
+            expect(size >= 1, "a window of at least 1", size)
+            expect(causal, "causal with a window", f"causal={causal}")
 
 
 def check_backward(

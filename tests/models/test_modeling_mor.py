@@ -11,10 +11,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
 )
 
 from mor import MoRConfig, MoRForCausalLM
@@ -399,10 +400,22 @@ def test_nan_in_scores_is_an_error():
     ("base", "message"),
     [
         (GemmaConfig(num_hidden_layers=8), "expected an architecture of"),
-        (MistralConfig(num_hidden_layers=8, sliding_window=4), "sliding_window is not supported"),
+        (
+            Gemma3TextConfig(num_hidden_layers=8, attn_logit_softcapping=50.0),
+            "attn_logit_softcapping is not supported, got 50.0",
+        ),
+        (
+            Gemma3TextConfig(num_hidden_layers=8, final_logit_softcapping=30.0),
+            "final_logit_softcapping is not supported, got 30.0",
+        ),
+        (
+            Gemma3TextConfig(num_hidden_layers=8, use_bidirectional_attention=True),
+            "use_bidirectional_attention is not supported",
+        ),
+        (Gemma2Config(num_hidden_layers=8), "expected an architecture of"),
         (LlamaConfig(num_hidden_layers=8, attention_dropout=0.1), "attention_dropout is not"),
     ],
-    ids=["gemma", "sliding-window", "dropout"],
+    ids=["gemma", "capped", "capped-logits", "bidirectional", "gemma2", "dropout"],
 )
 def test_dense_models_that_cannot_be_used(base, message):
     with pytest.raises(ValueError, match=f"MoRConfig.base_config: {message}"):

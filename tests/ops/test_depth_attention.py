@@ -21,7 +21,7 @@ from mor.testing import OpCase, check_bad_input, check_op
 
 NAMES = (
     "q", "k", "v", "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k",
-    "q_depths", "k_depths", "key_bias", "causal", "scale",
+    "q_depths", "k_depths", "key_bias", "causal", "scale", "window",
 )  # fmt: skip
 UNUSED = 2**63 - 1  # position of a cache slot that holds no key
 
@@ -44,13 +44,16 @@ def make_inputs(
     bias: bool = False,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """Packed sequences; the queries stand at a sorted random choice of the keys' positions."""
     q_positions, k_positions = [torch.zeros(0).long()], [torch.zeros(0).long()]
     for num_queries, num_keys in zip(queries, keys, strict=True):
         key = torch.arange(num_keys) * 2 + 1
+        if positions == "pairs":
+            key = key // 4 * 4 + 1
         chosen = torch.randint(0, 2 * num_keys + 1, (num_queries,), generator=generator)
-        if positions == "subset" and num_queries <= num_keys:
+        if positions in ("subset", "pairs") and num_queries <= num_keys:
             chosen = key[torch.randperm(num_keys, generator=generator)[:num_queries]]
         if positions == "unused":
             key[num_keys // 2 :] = UNUSED
@@ -77,6 +80,7 @@ def make_inputs(
         "key_bias": normal(num_keys).to(total) if bias else None,
         "causal": causal,
         "scale": scale,
+        "window": window,
     }
     if depths:
         for name, count in (("q_depths", num_queries), ("k_depths", num_keys)):
@@ -86,7 +90,7 @@ def make_inputs(
 
 def raw_args(**inputs: Any) -> tuple[Any, ...]:
     scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
-    return (*(inputs[name] for name in NAMES[:-1]), scale)
+    return (*(inputs[name] for name in NAMES[:-2]), scale, inputs["window"])
 
 
 def case(name: str, **options: Any) -> OpCase:
@@ -129,6 +133,17 @@ CASES = [
     case("head-96", queries=[70], keys=[70], heads=(3, 1), head_dim=96, depths=True),
     case("negative-scale", queries=[20], keys=[37], scale=-0.7),
     case("zero-scale", queries=[20], keys=[37], scale=0.0),
+    case("window-1", **RAGGED, positions="pairs", window=1),
+    case("window-bias-depths", queries=[9, 3], keys=[12, 5], head_dim=3, **BOTH, window=6),
+    case("window-gqa-head-24", **RAGGED, heads=(4, 2), head_dim=24, bias=True, window=9),
+    case("window-larger-than-all", **RAGGED, depths=True, window=2**63 - 1),
+    case("window-many-tiles", queries=[300, 40], keys=[530, 200], heads=(2, 1), **BOTH, window=90),
+    case("window-gaps", queries=[100, 60], keys=[700, 9], heads=(3, 1), window=20, head_dim=64),
+    case("window-before-any-key", queries=[40, 9], keys=[20, 3], positions="free", window=4),
+    case("window-equal-positions", queries=[19], keys=[35], positions="equal", window=1),
+    case("window-unused", queries=[1, 20], keys=[50, 64], positions="unused", window=17),
+    case("window-decode", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, window=70),
+    case("window-decode-depths", queries=[2] * 9, keys=MANY, heads=(4, 2), **BOTH, window=150),
 ]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -154,7 +169,8 @@ def instruction_set() -> Iterator[Callable[[str], None]]:
 
 
 VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles",
-          "decode-many-head-20"]  # fmt: skip
+          "decode-many-head-20", "window-many-tiles", "window-gqa-head-24", "window-gaps",
+          "window-decode-depths"]  # fmt: skip
 LEVELS = [  # the others ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
     ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx512", torch.bfloat16),
@@ -189,8 +205,12 @@ def test_projection_layout_is_read_without_a_copy(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3)], ids=str)
-def test_gradients_do_not_depend_on_the_threads(heads: tuple[int, int], dtype: torch.dtype) -> None:
-    inputs = example(dtype, queries=[300, 40], keys=[520, 77], heads=heads, bias=True, depths=True)
+@pytest.mark.parametrize("window", [None, 150])
+def test_gradients_do_not_depend_on_the_threads(
+    window: int | None, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    shape = {"queries": [300, 40], "keys": [520, 77], "heads": heads, "window": window}
+    inputs = example(dtype, **shape, bias=True, depths=True)
     leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v", "key_bias")]
     threads = torch.get_num_threads()
     results = []
@@ -206,17 +226,22 @@ def test_gradients_do_not_depend_on_the_threads(heads: tuple[int, int], dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_see_no_key(dtype: torch.dtype) -> None:
-    inputs = example(dtype)
+@pytest.mark.parametrize("window", [None, 30])
+def test_rows_that_see_no_key(window: int | None, dtype: torch.dtype) -> None:
+    inputs = example(dtype, window=window)
     inputs["q_positions"][:4] = 0  # the keys start at position 1
+    hidden = torch.arange(23) < 4
+    if window is not None:
+        inputs["q_positions"][16:20] = 5000
+        hidden[16:20] = True
     leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
     out, lse = depth_attention(**inputs)
     assert not lse.requires_grad
-    assert (out[:4] == 0).all()
-    assert (lse[:, :4] == -torch.inf).all()
-    assert lse[:, 4:].isfinite().all()
+    assert (out[hidden] == 0).all()
+    assert (lse[:, hidden] == -torch.inf).all()
+    assert lse[:, ~hidden].isfinite().all()
     grads = torch.autograd.grad(out.sum(), leaves)
-    assert (grads[0][:4] == 0).all()
+    assert (grads[0][hidden] == 0).all()
     assert all(g.isfinite().all() for g in grads)
 
 
@@ -232,6 +257,40 @@ def test_hidden_keys_are_not_read_into_the_result(queries: int) -> None:
     for name in ("k", "v"):
         inputs[name][hidden] = torch.nan
     assert torch.equal(depth_attention(**inputs)[0], want)
+
+
+@pytest.mark.parametrize("depths", [False, True])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_blocks_outside_the_window_are_not_read(queries: int, depths: bool) -> None:
+    """As above, in the forward and the backward, for keys that every query has passed."""
+    inputs = example(queries=[queries], keys=[400], depths=depths, window=31)
+    inputs["q_positions"] = torch.arange(queries) + 700
+    if depths:
+        inputs["q_depths"][:] = 2
+    leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
+    out, _ = depth_attention(**inputs)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    hidden = (inputs["k_positions"] <= 700 - 31) | (inputs["k_positions"] >= 700 + queries)
+    with torch.no_grad():
+        for name in ("k", "v"):
+            inputs[name][hidden] = torch.nan
+    assert torch.equal(depth_attention(**inputs)[0], out)
+    for got, want in zip(
+        torch.autograd.grad(depth_attention(**inputs)[0].sum(), leaves), grads, strict=True
+    ):
+        assert torch.equal(got, want)
+    assert (grads[1][hidden] == 0).all()
+
+
+def test_a_window_counts_positions_and_includes_the_query() -> None:
+    """Transformers' meaning: window 2 sees the token itself and the one before."""
+    at, cu = torch.arange(4), cumulative([4])
+    zeros, values = torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0]).view(4, 1, 1)
+    out, lse = depth_attention(zeros, zeros, values, at, at, cu, cu, window=2)
+    assert out.flatten().tolist() == [1.0, 1.5, 3.0, 6.0]
+    torch.testing.assert_close(lse[0].exp(), torch.tensor([1.0, 2.0, 2.0, 2.0]))
+    out, _ = depth_attention(zeros, zeros, values, at * 2, at * 2, cu, cu, window=3)
+    assert out.flatten().tolist() == [1.0, 1.5, 3.0, 6.0]
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -289,8 +348,8 @@ def test_compiled_forward_and_backward(dtype: torch.dtype, backend: str) -> None
 def test_backward_opcheck() -> None:
     inputs = example(bias=True, depths=True)
     out, lse = depth_attention(**inputs)
-    *tensors, causal, scale = raw_args(**inputs)
-    args = (torch.ones_like(out), *tensors[:3], out, lse, *tensors[3:], causal, scale)
+    *tensors, causal, scale, window = raw_args(**inputs)
+    args = (torch.ones_like(out), *tensors[:3], out, lse, *tensors[3:], causal, scale, window)
     torch.library.opcheck(torch.ops.mor.depth_attention_backward.default, args)
 
 
@@ -330,6 +389,9 @@ BAD = {
     "expected key_bias of shape": {"key_bias": torch.zeros(7, 1)},
     "expected key_bias of dtype": {"key_bias": torch.zeros(7).double()},
     "expected key_bias of 7": {"key_bias": torch.zeros(5)},
+    "expected a window of at least 1, got 0": {"window": 0},
+    "expected a window of at least 1, got -3": {"window": -3},
+    "expected causal with a window, got causal=False": {"window": 2, "causal": False},
 }  # fmt: skip
 BAD_VALUES: dict[str, dict[str, list[int]]] = {
     r"q_positions that do not fall .* q_positions\[2\] = 0 after 1": {
@@ -382,8 +444,8 @@ def test_bad_input(message: str) -> None:
 def test_bad_input_of_the_backward(message: str, index: int, value: Tensor) -> None:
     inputs = example()
     out, lse = depth_attention(**inputs)
-    *tensors, causal, scale = raw_args(**inputs)
-    args = [torch.ones_like(out), *tensors[:3], out, lse, *tensors[3:], causal, scale]
+    *tensors, causal, scale, window = raw_args(**inputs)
+    args = [torch.ones_like(out), *tensors[:3], out, lse, *tensors[3:], causal, scale, window]
     args[index] = value
     check_bad_input(
         f"depth_attention_backward: expected {message}",

@@ -15,12 +15,12 @@ FLOATING = ("q", "k", "v", "key_bias")
 OPERANDS = ("q", "k", "v", "grad_out", "forward_out")
 POINTERS = (
     "q", "k", "v", "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k", "q_depths",
-    "k_depths", "key_bias", "grad_out", "forward_out", "key_ends", "out", "lse", "delta", "grad_q",
-    "grad_k", "grad_v", "grad_bias_parts", "grad_key_bias",
+    "k_depths", "key_bias", "grad_out", "forward_out", "key_ranges", "out", "lse", "delta",
+    "grad_q", "grad_k", "grad_v", "grad_bias_parts", "grad_key_bias",
 )  # fmt: skip
 SIZES = (
     "num_queries", "num_keys", "num_sequences", "num_heads", "num_kv_heads", "head_dim", "causal",
-    "aligned",
+    "aligned", "window",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def run(kernels: Kernels, inputs: dict[str, Any], grad_out: Tensor) -> dict[str,
     tensors = {
         **inputs,
         "grad_out": grad_out,
-        "key_ends": torch.empty(num_queries, dtype=torch.int32),
+        "key_ranges": torch.empty(num_queries, 2, dtype=torch.int32),
         "out": torch.empty(q.shape, dtype=q.dtype),
         "lse": torch.empty(num_heads, num_queries, dtype=total),
         "delta": torch.empty(num_heads, num_queries, dtype=total),
@@ -65,7 +65,7 @@ def run(kernels: Kernels, inputs: dict[str, Any], grad_out: Tensor) -> dict[str,
         num_queries=num_queries, num_keys=num_keys, num_sequences=len(inputs["cu_seqlens_q"]) - 1,
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         causal=inputs["causal"], aligned=all(p % 16 == 0 for p in [*places, head_dim * size]),
-        scale=head_dim**-0.5 if scale is None else scale,
+        window=inputs["window"] or 0, scale=head_dim**-0.5 if scale is None else scale,
     )  # fmt: skip
     kernels.call("depth_attention", q.dtype, ctypes.byref(arguments))
     kernels.call("depth_attention_backward", q.dtype, ctypes.byref(arguments))

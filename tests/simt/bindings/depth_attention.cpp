@@ -8,9 +8,10 @@ namespace {
 struct Arguments {
   const void *q, *k, *v, *q_positions, *k_positions, *cu_seqlens_q, *cu_seqlens_k, *q_depths,
       *k_depths, *key_bias, *grad_out, *forward_out;
-  void *key_ends, *out, *lse, *delta, *grad_q, *grad_k, *grad_v, *grad_bias_parts, *grad_key_bias;
+  void *key_ranges, *out, *lse, *delta, *grad_q, *grad_k, *grad_v, *grad_bias_parts, *grad_key_bias;
   int64_t strides[10];  // row and head of q, k, v, grad_out, forward_out
-  int64_t num_queries, num_keys, num_sequences, num_heads, num_kv_heads, head_dim, causal, aligned;
+  int64_t num_queries, num_keys, num_sequences, num_heads, num_kv_heads, head_dim, causal, aligned,
+      window;
   double scale;
 };
 
@@ -35,7 +36,7 @@ mor::DepthAttention<T> typed(const Arguments& a) {
   p.num_sequences = int(a.num_sequences), p.num_heads = int(a.num_heads);
   p.num_kv_heads = int(a.num_kv_heads), p.head_dim = int(a.head_dim);
   p.causal = a.causal != 0, p.aligned = a.aligned != 0, p.scale = Acc(a.scale);
-  p.key_ends = static_cast<int32_t*>(a.key_ends);
+  p.window = a.window, p.key_ranges = static_cast<mor::KeyRange*>(a.key_ranges);
   p.out = static_cast<T*>(a.out), p.lse = static_cast<Acc*>(a.lse);
   p.delta = static_cast<Acc*>(a.delta);
   p.grad_q = static_cast<T*>(a.grad_q), p.grad_k = static_cast<T*>(a.grad_k);
