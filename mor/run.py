@@ -201,6 +201,14 @@ def _model_config(options: RunOptions, vocab_size: int, end_of_text: int) -> "Mo
     if options.config is not None:
         values = _read_json(options.config)
         if values.get("model_type") == MoRConfig.model_type:
+            given = [
+                name for name in routing if getattr(options, name) != getattr(RunOptions, name)
+            ]
+            if given:
+                raise ValueError(
+                    f"{options.config} is a MoR configuration and says how to route: expected no "
+                    f"{', '.join(given)} beside it"
+                )
             config = MoRConfig(**values)
         else:
             config = MoRConfig(base_config=values, **routing)

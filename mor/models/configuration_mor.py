@@ -1,6 +1,7 @@
 """MoRConfig: a dense model's configuration plus how its depth is shared and routed."""
 
 import copy
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -97,23 +98,23 @@ class MoRConfig(PreTrainedConfig):
     sharing: str = "middle_cycle"
     router: str | None = "expert"
     kv_strategy: str = "recursion"
-    capacities: list[float] | tuple[float, ...] | None = None
+    capacities: list[float | int] | tuple[float | int, ...] | None = None
     router_type: str = "linear"
     router_func: str | None = None
-    router_alpha: float | None = None
-    router_temperature: float = 1.0
+    router_alpha: float | int | None = None
+    router_temperature: float | int = 1.0
     router_gating: str = "weighted"
     router_aux: str | None = "loss"
-    router_aux_coef: float = 0.001
+    router_aux_coef: float | int = 0.001
     router_balancing: str | None = "loss"
-    router_balance_coef: float = 0.1
-    router_bias_update_rate: float = 0.001
-    router_z_coef: float = 0.0
+    router_balance_coef: float | int = 0.1
+    router_bias_update_rate: float | int = 0.001
+    router_z_coef: float | int = 0.0
     capacity_warmup_steps: int = 0
     balance_warmup_steps: int = 0
     relaxation: str | None = None
     relaxation_rank: int = 16
-    relaxation_alpha: float | None = None
+    relaxation_alpha: float | int | None = None
     relaxation_targets: list[str] | tuple[str, ...] | None = None
     recursion_encoding: bool = False
     eval_routing: str = "threshold"
@@ -244,16 +245,36 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"MoRConfig.relaxation_rank: expected at least 1, got {self.relaxation_rank}"
             )
-        if not self.router_temperature > 0:
-            raise ValueError(
-                f"MoRConfig.router_temperature: expected a positive number, got "
-                f"{self.router_temperature}"
-            )
-        for name in ("capacity_warmup_steps", "balance_warmup_steps"):
-            if getattr(self, name) < 0:
+        for name in ("router_alpha", "router_temperature", "relaxation_alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"MoRConfig.{name}: expected a positive number, got {getattr(self, name)}"
+                )
+        for name in (
+            "router_aux_coef",
+            "router_balance_coef",
+            "router_bias_update_rate",
+            "router_z_coef",
+            "capacity_warmup_steps",
+            "balance_warmup_steps",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"MoRConfig.{name}: expected at least 0, got {getattr(self, name)}"
                 )
+        trained = {"expert": self.router_aux, "token": self.router_balancing}.get(self.router or "")
+        if (
+            self.router is not None
+            and self.router_type != "random"
+            and self.router_gating == "additive"
+            and trained != "loss"
+            and self.router_z_coef == 0
+        ):
+            raise ValueError(
+                "MoRConfig.router_gating: with additive gating nothing would train the router; use "
+                "weighted or residual gating, or router_aux (token-choice: router_balancing) "
+                '"loss"'
+            )
         if self.router_type == "random" and self.router_func != "none":
             raise ValueError(
                 f"MoRConfig.router_func: random scores are used as they are, got {self.router_func}"

@@ -44,6 +44,7 @@ class MoRPreTrainedModel(PreTrainedModel):
     config: MoRConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["recursion.bias"]  # noqa: RUF012 - of loss-free balancing
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - Transformers' convention
     _supports_attention_backend = True
 
@@ -176,6 +177,13 @@ class MoRModel(MoRPreTrainedModel):
         if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers):
             use_cache, past_key_values = False, None  # the recomputation would append twice
             _check_checkpointing(self)
+        if self.config.router == "expert" and self.config.eval_routing == "topk":
+            if past_key_values is not None:
+                raise ValueError(
+                    'MoRModel: eval_routing="topk" ranks whole sequences, so it has no cache: pass '
+                    'use_cache=False, or choose eval_routing="threshold"'
+                )
+            use_cache = False
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch = pack(
             (inputs_embeds.shape[0], inputs_embeds.shape[1]),

@@ -124,9 +124,11 @@ def _select(layer: Any, use: int) -> None:
     """
     for module in layer.modules():
         if hasattr(module, "_active_adapter"):
-            names = module.active_adapters if hasattr(module, "lora_A") else ()
-            others = [name for name in names if not name.startswith(_PREFIX)]
-            module._active_adapter = [f"{_PREFIX}{use}", *others]
+            if hasattr(module, "lora_A"):
+                others = [n for n in module.active_adapters if not n.startswith(_PREFIX)]
+                module._active_adapter = [f"{_PREFIX}{use}", *others]
+            else:
+                module._active_adapter = f"{_PREFIX}{use}"
 
 
 @torch.no_grad()

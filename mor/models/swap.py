@@ -22,7 +22,7 @@ from mor.modules.token_choice import TokenChoice
 
 __all__ = ["RoutedLayers", "load_swapped", "swap"]
 
-_COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1}
+_COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
 
 
 class RoutedLayers(nn.Module):
@@ -209,6 +209,12 @@ def swap(
         )
     if any(isinstance(layer, RoutedLayers) for layer in stack):
         raise ValueError("swap: the model has routed layers already")
+    coefficients = {**_COEFFICIENTS, **(loss_coefficients or {})}
+    if len(coefficients) > len(_COEFFICIENTS):
+        raise ValueError(
+            f"swap: loss_coefficients: expected names among {list(_COEFFICIENTS)}, got "
+            f"{list(loss_coefficients or {})}"
+        )
     check_attention(model.config, "swap")
     kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
     if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
@@ -228,7 +234,6 @@ def swap(
         "loss_coefficients": loss_coefficients,
         **options,
     }
-    coefficients = {**_COEFFICIENTS, **(loss_coefficients or {})}
 
     def add_losses(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         loss = getattr(output, "loss", None)

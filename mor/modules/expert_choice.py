@@ -136,7 +136,9 @@ class ExpertChoice(nn.Module):
                 local, current = self._select_topk(ranked, current, total, capacities[step])
             else:
                 local, current = _select_above_threshold(ranked, current)
-            self.metrics.update(step, ranked, local, rows, packing.positions)
+            # Evaluation decides by the auxiliary router, if there is one.
+            decides = ranked if aux_logits is None else aux_logits
+            self.metrics.update(step, decides, local, rows, packing.positions)
             if self.aux == "loss":
                 aux_losses.append(aux_loss(logits, local))
             elif aux_logits is not None:

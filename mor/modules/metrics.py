@@ -59,7 +59,8 @@ class RoutingMetrics:
             self._probability = logits.new_zeros(self.num_recursions)
         self._probability[step] += logits.sigmoid().sum()
         if step == self.num_recursions - 1:
-            self._reach(positions, positions[rows[local]])
+            never = torch.zeros(positions.shape[0], dtype=torch.bool, device=positions.device)
+            self._reach(positions, never.index_fill(0, rows[local], True))
 
     @torch.no_grad()
     def update_choice(
@@ -75,14 +76,16 @@ class RoutingMetrics:
         share = scores.sum(dim=0)
         self._probability = share if self._probability is None else self._probability + share
         self._load = counts if self._load is None else self._load + counts
-        self._reach(positions, positions[choice == self.num_recursions - 1])
+        self._reach(positions, choice == self.num_recursions - 1)
 
     def _reach(self, positions: Tensor, reached: Tensor) -> None:
-        # A fixed size, so that no position has to be read by the host.
+        # Fixed sizes throughout, so that the host reads nothing.
         if self._reached is None:
             self._reached = torch.zeros(2, _POSITIONS, dtype=torch.bool, device=positions.device)
-        self._reached[0, positions % _POSITIONS] = True
-        self._reached[1, reached % _POSITIONS] = True
+        places = positions % _POSITIONS
+        hits = torch.zeros(_POSITIONS, device=positions.device)
+        self._reached[0, places] = True
+        self._reached[1] |= hits.index_add(0, places, reached.to(hits.dtype)) > 0
 
     @torch.no_grad()
     def sum_over_processes(self, device: torch.device) -> None:

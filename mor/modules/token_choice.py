@@ -1,6 +1,7 @@
 """Token-choice routing: each token decides its depth before the first recursion."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class TokenChoice(nn.Module):
         )
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if balancing == "loss_free":
-            self.register_buffer("bias", torch.zeros(num_recursions))
+            self.register_buffer("bias", torch.zeros(num_recursions, dtype=torch.float32))
             # No buffer: DDP would replace it by that of the first process before each forward, and
             # bfloat16 models could not count in it.
             self.load = torch.zeros(num_recursions, device="cpu")
@@ -157,6 +158,15 @@ class TokenChoice(nn.Module):
         biased = scores + self.bias if self.balancing == "loss_free" else scores
         return biased.detach().argmax(dim=-1)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "TokenChoice":
+        """Moves the module, and leaves the bias in float32: bfloat16 would round its steps away."""
+        kept = self._buffers.get("bias")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("bias")
+        if kept is not None and moved is not None and moved.dtype != kept.dtype:
+            self.bias = kept.to(moved.device)
+        return self
+
     @torch.no_grad()
     def update_bias(self) -> None:
         """Loss-free balancing: b_i += u * sign(mean load - load_i), then forgets the loads.
@@ -166,6 +176,7 @@ class TokenChoice(nn.Module):
         """
         if self.balancing != "loss_free":
             return
+        self.load = self.load.to(self.bias.device)  # still on the CPU if a warm-up counted nothing
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load)
         self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)

@@ -124,6 +124,35 @@ def test_topk_evaluation_is_the_training_selection():
     assert counts == [24, 16, 8]
 
 
+def test_topk_evaluation_has_no_cache():
+    model = small_model(eval_routing="topk").eval()
+    tokens = prompts(2, 8)
+    assert model(tokens).past_key_values is None
+    with pytest.raises(ValueError, match='eval_routing="topk" ranks whole sequences'):
+        model.generate(tokens, max_new_tokens=2, do_sample=False)
+    new = model.generate(tokens, max_new_tokens=2, do_sample=False, use_cache=False)[:, 8]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits[:, -1].argmax(-1), new)
+
+
+def test_integers_are_numbers():
+    config = small_config(capacities=[1, 2 / 3, 1 / 3], router_alpha=1, router_z_coef=0)
+    assert config.capacities == [1, 2 / 3, 1 / 3]
+    assert MoRConfig.from_dict(config.to_dict()).router_alpha == 1
+
+
+def test_sampling_accuracy_is_that_of_the_router_evaluation_uses():
+    model = small_model(router_aux="router").train()
+    with torch.no_grad():
+        for router in model.model.recursion.aux_routers:
+            for parameter in router.parameters():
+                parameter.zero_()  # never above the threshold: agrees where nothing is selected
+    model(prompts(2, 24))
+    accuracy = model.model.routing_metrics.compute()["sampling_accuracy"]
+    # Of 24, 24, 16 candidates 24, 16, 8 are selected.
+    assert accuracy == pytest.approx((0 + 8 + 8) / 64)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_loss_and_gradients(variant, reentrant):
     if reentrant and variant.get("kv_strategy", "recursion") != "recursion":
@@ -347,6 +376,14 @@ def test_documents_are_found_beside_a_mask_of_ones():
         ({"router_temperature": 0.0}, "router_temperature: expected a positive"),
         ({"kv_strategy": "none"}, "kv_strategy: expected one of"),
         ({"eval_routing": "random"}, "eval_routing: expected one of"),
+        ({"router_alpha": 0.0}, "router_alpha: expected a positive number, got 0.0"),
+        ({"router_alpha": float("nan")}, "router_alpha: expected a positive number, got nan"),
+        ({"router_aux_coef": -1.0}, "router_aux_coef: expected at least 0, got -1.0"),
+        ({"router_gating": "additive", "router_aux": None}, "nothing would train the router"),
+        (
+            {"router": "token", "router_gating": "additive", "router_balancing": "loss_free"},
+            "nothing would train the router",
+        ),
     ],
     ids=lambda v: str(v)[:40],
 )

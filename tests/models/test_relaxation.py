@@ -181,12 +181,14 @@ def test_a_relaxed_model_saves_loads_and_generates(name, tmp_path):
     torch.testing.assert_close(torch.stack(out.logits, 1), full, atol=1e-4, rtol=0)
 
 
-def test_lora_fine_tuning_of_a_relaxed_model():
-    """A user's own adapter is used beside the recursions'."""
-    from peft import LoraConfig, get_peft_model
+def test_lora_fine_tuning_of_a_relaxed_model(tmp_path):
+    """A user's own adapter is used beside the recursions', trains alone and is saved alone."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     model = small_model(relaxation="lora", relaxation_rank=4, router=None)
     shaken(model)  # the norms' copies differ
+    model.requires_grad_(False)
+    untouched = copy.deepcopy(model.state_dict())
     tokens = prompts(2, 12)
     before = model.eval()(tokens).logits.detach()
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -199,6 +201,13 @@ def test_lora_fine_tuning_of_a_relaxed_model():
     assert (tuned(tokens).logits - before).abs().max() > 1e-3
     tuned.train()(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in mine.values())
+    assert {n for n, p in tuned.named_parameters() if p.requires_grad} == set(mine)
+
+    tuned.save_pretrained(tmp_path)
+    fresh = small_model(relaxation="lora", relaxation_rank=4, router=None)
+    fresh.load_state_dict(untouched)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens).logits, tuned.eval()(tokens).logits)
 
 
 def test_targets_can_be_chosen():

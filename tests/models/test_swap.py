@@ -125,6 +125,18 @@ def test_a_cropped_cache_goes_on():
     torch.testing.assert_close(again, full, atol=1e-4, rtol=0)
 
 
+def test_z_loss_is_part_of_the_loss():
+    tokens = prompts(2, 12)
+    losses = []
+    for coefficient in (0.0, 1.0):
+        model = swapped(use_z_loss=True, loss_coefficients={"z_loss": coefficient}).train()
+        losses.append(model(tokens, labels=tokens).loss)
+        routed = next(m for m in model.modules() if isinstance(m, RoutedLayers))
+    torch.testing.assert_close(losses[1] - losses[0], routed.routing.z_loss)
+    with pytest.raises(ValueError, match="loss_coefficients: expected names among"):
+        swapped(loss_coefficients={"zloss": 1.0})
+
+
 def test_bad_swaps(tmp_path):
     with pytest.raises(ValueError, match=r"expected layers within 0\.\.8, got range\(1, 9\)"):
         mor.swap(dense_models()["llama"], (1, 9), 2)

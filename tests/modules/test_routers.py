@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mor import MoRForCausalLM
 from mor.modules import Router, RouterScore
 from mor.modules.routers import aux_loss, balancing_loss, z_loss
 from tests.models.conftest import small_model
@@ -62,3 +63,17 @@ def test_bfloat16_model_counts_loads_exactly():
     model(torch.randint(3, 90, (2, 150)))
     model(torch.randint(3, 90, (2, 150)))
     assert model.model.recursion.load.sum() == 600
+
+
+def test_bfloat16_model_updates_its_bias_exactly(tmp_path):
+    """In bfloat16 0.5 - 0.001 is 0.498 and 0.5 + 0.001 is 0.5: the bias stays in float32."""
+    model = small_model(router="token", router_balancing="loss_free")
+    model.model.recursion.bias.fill_(0.5)
+    model.bfloat16().save_pretrained(tmp_path)
+    loaded = MoRForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for other in (model, loaded):
+        choice = other.model.recursion
+        assert other.lm_head.weight.dtype == torch.bfloat16
+        choice.load = torch.tensor([9.0, 0.0, 0.0])
+        choice.update_bias()
+        torch.testing.assert_close(choice.bias, torch.tensor([0.499, 0.501, 0.501]))
