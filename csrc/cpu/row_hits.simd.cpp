@@ -54,7 +54,7 @@ void sum_row(const RowSums& sums, int64_t n, Hits<T> hits, const T* next) {
   int64_t d = 0;
   for (; d + kPart <= width; d += kPart) {
     if (next != nullptr)
-      for (int64_t e = d; e < d + kPart; e += kLine) __builtin_prefetch(next + e, 1);
+      for (int64_t e = d; e < d + kPart; e += kLine) __builtin_prefetch(next + e);
     sum_part<V, 4, kStream>(hits, out, base, scale, d);
   }
   for (; d + lanes<V> <= width; d += lanes<V>) sum_part<V, 1, kStream>(hits, out, base, scale, d);
