@@ -10,6 +10,7 @@ into rows without attending to each other. docs/distributed.md explains what is 
 
 import argparse
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -127,9 +128,14 @@ def batch_of(
     picked = []
     for place in range(first, first + own):
         epoch, index = divmod(place, len(rows))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch))
-        picked.append(rows[int(order[index])])
+        picked.append(rows[int(order_of(epoch, len(rows))[index])])
     return default_collate(picked)
+
+
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def order_of(epoch: int, count: int) -> torch.Tensor:
+    """The rows of an epoch in its order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
 
 
 def save(model: MoRForCausalLM, optimizer: torch.optim.Optimizer, step: int, folder: Path) -> None:

@@ -26,7 +26,7 @@ from mor.analysis import flops_per_token
 from mor.callbacks import LogRouting, UpdateRouterBias, routing_line
 from mor.optim import parameter_groups
 
-__all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "training_arguments"]
+__all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "loss_scale", "training_arguments"]
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
 
@@ -127,7 +127,7 @@ class MoRTrainer(Trainer):
         if not model.training:
             lm_loss = outputs.get("lm_loss")
             if lm_loss is not None:
-                loss = lm_loss * self._loss_scale(num_items_in_batch)
+                loss = lm_loss * loss_scale(self, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         self._window_batches += 1
         for name in ("lm_loss", *_ROUTER_LOSSES):
@@ -135,15 +135,6 @@ class MoRTrainer(Trainer):
             if part is not None:
                 self._parts[name] = self._parts[name] + part.detach()
         return (loss, outputs) if return_outputs else loss
-
-    def _loss_scale(self, num_items_in_batch: Tensor | int | None) -> int:
-        """The factor on losses that are sums over the targets of all processes, as the Trainer's.
-
-        The mean over the processes, which follows, makes it their sum again.
-        """
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
-            return 1
-        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch, as `mor.analysis` counts them."""
@@ -179,6 +170,16 @@ class MoRTrainer(Trainer):
 
     def _routing(self) -> dict[str, float]:
         return routing_line(self.accelerator.unwrap_model(self.model), self.accelerator.device)
+
+
+def loss_scale(trainer: Any, num_items_in_batch: Tensor | int | None) -> int:
+    """A Trainer's factor on losses that are sums over the targets of all processes.
+
+    The mean over the processes, which follows, makes it their sum again.
+    """
+    if num_items_in_batch is None or not trainer.args.average_tokens_across_devices:
+        return 1
+    return int(trainer.accelerator.num_processes // trainer.get_tp_size())
 
 
 class _CloseWindow(TrainerCallback):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mor.models.modeling_mor import MoRModel, batch_share
 from mor.models.outputs import MoRModelOutput
+from mor.training import loss_scale
 
 __all__ = ["RouterLossMixin"]
 
@@ -49,8 +50,7 @@ class RouterLossMixin:
         if not model.training or router_loss is None:
             return result
         share = batch_share(inputs["labels"], num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
-            share = share * self.accelerator.num_processes  # type: ignore[attr-defined]
+        share = share * loss_scale(self, num_items_in_batch)
         loss = result[0] if return_outputs else result
         loss = loss + share * router_loss
         return (loss, *result[1:]) if return_outputs else loss

@@ -38,30 +38,32 @@ struct KeyList {
   int64_t row(int64_t i) const { return list ? list[i] : begin + i; }
 };
 
-// The first i in [0, count) whose position exceeds `position`.
-inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int64_t position) {
-  if (!p.causal) return keys.count;
-  int64_t low = 0, high = keys.count;
+// The first i in [0, count) that is not passed; what is passed comes first.
+template <class Passed>
+inline int64_t first_not(int64_t count, Passed&& passed) {
+  int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (p.k_positions[keys.row(middle)] <= position) low = middle + 1;
+    if (passed(middle)) low = middle + 1;
     else high = middle;
   }
   return low;
+}
+
+// The first i in [0, count) whose position exceeds `position`.
+inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int64_t position) {
+  if (!p.causal) return keys.count;
+  return first_not(keys.count, [&](int64_t i) { return p.k_positions[keys.row(i)] <= position; });
 }
 
 // The first i in [0, count) that the window lets a query at `position` see. Keys up to `count` are
 // not after the query: unsigned differences cannot overflow.
 inline int64_t passed_keys(const AttentionProblem& p, const KeyList& keys, int64_t position,
                            int64_t count) {
-  int64_t low = 0, high = p.window == 0 ? 0 : count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const uint64_t key = static_cast<uint64_t>(p.k_positions[keys.row(middle)]);
-    if (static_cast<uint64_t>(position) - key >= static_cast<uint64_t>(p.window)) low = middle + 1;
-    else high = middle;
-  }
-  return low;
+  return first_not(p.window == 0 ? 0 : count, [&](int64_t i) {
+    const uint64_t key = static_cast<uint64_t>(p.k_positions[keys.row(i)]);
+    return static_cast<uint64_t>(position) - key >= static_cast<uint64_t>(p.window);
+  });
 }
 
 // The row's query and head.

@@ -129,11 +129,11 @@ class MoRConfig(PreTrainedConfig):
             learnt = "softmax" if self.router == "token" else "sigmoid"
             self.router_func = "none" if self.router_type == "random" else learnt
         if self.router_alpha is None:
-            residual = self.router_gating == "residual"
-            alphas = {"softmax": float(self.num_recursions) if residual else 1.0}
-            if residual:
-                alphas |= {"sigmoid": 2.0, "none": 1.0, "tanh": 1.0}
-            self.router_alpha = alphas.get(self.router_func, 0.1)
+            if self.router_gating == "residual":
+                even = {"softmax": float(self.num_recursions), "sigmoid": 2.0}
+                self.router_alpha = even.get(self.router_func, 1.0)
+            else:
+                self.router_alpha = 1.0 if self.router_func == "softmax" else 0.1
         if self.relaxation_alpha is None:
             self.relaxation_alpha = 2.0 * self.relaxation_rank
         self._check_options()
@@ -193,6 +193,12 @@ class MoRConfig(PreTrainedConfig):
         if not self.sharing.startswith("middle"):
             return middle
         return [0, *(layer + 1 for layer in middle), b + 1]
+
+    @property
+    def layer_uses(self) -> list[int]:
+        """How many earlier depths used the layer of each unrolled depth."""
+        schedule = self.layer_schedule
+        return [schedule[:depth].count(unique) for depth, unique in enumerate(schedule)]
 
     def validate_layer_type(self) -> None:
         """The cache layers are mor's own, which Transformers' list does not know."""

@@ -100,7 +100,7 @@ class MoRModel(MoRPreTrainedModel):
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.schedule = config.layer_schedule
-        self.uses = [self.schedule[:d].count(unique) for d, unique in enumerate(self.schedule)]
+        self.uses = config.layer_uses
         base = base_model(config)
         self.embed_tokens = base.embed_tokens
         self.layers = base.layers

@@ -176,11 +176,11 @@ def start_from_dense(
         depths: the dense layer of each unrolled depth.
     """
     schedule = config.layer_schedule
-    for depth, unique in enumerate(schedule):
+    for unique, use, source_depth in zip(schedule, config.layer_uses, depths, strict=True):
         if schedule.count(unique) == 1:
             continue
-        adapter = f"{_PREFIX}{schedule[:depth].count(unique)}"
-        layer, dense = layers[unique], dense_layers[depths[depth]]
+        adapter = f"{_PREFIX}{use}"
+        layer, dense = layers[unique], dense_layers[source_depth]
         for name, source in dense.named_modules():
             if next(source.parameters(False), None) is None:
                 continue

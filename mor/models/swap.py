@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from mor.models.attention import AttentionContext, check_attention
 from mor.models.cache import RecursionCacheLayer
+from mor.models.modeling_mor import batch_share
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
@@ -240,7 +241,7 @@ def swap(
         if loss is None or routed.routing is None:
             return output
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        share = 1.0 if items is None or labels is None else (labels[:, 1:] != -100).sum() / items
+        share = 1.0 if labels is None else batch_share(labels, items)
         for name, coefficient in coefficients.items():
             part = getattr(routed.routing, name)
             if part is not None:

@@ -116,8 +116,7 @@ class ExpertChoice(nn.Module):
         aux_losses, z_losses = [], []
         for step, router in enumerate(self.routers):
             candidates = hidden if step == 0 else gather_tokens(hidden, rows)
-            inputs = (candidates, current.positions) if self.random else (candidates,)
-            logits = router(*inputs).squeeze(-1)
+            logits = router(candidates, current.positions).squeeze(-1)
             aux_logits = (
                 self.aux_routers[step](candidates.detach()).squeeze(-1)
                 if self.aux_routers

@@ -68,8 +68,8 @@ class Router(nn.Module):
         for layer in self.layers:
             nn.init.normal_(layer.get_parameter("weight"), std=std)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Logits [N, num_outputs] float32 of the tokens [N, D]."""
+    def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [N, num_outputs] float32 of the tokens [N, D]; positions are `RandomRouter`'s."""
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             x = hidden.to(dtype)

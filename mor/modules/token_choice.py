@@ -99,7 +99,7 @@ class TokenChoice(nn.Module):
         self, hidden: Tensor, packing: Packing, block: Block, keep_states: bool = False
     ) -> RecursionOutput:
         """Runs up to R recursion steps over hidden [N, D]; keep_states fills `before`, `after`."""
-        logits = self.router(hidden, packing.positions) if self.random else self.router(hidden)
+        logits = self.router(hidden, packing.positions)
         scores = self.score(logits)
         warming_up = self._advance_warmup()
         choice = self._choose(scores, warming_up)
