@@ -22,13 +22,7 @@ TINY = (
 ).split()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These models are too small for two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

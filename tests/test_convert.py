@@ -16,7 +16,9 @@ import mor
 from mor.convert import convert_checkpoint
 
 from .models.conftest import small_config
-from .test_cli import _mor, _one_thread  # noqa: F401 - the fixture
+from .test_cli import _mor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = torch.arange(1, 21).view(2, 10)
 

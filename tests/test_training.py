@@ -28,13 +28,7 @@ from mor.training import LogRouting, MoRTrainer, UpdateRouterBias, training_argu
 VOCAB, LENGTH = 300, 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These models are too small for two threads; and a killed run must compute as this process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _dense_config() -> LlamaConfig:

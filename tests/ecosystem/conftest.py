@@ -57,13 +57,9 @@ def routing(request: pytest.FixtureRequest) -> dict:
     return ROUTING[request.param]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(one_thread: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture(scope="session")

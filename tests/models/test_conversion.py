@@ -16,7 +16,7 @@ from mor import MoRConfig, MoRForCausalLM
 from mor.models.conversion import INITIALISATIONS, source_layers
 
 from .conftest import small_config
-from .test_generation import prompts
+from .test_generation import generate_greedily, prompts
 
 SIZES = {
     "vocab_size": 97,
@@ -66,17 +66,10 @@ def test_converted_models_train_and_generate(name, router):
     tokens = prompts(2, 12)
     model.train()(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    out = model.eval().generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=6,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    sequences, logits = generate_greedily(model.eval(), tokens, steps=6)
     with torch.no_grad():
-        full = model(out.sequences[:, :-1]).logits[:, 11:]
-    torch.testing.assert_close(torch.stack(out.logits, 1), full, atol=1e-4, rtol=0)
+        full = model(sequences[:, :-1]).logits[:, 11:]
+    torch.testing.assert_close(logits, full, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("init", INITIALISATIONS)

@@ -11,6 +11,21 @@ def prompts(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 97, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
+def generate_greedily(
+    model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None, steps: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences [B, S + steps] of cached greedy generation and the logits [B, steps, V] behind."""
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens) if mask is None else mask,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
 def padded(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts of the given lengths, padded with token 0 on one side, and the mask."""
     longest = max(lengths)
@@ -29,21 +44,14 @@ def test_cached_generation_equals_full_forward(variant, lengths, side):
     model = small_model(**variant).eval()
     tokens, mask = padded(lengths, side)
     steps = 10
-    out = model.generate(
-        tokens,
-        attention_mask=mask,
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    new = out.sequences[:, tokens.shape[1] :]
+    sequences, logits = generate_greedily(model, tokens, mask, steps=steps)
+    new = sequences[:, tokens.shape[1] :]
     for row in range(len(lengths)):
         prompt = tokens[row][mask[row] == 1]
         whole = torch.cat([prompt, new[row]]).unsqueeze(0)
         with torch.no_grad():
             full = model(whole).logits[0, len(prompt) - 1 : -1]
-        cached = torch.stack(out.logits, dim=1)[row]
+        cached = logits[row]
         torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
         assert torch.equal(full.argmax(-1), new[row])
 

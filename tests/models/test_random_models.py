@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from mor import MoRConfig, MoRForCausalLM
 
 from .conftest import rowwise_linear
-from .test_generation import padded
+from .test_generation import generate_greedily, padded
 
 few = settings(
     max_examples=15,
@@ -97,15 +97,8 @@ def check_causality(
 
 def check_cached_generation(model: MoRForCausalLM, lengths: list[int], side: str) -> None:
     tokens, mask = padded(lengths, side)
-    out = model.generate(
-        tokens,
-        attention_mask=mask,
-        max_new_tokens=5,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    new, cached = out.sequences[:, tokens.shape[1] :], torch.stack(out.logits, dim=1)
+    sequences, cached = generate_greedily(model, tokens, mask, steps=5)
+    new = sequences[:, tokens.shape[1] :]
     for row, length in enumerate(lengths):
         prompt = tokens[row][mask[row] == 1]
         with torch.no_grad():

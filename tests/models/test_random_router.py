@@ -7,7 +7,7 @@ from mor import MoRConfig
 from mor.modules.routers import RandomRouter
 
 from .conftest import small_config, small_model
-from .test_generation import prompts
+from .test_generation import generate_greedily, prompts
 
 ROUTERS = ["expert", "token"]
 
@@ -63,18 +63,11 @@ def test_evaluation_is_causal_and_cached_generation_is_exact(router):
     tokens = prompts(2, 12)
     changed = tokens.clone()
     changed[:, 8:] = 5
-    out = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=8,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    sequences, logits = generate_greedily(model, tokens)
     with torch.no_grad():
-        full = model(out.sequences[:, :-1]).logits
+        full = model(sequences[:, :-1]).logits
         before, after = model(tokens).logits, model(changed).logits
-    torch.testing.assert_close(torch.stack(out.logits, 1), full[:, 11:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, full[:, 11:], atol=1e-4, rtol=0)
     torch.testing.assert_close(after[:, :8], before[:, :8], atol=1e-5, rtol=0)
     assert (after[:, 8:] - before[:, 8:]).abs().max() > 1e-3
 

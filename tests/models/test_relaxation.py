@@ -10,18 +10,12 @@ from mor import MoRForCausalLM
 
 from .conftest import small_config, small_model
 from .test_conversion import dense_models
-from .test_generation import prompts
+from .test_generation import generate_greedily, prompts
 
 pytest.importorskip("peft")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These models are too small for two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 FULL = {"relaxation": "lora", "relaxation_rank": 64, "router": None}
@@ -168,17 +162,10 @@ def test_a_relaxed_model_saves_loads_and_generates(name, tmp_path):
         assert torch.equal(loaded.state_dict()[label], tensor), label
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     tokens = prompts(2, 12)
-    out = loaded.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=6,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    sequences, logits = generate_greedily(loaded, tokens, steps=6)
     with torch.no_grad():
-        full = model(out.sequences[:, :-1]).logits[:, 11:]
-    torch.testing.assert_close(torch.stack(out.logits, 1), full, atol=1e-4, rtol=0)
+        full = model(sequences[:, :-1]).logits[:, 11:]
+    torch.testing.assert_close(logits, full, atol=1e-4, rtol=0)
 
 
 def test_lora_fine_tuning_of_a_relaxed_model(tmp_path):

@@ -9,7 +9,7 @@ from mor.models.swap import RoutedLayers
 from mor.modules import RouterScore
 
 from .test_conversion import dense_models
-from .test_generation import padded, prompts
+from .test_generation import generate_greedily, padded, prompts
 
 
 def swapped(name="llama", **options):
@@ -46,19 +46,12 @@ def test_cached_generation_equals_full_forward(name, router):
     model = swapped(name, router=router).eval()
     assert [type(layer) is RoutedLayers for layer in model.model.layers] == [False, True, False]
     tokens, mask = padded([5, 9, 2], "left")
-    out = model.generate(
-        tokens,
-        attention_mask=mask,
-        max_new_tokens=8,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    sequences, logits = generate_greedily(model, tokens, mask)
     for row, n in enumerate([5, 9, 2]):
-        whole = out.sequences[row : row + 1, tokens.shape[1] - n :]
+        whole = sequences[row : row + 1, tokens.shape[1] - n :]
         with torch.no_grad():
             full = model(whole, use_cache=False).logits[0, n - 1 : -1]
-        torch.testing.assert_close(torch.stack(out.logits, 1)[row], full, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[row], full, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("router", ["expert", "token"])

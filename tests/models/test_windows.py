@@ -23,7 +23,7 @@ from mor import MoRConfig, MoRForCausalLM, analysis
 
 from .conftest import VARIANTS
 from .test_conversion import SIZES
-from .test_generation import padded, prompts
+from .test_generation import generate_greedily, padded, prompts
 
 #: Own ends and two shared layers, of which the first is windowed; the windows are shorter than all
 #: sequences below.
@@ -126,17 +126,9 @@ def test_gradients_are_those_of_the_dense_model(name):
 def test_cached_generation_equals_full_forward(name, variant):
     model = windowed(name, **VARIANTS[variant]).eval()
     tokens, mask = padded([12, 3, 9], "left")
-    out = model.generate(
-        tokens,
-        attention_mask=mask,
-        max_new_tokens=8,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    cached = torch.stack(out.logits, dim=1)
+    sequences, cached = generate_greedily(model, tokens, mask)
     for row in range(3):
-        whole = out.sequences[row][12 - int(mask[row].sum()) :].unsqueeze(0)
+        whole = sequences[row][12 - int(mask[row].sum()) :].unsqueeze(0)
         with torch.no_grad():
             full = model(whole).logits[0, -9:-1]
             cache = DynamicCache(config=model.config)  # and in pieces that cross the window
@@ -241,10 +233,9 @@ def test_swap_of_windowed_layers():
     dense = dense_model("mistral")
     model = mor.swap(copy.deepcopy(dense), (1, 7), num_recursions=3, router="token").eval()
     tokens = prompts(2, 20)
-    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
-    out = model.generate(tokens, output_logits=True, return_dict_in_generate=True, **options)
+    sequences, cached = generate_greedily(model, tokens)
     with torch.no_grad():
-        full = model(out.sequences, use_cache=False).logits[:, 19:-1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), full, atol=1e-4, rtol=0)
+        full = model(sequences, use_cache=False).logits[:, 19:-1]
+    torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="swap: expected layers of one attention type"):
         mor.swap(dense_model("gemma3"), (1, 7), num_recursions=3)

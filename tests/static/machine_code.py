@@ -32,6 +32,13 @@ class Kernel:
         """The first that fits."""
         return next((b for b in BUDGETS if fnmatchcase(self.name, b["kernel"])), None)
 
+    @property
+    def spills(self) -> bool:
+        """Whether it uses local memory beyond the stack that its budget names."""
+        allowed = (self.budget or {}).get("stack", 0)
+        moves = self.instructions["STL"] or self.instructions["LDL"]
+        return self.stack > allowed or bool(moves and not allowed)
+
 
 def cuobjdump() -> Path | None:
     """The tool of the package nvidia-cuda-cuobjdump, if installed."""
