@@ -4,10 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace mor {
@@ -15,13 +16,52 @@ namespace mor {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// As STD_TORCH_CHECK, whose message would begin with C++ function, file and line.
+#define MOR_CHECK(condition, ...)                          \
+  if (!(condition)) [[unlikely]] {                         \
+    throw std::runtime_error(::mor::message(__VA_ARGS__)); \
+  }
+
 inline std::string shape_str(const Tensor& t) {
   std::string text = "[";
   for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
   return text + "]";
 }
 
-inline const char* dtype_str(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+// PyTorch's name of a dtype, as Python shows it.
+inline const char* dtype_str(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
 
 inline std::string device_str(const Tensor& t) {
   return t.is_cpu() ? "cpu" : "cuda:" + std::to_string(t.get_device_index());
@@ -34,25 +74,23 @@ inline bool is_floating(ScalarType dtype) {
 
 inline void check_dim(const Tensor& t, int64_t dim, const char* op, const char* name,
                       const char* shape) {
-  STD_TORCH_CHECK(t.dim() == dim, op, ": expected ", name, " of shape ", shape, ", got ",
-                  shape_str(t));
+  MOR_CHECK(t.dim() == dim, op, ": expected ", name, " of shape ", shape, ", got ", shape_str(t));
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype_str(dtype),
-                  ", got ", dtype_str(t.scalar_type()));
+  MOR_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype_str(dtype),
+            ", got ", dtype_str(t.scalar_type()));
 }
 
 inline void check_floating(const Tensor& t, const char* op, const char* name) {
-  STD_TORCH_CHECK(is_floating(t.scalar_type()), op, ": expected ", name,
-                  " of dtype float32, bfloat16, float16 or float64, got ",
-                  dtype_str(t.scalar_type()));
+  MOR_CHECK(is_floating(t.scalar_type()), op, ": expected ", name,
+            " of dtype float32, bfloat16, float16 or float64, got ", dtype_str(t.scalar_type()));
 }
 
 inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op,
                               const char* name) {
-  STD_TORCH_CHECK(t.device() == reference.device(), op, ": expected ", name, " on ",
-                  device_str(reference), ", got ", device_str(t));
+  MOR_CHECK(t.device() == reference.device(), op, ": expected ", name, " on ",
+            device_str(reference), ", got ", device_str(t));
 }
 
 // cu_seqlens [B + 1], contiguous, on the CPU: starts at 0, never falls, ends at num_rows. Returns
@@ -61,13 +99,13 @@ inline int64_t check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t num_row
                                        const char* name) {
   const int64_t num_sequences = cu_seqlens.size(0) - 1;
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
-  STD_TORCH_CHECK(cu[0] == 0, op, ": expected ", name, " to start at 0, got ", cu[0]);
+  MOR_CHECK(cu[0] == 0, op, ": expected ", name, " to start at 0, got ", cu[0]);
   for (int64_t b = 0; b < num_sequences; ++b) {
-    STD_TORCH_CHECK(cu[b] <= cu[b + 1], op, ": expected ", name, " never to fall, got ", cu[b],
-                    " then ", cu[b + 1], " at ", b + 1);
+    MOR_CHECK(cu[b] <= cu[b + 1], op, ": expected ", name, " never to fall, got ", cu[b], " then ",
+              cu[b + 1], " at ", b + 1);
   }
-  STD_TORCH_CHECK(cu[num_sequences] == num_rows, op, ": expected ", name, " to end at ", num_rows,
-                  " (the number of rows), got ", cu[num_sequences]);
+  MOR_CHECK(cu[num_sequences] == num_rows, op, ": expected ", name, " to end at ", num_rows,
+            " (the number of rows), got ", cu[num_sequences]);
   return num_sequences;
 }
 

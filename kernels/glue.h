@@ -19,13 +19,13 @@ namespace mor {
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
-                  "mor: no CUDA stream");
+  MOR_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
+            "mor: no CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
 inline void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
+  MOR_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
 }
 
 // As dispatch_floating, with CUDA's half types.

@@ -16,8 +16,8 @@ RowFactor<T> row_factor(const std::optional<Tensor>& t) {
 
 // Room for the first and last hit of every row; hits are counted in int.
 inline Tensor hit_scratch(const Tensor& rows, int64_t num_rows, const char* op) {
-  STD_TORCH_CHECK(rows.size(0) <= INT32_MAX, op, ": expected fewer than 2^31 rows on CUDA, got ",
-                  shape_str(rows));
+  MOR_CHECK(rows.size(0) <= INT32_MAX, op, ": expected fewer than 2^31 rows on CUDA, got ",
+            shape_str(rows));
   return torch::stable::new_empty(rows, {2 * num_rows}, ScalarType::Int);
 }
 

@@ -68,9 +68,9 @@ void check_positions(const int64_t* positions, const int32_t* cu, int64_t num_se
                      const char* name) {
   for (int64_t b = 0; b < num_sequences; ++b) {
     for (int64_t i = cu[b] + 1; i < cu[b + 1]; ++i) {
-      STD_TORCH_CHECK(positions[i] >= positions[i - 1], "depth_attention: expected ", name,
-                      " that do not fall inside a sequence, got ", name, "[", i,
-                      "] = ", positions[i], " after ", positions[i - 1]);
+      MOR_CHECK(positions[i] >= positions[i - 1], "depth_attention: expected ", name,
+                " that do not fall inside a sequence, got ", name, "[", i, "] = ", positions[i],
+                " after ", positions[i - 1]);
     }
   }
 }

@@ -67,8 +67,8 @@ void group(const Key* keys, const GroupRowsDims& dims, const std::vector<Chunk>&
       bad[c] = count_chunk(keys, chunks[c], num_keys, counts.data() + c * num_keys, codes.get());
   });
   for (const int64_t row : bad) {
-    STD_TORCH_CHECK(row < 0, "group_rows: expected keys in [0, ", num_keys, "), got keys[", row,
-                    "] = ", static_cast<int64_t>(keys[row]));
+    MOR_CHECK(row < 0, "group_rows: expected keys in [0, ", num_keys, "), got keys[", row,
+              "] = ", static_cast<int64_t>(keys[row]));
   }
   int64_t start = 0;
   for (int64_t key = 0; key < num_keys; ++key) {

@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "../checks.h"
+
 namespace mor {
 namespace {
 
@@ -56,7 +58,7 @@ class KeptBlocks {
   static Block allocate(int64_t bytes) {
     const int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     void* data = std::aligned_alloc(kHugePage, size);
-    STD_TORCH_CHECK(data != nullptr, "mor: no memory for a result of ", bytes, " bytes");
+    MOR_CHECK(data != nullptr, "mor: no memory for a result of ", bytes, " bytes");
 #if defined(__linux__)
     // Only advice. The last page in part used stays in small ones: no memory beyond the result.
     madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);

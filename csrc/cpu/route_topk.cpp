@@ -79,17 +79,16 @@ Tensor route_topk_cpu(const Tensor& scores_in, int64_t k, const std::optional<Te
     const int64_t num_kept = kept ? count(kept, nullptr, begin, end) : 0;
     const int64_t available =
         candidate ? count(candidate, kept, begin, end) : end - begin - num_kept;
-    STD_TORCH_CHECK(wanted >= 0, "route_topk: expected k >= 0, got k = ", wanted, " for sequence ",
-                    b);
-    STD_TORCH_CHECK(wanted <= available, "route_topk: sequence ", b, " has ", available,
-                    " rows to choose from, got k = ", wanted);
+    MOR_CHECK(wanted >= 0, "route_topk: expected k >= 0, got k = ", wanted, " for sequence ", b);
+    MOR_CHECK(wanted <= available, "route_topk: sequence ", b, " has ", available,
+              " rows to choose from, got k = ", wanted);
     sequences[b] = {scores.const_data_ptr(), candidate, kept, begin, end, wanted, available,
                     wanted + num_kept,       nullptr,   -1};
     total += wanted + num_kept;
     longest = std::max(longest, end - begin);
   }
-  STD_TORCH_CHECK(total == num_rows, "route_topk: expected num_rows = ", total,
-                  " (sum of k and the protected rows), got ", num_rows);
+  MOR_CHECK(total == num_rows, "route_topk: expected num_rows = ", total,
+            " (sum of k and the protected rows), got ", num_rows);
   Tensor rows = torch::stable::new_empty(scores, {num_rows}, ScalarType::Long);
   int64_t* next = rows.mutable_data_ptr<int64_t>();
   for (RouteTopkSequence& sequence : sequences) {
@@ -110,8 +109,8 @@ Tensor route_topk_cpu(const Tensor& scores_in, int64_t k, const std::optional<Te
     }
   });
   for (const RouteTopkSequence& sequence : sequences) {
-    STD_TORCH_CHECK(sequence.nan_row < 0, "route_topk: expected scores without NaN, got scores[",
-                    sequence.nan_row, "] = nan");
+    MOR_CHECK(sequence.nan_row < 0, "route_topk: expected scores without NaN, got scores[",
+              sequence.nan_row, "] = nan");
   }
   return rows;
 }

@@ -13,8 +13,7 @@ RowOrder scan(const int64_t* rows, int64_t count, int64_t num_rows, const char* 
   if (!order.in_range) {
     int64_t i = 0;
     while (rows[i] >= 0 && rows[i] < num_rows) ++i;
-    STD_TORCH_CHECK(false, op, ": expected rows in [0, ", num_rows, "), got rows[", i,
-                    "] = ", rows[i]);
+    MOR_CHECK(false, op, ": expected rows in [0, ", num_rows, "), got rows[", i, "] = ", rows[i]);
   }
   return order;
 }

@@ -51,33 +51,32 @@ inline DepthAttentionDims check_depth_attention(
   check_same_device(v, q, op, "v");
   const DepthAttentionDims dims{q.size(0), k.size(0), cu_seqlens_q.size(0) - 1,
                                 q.size(1), k.size(1), q.size(2)};
-  STD_TORCH_CHECK(dims.head_dim >= 1 && dims.head_dim <= 256, op,
-                  ": expected head_dim in 1..256, got ", dims.head_dim);
-  STD_TORCH_CHECK(k.size(2) == dims.head_dim, op, ": expected k with head_dim ", dims.head_dim,
-                  ", got ", shape_str(k));
-  STD_TORCH_CHECK(
+  MOR_CHECK(dims.head_dim >= 1 && dims.head_dim <= 256, op, ": expected head_dim in 1..256, got ",
+            dims.head_dim);
+  MOR_CHECK(k.size(2) == dims.head_dim, op, ": expected k with head_dim ", dims.head_dim, ", got ",
+            shape_str(k));
+  MOR_CHECK(
       v.size(0) == dims.num_keys && v.size(1) == dims.num_kv_heads && v.size(2) == dims.head_dim,
       op, ": expected v of the shape of k ", shape_str(k), ", got ", shape_str(v));
-  STD_TORCH_CHECK(dims.num_kv_heads > 0 && dims.num_heads % dims.num_kv_heads == 0, op,
-                  ": expected the ", dims.num_heads,
-                  " heads of q to be a multiple of those of k, got ", dims.num_kv_heads);
+  MOR_CHECK(dims.num_kv_heads > 0 && dims.num_heads % dims.num_kv_heads == 0, op, ": expected the ",
+            dims.num_heads, " heads of q to be a multiple of those of k, got ", dims.num_kv_heads);
   const auto check_vector = [&](const Tensor& t, int64_t size, ScalarType dtype, const char* name,
                                 const char* shape) {
     check_dim(t, 1, op, name, shape);
     check_dtype(t, dtype, op, name);
     check_same_device(t, q, op, name);
-    STD_TORCH_CHECK(t.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
-                    shape_str(t));
+    MOR_CHECK(t.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
+              shape_str(t));
   };
   check_vector(q_positions, dims.num_queries, ScalarType::Long, "q_positions", "[Nq]");
   check_vector(k_positions, dims.num_keys, ScalarType::Long, "k_positions", "[Nk]");
-  STD_TORCH_CHECK(dims.num_sequences >= 0, op,
-                  ": expected cu_seqlens_q of at least one element, got ", shape_str(cu_seqlens_q));
+  MOR_CHECK(dims.num_sequences >= 0, op, ": expected cu_seqlens_q of at least one element, got ",
+            shape_str(cu_seqlens_q));
   check_vector(cu_seqlens_q, dims.num_sequences + 1, ScalarType::Int, "cu_seqlens_q", "[B + 1]");
   check_vector(cu_seqlens_k, dims.num_sequences + 1, ScalarType::Int, "cu_seqlens_k", "[B + 1]");
-  STD_TORCH_CHECK(q_depths.has_value() == k_depths.has_value(), op,
-                  ": expected q_depths and k_depths together, got only ",
-                  q_depths.has_value() ? "q_depths" : "k_depths");
+  MOR_CHECK(q_depths.has_value() == k_depths.has_value(), op,
+            ": expected q_depths and k_depths together, got only ",
+            q_depths.has_value() ? "q_depths" : "k_depths");
   if (q_depths.has_value()) {
     check_vector(*q_depths, dims.num_queries, ScalarType::Int, "q_depths", "[Nq]");
     check_vector(*k_depths, dims.num_keys, ScalarType::Int, "k_depths", "[Nk]");
@@ -88,8 +87,8 @@ inline DepthAttentionDims check_depth_attention(
                  "key_bias", "[Nk]");
   }
   if (window.has_value()) {
-    STD_TORCH_CHECK(*window >= 1, op, ": expected a window of at least 1, got ", *window);
-    STD_TORCH_CHECK(causal, op, ": expected causal with a window, got causal=False");
+    MOR_CHECK(*window >= 1, op, ": expected a window of at least 1, got ", *window);
+    MOR_CHECK(causal, op, ": expected causal with a window, got causal=False");
   }
   return dims;
 }
@@ -108,9 +107,8 @@ inline DepthAttentionDims check_depth_attention_backward(
     check_dim(t, 3, op, name, "[Nq, H, head_dim]");
     check_dtype(t, q.scalar_type(), op, name);
     check_same_device(t, q, op, name);
-    STD_TORCH_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2), op,
-                    ": expected ", name, " of the shape of q ", shape_str(q), ", got ",
-                    shape_str(t));
+    MOR_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2), op,
+              ": expected ", name, " of the shape of q ", shape_str(q), ", got ", shape_str(t));
   };
   check_like_q(grad_out, "grad_out");
   check_like_q(out, "out");
@@ -119,9 +117,9 @@ inline DepthAttentionDims check_depth_attention_backward(
               q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, op,
               "softmax_lse");
   check_same_device(softmax_lse, q, op, "softmax_lse");
-  STD_TORCH_CHECK(softmax_lse.size(0) == dims.num_heads && softmax_lse.size(1) == dims.num_queries,
-                  op, ": expected softmax_lse of shape [", dims.num_heads, ", ", dims.num_queries,
-                  "], got ", shape_str(softmax_lse));
+  MOR_CHECK(softmax_lse.size(0) == dims.num_heads && softmax_lse.size(1) == dims.num_queries, op,
+            ": expected softmax_lse of shape [", dims.num_heads, ", ", dims.num_queries, "], got ",
+            shape_str(softmax_lse));
   return dims;
 }
 

@@ -37,9 +37,9 @@ inline GatherTokensDims check_gather_tokens_backward(const Tensor& grad, const T
   check_dim(grad, 2, op, "grad", "[K, D]");
   check_floating(grad, op, "grad");
   check_rows_index(rows, grad, op);
-  STD_TORCH_CHECK(grad.size(0) == rows.size(0), op, ": expected grad of ", rows.size(0),
-                  " rows (the elements of rows), got ", shape_str(grad));
-  STD_TORCH_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
+  MOR_CHECK(grad.size(0) == rows.size(0), op, ": expected grad of ", rows.size(0),
+            " rows (the elements of rows), got ", shape_str(grad));
+  MOR_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
   return {num_rows, rows.size(0), grad.size(1)};
 }
 

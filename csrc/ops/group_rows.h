@@ -27,16 +27,14 @@ inline GroupRowsDims check_group_rows(const Tensor& keys, int64_t num_keys,
   const char* op = "group_rows";
   check_dim(keys, 1, op, "keys", "[N]");
   const auto dtype = keys.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Bool, op,
-      ": expected keys of dtype int64, int32 or bool, got ", dtype_str(dtype));
-  STD_TORCH_CHECK(num_keys >= 1, op, ": expected num_keys >= 1, got ", num_keys);
+  MOR_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Bool, op,
+            ": expected keys of dtype int64, int32 or bool, got ", dtype_str(dtype));
+  MOR_CHECK(num_keys >= 1, op, ": expected num_keys >= 1, got ", num_keys);
   if (!cu_seqlens.has_value()) return {keys.size(0), num_keys, 1};
   check_dim(*cu_seqlens, 1, op, "cu_seqlens", "[B + 1]");
   check_dtype(*cu_seqlens, ScalarType::Int, op, "cu_seqlens");
   check_same_device(*cu_seqlens, keys, op, "cu_seqlens");
-  STD_TORCH_CHECK(cu_seqlens->size(0) >= 1, op,
-                  ": expected cu_seqlens of at least one element, got [0]");
+  MOR_CHECK(cu_seqlens->size(0) >= 1, op, ": expected cu_seqlens of at least one element, got [0]");
   return {keys.size(0), num_keys, cu_seqlens->size(0) - 1};
 }
 

@@ -39,26 +39,24 @@ inline RouteTopkDims check_route_topk(const Tensor& scores, int64_t k,
   check_dim(cu_seqlens, 1, op, "cu_seqlens", "[B + 1]");
   check_dtype(cu_seqlens, ScalarType::Int, op, "cu_seqlens");
   check_same_device(cu_seqlens, scores, op, "cu_seqlens");
-  STD_TORCH_CHECK(cu_seqlens.size(0) >= 1, op,
-                  ": expected cu_seqlens of at least one element, got [0]");
+  MOR_CHECK(cu_seqlens.size(0) >= 1, op, ": expected cu_seqlens of at least one element, got [0]");
   const RouteTopkDims dims{scores.size(0), cu_seqlens.size(0) - 1, num_rows};
-  STD_TORCH_CHECK(k >= 0, op, ": expected k >= 0, got ", k);
+  MOR_CHECK(k >= 0, op, ": expected k >= 0, got ", k);
   if (k_each.has_value()) {
     check_dim(*k_each, 1, op, "k", "[B]");
     check_dtype(*k_each, ScalarType::Long, op, "k");
     check_same_device(*k_each, scores, op, "k");
-    STD_TORCH_CHECK(k_each->size(0) == dims.num_sequences, op, ": expected k of ",
-                    dims.num_sequences, " elements (one for each sequence), got ",
-                    shape_str(*k_each));
+    MOR_CHECK(k_each->size(0) == dims.num_sequences, op, ": expected k of ", dims.num_sequences,
+              " elements (one for each sequence), got ", shape_str(*k_each));
   }
-  STD_TORCH_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
+  MOR_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
   const auto check_mask = [&](const std::optional<Tensor>& mask, const char* name) {
     if (!mask.has_value()) return;
     check_dim(*mask, 1, op, name, "[N]");
     check_dtype(*mask, ScalarType::Bool, op, name);
     check_same_device(*mask, scores, op, name);
-    STD_TORCH_CHECK(mask->size(0) == dims.num_rows, op, ": expected ", name, " of ", dims.num_rows,
-                    " elements (the rows of scores), got ", shape_str(*mask));
+    MOR_CHECK(mask->size(0) == dims.num_rows, op, ": expected ", name, " of ", dims.num_rows,
+              " elements (the rows of scores), got ", shape_str(*mask));
   };
   check_mask(candidates, "candidates");
   check_mask(protected_rows, "protected_rows");

@@ -36,13 +36,13 @@ struct ScatterTokensDims {
 inline void check_row_scale(const Tensor& scale, int64_t size, const Tensor& reference,
                             const char* op, const char* name, const char* shape) {
   check_dim(scale, 1, op, name, shape);
-  STD_TORCH_CHECK(
+  MOR_CHECK(
       scale.scalar_type() == ScalarType::Float || scale.scalar_type() == reference.scalar_type(),
-      op, ": expected ", name, " of dtype Float or ", dtype_str(reference.scalar_type()), ", got ",
-      dtype_str(scale.scalar_type()));
+      op, ": expected ", name, " of dtype float32 or ", dtype_str(reference.scalar_type()),
+      ", got ", dtype_str(scale.scalar_type()));
   check_same_device(scale, reference, op, name);
-  STD_TORCH_CHECK(scale.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
-                  shape_str(scale));
+  MOR_CHECK(scale.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
+            shape_str(scale));
 }
 
 inline void check_rows_like(const Tensor& t, int64_t num_rows, const Tensor& reference,
@@ -50,8 +50,8 @@ inline void check_rows_like(const Tensor& t, int64_t num_rows, const Tensor& ref
   check_dim(t, 2, op, name, shape);
   check_dtype(t, reference.scalar_type(), op, name);
   check_same_device(t, reference, op, name);
-  STD_TORCH_CHECK(t.size(0) == num_rows && t.size(1) == reference.size(1), op, ": expected ", name,
-                  " of shape [", num_rows, ", ", reference.size(1), "], got ", shape_str(t));
+  MOR_CHECK(t.size(0) == num_rows && t.size(1) == reference.size(1), op, ": expected ", name,
+            " of shape [", num_rows, ", ", reference.size(1), "], got ", shape_str(t));
 }
 
 inline ScatterTokensDims check_scatter_tokens(const Tensor& base, const Tensor& updates,
@@ -76,9 +76,9 @@ inline ScatterTokensDims check_scatter_tokens_(const Tensor& base, const Tensor&
   const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale, "scatter_tokens_");
   const bool expanded =
       (base.size(0) > 1 && base.stride(0) == 0) || (base.size(1) > 1 && base.stride(1) == 0);
-  STD_TORCH_CHECK(
-      !expanded, "scatter_tokens_: expected base whose elements do not share memory, got strides [",
-      base.stride(0), ", ", base.stride(1), "]");
+  MOR_CHECK(!expanded,
+            "scatter_tokens_: expected base whose elements do not share memory, got strides [",
+            base.stride(0), ", ", base.stride(1), "]");
   return dims;
 }
 
@@ -98,10 +98,10 @@ inline ScatterTokensDims check_scatter_tokens_backward(const Tensor& grad,
   if (gate.has_value()) check_row_scale(*gate, dims.num_hits, grad, op, "gate", "[K]");
   if (base_scale.has_value())
     check_row_scale(*base_scale, dims.num_rows, grad, op, "base_scale", "[N]");
-  STD_TORCH_CHECK(gate.has_value() || !updates.has_value(), op,
-                  ": expected gate with updates (they ask for its gradient), got none");
-  STD_TORCH_CHECK(base_scale.has_value() || !base.has_value(), op,
-                  ": expected base_scale with base (it asks for its gradient), got none");
+  MOR_CHECK(gate.has_value() || !updates.has_value(), op,
+            ": expected gate with updates (they ask for its gradient), got none");
+  MOR_CHECK(base_scale.has_value() || !base.has_value(), op,
+            ": expected base_scale with base (it asks for its gradient), got none");
   return dims;
 }
 

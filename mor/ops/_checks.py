@@ -16,23 +16,9 @@ __all__ = [
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_SCALAR_TYPES = {
-    torch.float32: "Float",
-    torch.bfloat16: "BFloat16",
-    torch.float16: "Half",
-    torch.float64: "Double",
-    torch.int64: "Long",
-    torch.int32: "Int",
-    torch.int16: "Short",
-    torch.int8: "Char",
-    torch.uint8: "Byte",
-    torch.bool: "Bool",
-}
-
-
 def dtype_str(dtype: torch.dtype) -> str:
-    """The name C++ has for a dtype."""
-    return _SCALAR_TYPES.get(dtype, str(dtype))
+    """PyTorch's name of a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_dim(t: Tensor, dim: int, op: str, name: str, shape: str) -> None:
@@ -71,7 +57,7 @@ def check_size(t: Tensor, size: int, what: str, op: str, name: str) -> None:
 def check_cu_seqlens(t: Tensor, reference: Tensor, op: str, name: str = "cu_seqlens") -> int:
     """Shape [B + 1] int32 on the device of `reference`; returns B."""
     check_dim(t, 1, op, name, "[B + 1]")
-    check_dtype(t, (torch.int32,), "Int", op, name)
+    check_dtype(t, (torch.int32,), "int32", op, name)
     check_same_device(t, reference, op, name)
     torch._check(t.shape[0] >= 1, lambda: f"{op}: expected {name} of at least one element, got [0]")
     return t.shape[0] - 1
@@ -80,5 +66,5 @@ def check_cu_seqlens(t: Tensor, reference: Tensor, op: str, name: str = "cu_seql
 def check_rows_index(t: Tensor, reference: Tensor, op: str) -> None:
     """Rows [K] int64 on the device of `reference`."""
     check_dim(t, 1, op, "rows", "[K]")
-    check_dtype(t, (torch.int64,), "Long", op, "rows")
+    check_dtype(t, (torch.int64,), "int64", op, "rows")
     check_same_device(t, reference, op, "rows")

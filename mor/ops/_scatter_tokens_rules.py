@@ -31,7 +31,7 @@ def _check_rows_like(
 
 def _check_scale(t: Tensor, size: int, like: Tensor, op: str, name: str, shape: str) -> None:
     check_dim(t, 1, op, name, shape)
-    check_dtype(t, (torch.float32, like.dtype), f"Float or {dtype_str(like.dtype)}", op, name)
+    check_dtype(t, (torch.float32, like.dtype), f"float32 or {dtype_str(like.dtype)}", op, name)
     check_same_device(t, like, op, name)
     torch._check(
         t.shape[0] == size,

@@ -118,14 +118,14 @@ def _(
     torch._check(k >= 0, lambda: f"{op}: expected k >= 0, got {k}")
     if k_each is not None:
         check_dim(k_each, 1, op, "k", "[B]")
-        check_dtype(k_each, (torch.int64,), "Long", op, "k")
+        check_dtype(k_each, (torch.int64,), "int64", op, "k")
         check_same_device(k_each, scores, op, "k")
         check_size(k_each, num_sequences, "one for each sequence", op, "k")
     torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows >= 0, got {num_rows}")
     for name, mask in (("candidates", candidates), ("protected_rows", protected_rows)):
         if mask is not None:
             check_dim(mask, 1, op, name, "[N]")
-            check_dtype(mask, (torch.bool,), "Bool", op, name)
+            check_dtype(mask, (torch.bool,), "bool", op, name)
             check_same_device(mask, scores, op, name)
             check_size(mask, scores.shape[0], "the rows of scores", op, name)
     return scores.new_empty(num_rows, dtype=torch.int64)

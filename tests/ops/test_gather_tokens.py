@@ -131,7 +131,7 @@ def test_bad_input() -> None:
     op, x, rows = torch.ops.mor.gather_tokens, torch.randn(4, 3), torch.tensor([0, 3])
     check_bad_input(r"gather_tokens: expected x of shape \[N, D\], got \[4\]", op, x[:, 0], rows)
     check_bad_input(r"expected rows of shape \[K\], got \[1, 2\]", op, x, rows[None])
-    check_bad_input("expected rows of dtype Long, got Int", op, x, rows.int())
+    check_bad_input("expected rows of dtype int64, got int32", op, x, rows.int())
     check_bad_input("expected rows on cpu, got meta", op, x, rows.to("meta"), fake=False)
     for bad in (4, -1, 2**40):
         check_bad_input(
@@ -147,7 +147,7 @@ def test_bad_input_of_backward() -> None:
     check_bad_input(rf"{name}: expected grad of shape \[K, D\]", op, grad[0], rows, 4)
     check_bad_input("expected grad of dtype float32", op, grad.long(), rows, 4)
     check_bad_input("expected grad of 1 rows", op, grad, rows[:1], 4)
-    check_bad_input("expected rows of dtype Long, got Float", op, grad, rows.float(), 4)
+    check_bad_input("expected rows of dtype int64, got float32", op, grad, rows.float(), 4)
     check_bad_input("expected num_rows >= 0, got -1", op, grad, rows, -1)
     check_bad_input(rf"{name}: .*\[0, 3\), got rows\[1\] = 3", op, grad, rows, 3, fake=False)
 

@@ -93,10 +93,10 @@ def test_runs_of_a_key_are_the_rows_of_each_sequence() -> None:
 KEYS, CU = torch.tensor([1, 0, 2, 1, 0]), packed([3, 2])
 BAD_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "keys-rank": (r"keys of shape \[N\], got \[5, 1\]", {"keys": KEYS[:, None]}),
-    "keys-dtype": ("keys of dtype int64, int32 or bool, got Float", {"keys": KEYS.float()}),
+    "keys-dtype": ("keys of dtype int64, int32 or bool, got float32", {"keys": KEYS.float()}),
     "num-keys": ("num_keys >= 1, got 0", {"num_keys": 0}),
     "cu-rank": (r"cu_seqlens of shape \[B \+ 1\], got \[3, 1\]", {"cu_seqlens": CU[:, None]}),
-    "cu-dtype": ("cu_seqlens of dtype Int, got Long", {"cu_seqlens": CU.long()}),
+    "cu-dtype": ("cu_seqlens of dtype int32, got int64", {"cu_seqlens": CU.long()}),
     "cu-empty": ("cu_seqlens of at least one element", {"cu_seqlens": CU[:0]}),
 }
 BAD_VALUES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -190,19 +190,19 @@ def test_nan_names_the_row(isa: str, dtype: torch.dtype, row: int) -> None:
 SCORES, CU, TWO = torch.zeros(5), packed([3, 2]), torch.tensor([1, 1])
 BAD_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "scores-rank": (r"scores of shape \[N\], got \[5, 1\]", {"scores": SCORES[:, None]}),
-    "scores-dtype": ("scores of dtype float32.* got Long", {"scores": torch.zeros(5).long()}),
+    "scores-dtype": ("scores of dtype float32.* got int64", {"scores": torch.zeros(5).long()}),
     "k-rank": (r"k of shape \[B\], got \[2, 1\]", {"k": TWO[:, None]}),
-    "k-dtype": ("k of dtype Long, got Int", {"k": TWO.int()}),
+    "k-dtype": ("k of dtype int64, got int32", {"k": TWO.int()}),
     "k-size": (r"k of 2 elements .one for each sequence.*got \[3\]", {"k": torch.ones(3).long()}),
     "cu-rank": (r"cu_seqlens of shape \[B \+ 1\], got \[\]", {"cu_seqlens": CU[0]}),
-    "cu-dtype": ("cu_seqlens of dtype Int, got Long", {"cu_seqlens": CU.long()}),
+    "cu-dtype": ("cu_seqlens of dtype int32, got int64", {"cu_seqlens": CU.long()}),
     "cu-empty": ("cu_seqlens of at least one element", {"cu_seqlens": CU[:0], "k": TWO[:0]}),
     "rows-negative": ("num_rows >= 0, got -1", {"num_rows": -1}),
     "int-k-negative": ("k >= 0, got -1", {"k": -1}),
     "candidates-rank": (r"candidates of shape \[N\]", {"candidates": torch.ones(5, 1).bool()}),
-    "candidates-dtype": ("candidates of dtype Bool, got Long", {"candidates": TWO.new_ones(5)}),
+    "candidates-dtype": ("candidates of dtype bool, got int64", {"candidates": TWO.new_ones(5)}),
     "candidates-size": ("candidates of 5 elements", {"candidates": torch.ones(4).bool()}),
-    "protected-dtype": ("protected_rows of dtype Bool", {"protected_rows": torch.ones(5)}),
+    "protected-dtype": ("protected_rows of dtype bool", {"protected_rows": torch.ones(5)}),
     "protected-size": ("protected_rows of 5 elements", {"protected_rows": torch.ones(6).bool()}),
 }  # fmt: skip
 BAD_VALUES: dict[str, tuple[str, dict[str, Any]]] = {

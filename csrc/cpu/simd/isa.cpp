@@ -1,10 +1,11 @@
 #include "isa.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
 #include <string>
+
+#include "../../checks.h"
 
 namespace mor {
 namespace {
@@ -37,11 +38,10 @@ std::string instruction_set(std::string force) {
   else if (!force.empty()) {
     int level = 0;
     while (level < 4 && force != kNames[level]) ++level;
-    STD_TORCH_CHECK(level < 4,
-                    "instruction_set: expected portable, avx2, avx512, avx512_bf16 or best, got ",
-                    force);
-    STD_TORCH_CHECK(level <= static_cast<int>(kDetected), "instruction_set: this machine has only ",
-                    kNames[static_cast<int>(kDetected)], ", not ", force);
+    MOR_CHECK(level < 4,
+              "instruction_set: expected portable, avx2, avx512, avx512_bf16 or best, got ", force);
+    MOR_CHECK(level <= static_cast<int>(kDetected), "instruction_set: this machine has only ",
+              kNames[static_cast<int>(kDetected)], ", not ", force);
     current = static_cast<Isa>(level);
   }
   return kNames[static_cast<int>(current.load())];
