@@ -1,15 +1,20 @@
 """Callbacks that bring routing to any `transformers.Trainer`; `MoRTrainer` does the same itself."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_callback import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+)
 
 from mor.modules import RoutingMetrics, TokenChoice
 
-__all__ = ["LogRouting", "UpdateRouterBias", "routing_line"]
+__all__ = ["LogRouting", "PrinterLine", "ProgressLine", "UpdateRouterBias", "routing_line"]
 
 
 def routing_line(model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -92,3 +97,41 @@ class UpdateRouterBias(TrainerCallback):
         for module in model.modules():
             if isinstance(module, TokenChoice):
                 module.update_bias()
+
+
+def _line(state: TrainerState, logs: Mapping[str, Any]) -> str:
+    hidden = {"epoch", "total_flos", "step", *(key for key in logs if key.endswith("_runtime"))}
+    shown = [f"{key} {value:.4g}" for key, value in logs.items() if key not in hidden]
+    return f"step {state.global_step}: " + ", ".join(shown)
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar with one short line for each log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes it above the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.write(_line(state, logs))
+
+
+class PrinterLine(PrinterCallback):
+    """The same lines where there is no progress bar."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints it."""
+        if state.is_world_process_zero and logs:
+            print(_line(state, logs), flush=True)

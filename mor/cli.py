@@ -82,7 +82,8 @@ def train(ctx: typer.Context, **options: Any) -> None:
     if checkpoint is not None:
         typer.echo(f"Resuming from {checkpoint}")
     folder = run_training(trainer, checkpoint)
-    typer.echo(f'Model saved in {folder}; try: mor generate {folder} "def main("')
+    prompt = "The" if options["data"] else "def main("  # the default text is Python's own sources
+    typer.echo(f'Model saved in {folder}; try: mor generate {folder} "{prompt}"')
 
 
 @app.command()
@@ -131,6 +132,13 @@ def convert(
         Literal["expert", "token", "none"],
         typer.Option(help="Who chooses: experts choose tokens or tokens their depth."),
     ] = "expert",
+    capacities: Annotated[
+        str | None,
+        typer.Option(help="Expert routing: share of the tokens of each recursion, e.g. 1,2/3,1/3."),
+    ] = None,
+    router_type: Annotated[
+        str, typer.Option(help="The router network: linear, mlp, wide_mlp, random.")
+    ] = "linear",
     gating: Annotated[
         str, typer.Option(help="weighted (the paper's), additive, or residual (starts nearest).")
     ] = "weighted",
@@ -145,6 +153,9 @@ def convert(
         typer.Option(help="Adapters of each recursion's own, started by a truncated SVD."),
     ] = "none",
     relaxation_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    recursion_encoding: Annotated[
+        bool, typer.Option("--recursion-encoding", help="A learnt vector of each recursion's own.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, float64.")
     ] = "auto",
@@ -154,6 +165,7 @@ def convert(
     from transformers.utils.logging import disable_progress_bar
 
     from mor.convert import convert_checkpoint
+    from mor.run import parse_capacities
 
     disable_progress_bar()
     depth = {} if layers is None else {"num_hidden_layers": layers}
@@ -167,10 +179,13 @@ def convert(
             num_recursions=num_recursions,
             sharing=sharing,
             router=None if router == "none" else router,
+            capacities=parse_capacities(capacities),
+            router_type=router_type,
             router_gating=gating,
             kv_strategy=kv_strategy,
             relaxation=None if relaxation == "none" else relaxation,
             relaxation_rank=relaxation_rank,
+            recursion_encoding=recursion_encoding,
             **depth,
         )
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from mor.models import MoRForCausalLM
@@ -64,9 +65,7 @@ def convert_checkpoint(
         tokenizer = None
         if gguf_file or any((path / name).exists() for name in _TOKENIZER_FILES):
             tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
-    except (ValueError, OSError, ImportError):
-        raise
-    except Exception as error:  # safetensors, JSON, GGUF: whatever the damage raises
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:  # of damaged files
         raise ValueError(f"cannot read the model in {source}: {error}") from error
     model.save_pretrained(folder)
     if tokenizer is not None:

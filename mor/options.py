@@ -59,6 +59,14 @@ class RunOptions:
         bool, _option("Keep attention inside each document of a row.", _DATA)
     ] = False
 
+    model: Annotated[
+        Path | None,
+        _option(
+            "Folder of a MoR model to go on from (of mor convert, say), with its tokenizer; "
+            "replaces all that follows here.",
+            _MODEL,
+        ),
+    ] = None
     config: Annotated[
         Path | None,
         _option(
@@ -100,6 +108,10 @@ class RunOptions:
         int, _option("Forward passes in an optimiser step.", _TRAINING)
     ] = 1
     lr: Annotated[float, _option("Peak learning rate.", _TRAINING, "--lr")] = 3e-3
+    aux_router_lr: Annotated[
+        float | None,
+        _option("Peak learning rate of auxiliary routers. Default: --lr.", _TRAINING),
+    ] = None
     schedule: Annotated[
         Literal["wsd", "cosine"], _option("Warmup-stable-decay or cosine.", _TRAINING)
     ] = "wsd"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mor.corpus import Corpus
     from mor.training import MoRTrainer
 
-__all__ = ["options_of_run", "prepare_run", "train"]
+__all__ = ["options_of_run", "parse_capacities", "prepare_run", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.model is not None and not (options.model / "config.json").exists():
+        raise ValueError(f"no model in {options.model}: config.json is missing")
     arguments = training_arguments(
         options.output_dir,
         steps=options.steps,
@@ -94,7 +96,10 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
             max_blocks=options.eval_rows,
         )
     set_seed(options.seed)
-    model = MoRForCausalLM(config)
+    if options.model is None:
+        model = MoRForCausalLM(config)
+    else:
+        model = MoRForCausalLM.from_pretrained(options.model, dtype="float32")
     if checkpoint is not None:
         check_same_model(checkpoint, model)
     if arguments.process_index == 0:
@@ -105,6 +110,7 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
         processing_class=tokenizer,
+        aux_router_learning_rate=options.aux_router_lr,
     )
     return trainer, checkpoint
 
@@ -182,7 +188,7 @@ def _tokenizer(
 ) -> "PreTrainedTokenizerBase":
     from mor.data import load_tokenizer, train_tokenizer
 
-    source = options.tokenizer or checkpoint
+    source = options.tokenizer or checkpoint or options.model
     return load_tokenizer(source) if source else train_tokenizer(corpus, options.vocab_size)
 
 
@@ -196,25 +202,30 @@ def _model_config(options: RunOptions, vocab_size: int, end_of_text: int) -> "Mo
         "sharing": options.sharing,
         "router": None if options.router == "none" else options.router,
         "kv_strategy": options.kv_strategy,
-        "capacities": _capacities(options.capacities),
+        "capacities": parse_capacities(options.capacities),
     }
-    if options.config is not None:
-        values = _read_json(options.config)
+    source = options.model / "config.json" if options.model else options.config
+    if source is not None:
+        values = _read_json(source)
         if values.get("model_type") == MoRConfig.model_type:
-            given = [
-                name for name in routing if getattr(options, name) != getattr(RunOptions, name)
-            ]
+            names = [*routing, *(["config"] if options.model else [])]
+            given = [name for name in names if getattr(options, name) != getattr(RunOptions, name)]
             if given:
                 raise ValueError(
-                    f"{options.config} is a MoR configuration and says how to route: expected no "
+                    f"{source} is a MoR configuration and says how to route: expected no "
                     f"{', '.join(given)} beside it"
                 )
             config = MoRConfig(**values)
+        elif options.model is not None:
+            raise ValueError(
+                f"{options.model} holds no MoR model (its model_type is "
+                f"{values.get('model_type')!r}); mor convert makes one of a dense model"
+            )
         else:
             config = MoRConfig(base_config=values, **routing)
         if config.vocab_size < vocab_size:
             raise ValueError(
-                f"{options.config} has a vocab_size of {config.vocab_size}, the tokenizer needs "
+                f"{source} has a vocab_size of {config.vocab_size}, the tokenizer needs "
                 f"{vocab_size}"
             )
         return config
@@ -243,7 +254,12 @@ def _model_config(options: RunOptions, vocab_size: int, end_of_text: int) -> "Mo
     return MoRConfig(base_config=base, **routing)
 
 
-def _capacities(text: str | None) -> list[float] | None:
+def parse_capacities(text: str | None) -> list[float] | None:
+    """Reads capacities as a user writes them, "1,2/3,1/3".
+
+    Raises:
+        ValueError: anything else.
+    """
     if text is None:
         return None
     try:

@@ -7,7 +7,7 @@ metrics, tokens per second, and the training FLOPs so far.
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mor.analysis import flops_per_token
-from mor.callbacks import LogRouting, UpdateRouterBias, routing_line
+from mor.callbacks import (
+    LogRouting,
+    PrinterLine,
+    ProgressLine,
+    UpdateRouterBias,
+    routing_line,
+)
 from mor.optim import parameter_groups
 
 __all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "loss_scale", "training_arguments"]
@@ -70,8 +76,9 @@ class MoRTrainer(Trainer):
         self._window_step = 0
         self.add_callback(_CloseWindow())
         self.add_callback(UpdateRouterBias())
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(_ProgressLine())
+        for plain, ours in ((ProgressCallback, ProgressLine), (PrinterCallback, PrinterLine)):
+            if self.pop_callback(plain) is not None:
+                self.add_callback(ours())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's, or with `parameter_groups` where auxiliary routers have their own rate."""
@@ -196,24 +203,6 @@ class _CloseWindow(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
-
-
-class _ProgressLine(ProgressCallback):
-    """The Trainer's progress bar with one short line for each log."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        hidden = {"epoch", "total_flos", "step", *(key for key in logs if key.endswith("_runtime"))}
-        shown = [f"{key} {value:.4g}" for key, value in logs.items() if key not in hidden]
-        self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
 
 
 def training_arguments(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -153,6 +154,38 @@ def test_config_of_a_dense_model_is_made_recursive(text, tmp_path):
     assert again["capacities"] == saved["capacities"]
 
 
+def test_a_model_is_trained_further(run, text, tmp_path):
+    code, output, _ = _train(text, tmp_path, "--model", run / "model", "--lr", 1e-12, "--steps", 1)
+    assert code == 0
+    assert re.search(r"^step 1: loss [\d.]+, .*lm_loss", output, re.MULTILINE)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder / "model") for folder in (run, tmp_path)
+    )
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    ours, other = (folder / "model" / "tokenizer.json" for folder in (tmp_path, run))
+    assert json.loads(ours.read_text())["model"] == json.loads(other.read_text())["model"]
+
+
+def test_resuming_misses_no_weight(text, tmp_path, caplog):
+    """A tied head is in no checkpoint, and the Trainer said so at every resume."""
+    assert _train(text, tmp_path)[0] == 0
+    assert _mor("train", "--resume", "--output-dir", tmp_path, "--steps", 5)[0] == 0
+    assert "missing keys" not in caplog.text
+
+
+def test_auxiliary_routers_have_a_rate_of_their_own(text, tmp_path):
+    base = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "vocab_size": 300}
+    base |= {"num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = mor.MoRConfig(base_config=base, router_aux="router")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    options = ["--config", path, "--aux-router-lr", 0.5, "--lr", 1e-3, "--log-every", 1]
+    assert _train(text, tmp_path / "run", *options, "--warmup-share", 0)[0] == 0
+    states = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert sorted({group["initial_lr"] for group in states["param_groups"]}) == [1e-3, 0.5]
+
+
 def test_tokenizer_of_another_run_is_used(run, text, tmp_path):
     code, _, _ = _train(text, tmp_path, "--tokenizer", run / "model", "--steps", 1)
     assert code == 0
@@ -239,6 +272,16 @@ def test_config_that_is_not_json_or_too_small_is_one_sentence(text, tmp_path):
     _refused(_train(text, tmp_path / "run", "--config", path), "config.json", "not JSON")
     path.write_text(json.dumps({"model_type": "llama", "vocab_size": 10, "num_hidden_layers": 5}))
     _refused(_train(text, tmp_path / "run", "--config", path), "vocab_size of 10", "300")
+
+
+def test_a_model_to_train_further_must_be_one(run, text, tmp_path):
+    _refused(_train(text, tmp_path, "--model", tmp_path), "config.json")
+    base = {"model_type": "llama", "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    tokenizer = ["--tokenizer", run / "model"]
+    _refused(_train(text, tmp_path, "--model", tmp_path, *tokenizer), "holds no MoR model", "llama")
+    options = ["--model", run / "model", "--router", "token"]
+    _refused(_train(text, tmp_path, *options), "says how to route", "router")
 
 
 def test_generate_from_what_is_no_model(run, tmp_path):

@@ -1,5 +1,7 @@
 """`mor convert`: a dense checkpoint in, a MoR checkpoint with its tokenizer out."""
 
+import shutil
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -61,6 +63,7 @@ def test_every_option_arrives(dense, tmp_path):
         *("convert", dense, tmp_path, "--num-recursions", 2, "--layers", 6, "--sharing", "cycle"),
         *("--router", "token", "--gating", "residual", "--kv-strategy", "shared"),
         *("--init", "random", "--seed", 3, "--dtype", "bfloat16"),
+        *("--router-type", "mlp", "--recursion-encoding"),
     )
     assert (code, error) == (0, "")
     model, _ = logits(tmp_path)
@@ -68,6 +71,7 @@ def test_every_option_arrives(dense, tmp_path):
     assert (config.num_recursions, config.num_hidden_layers) == (2, 6)
     assert (config.sharing, config.router, config.kv_strategy) == ("cycle", "token", "shared")
     assert (config.router_gating, config.router_alpha) == ("residual", 2.0)
+    assert (config.router_type, config.recursion_encoding) == ("mlp", True)
     want = mor.MoRForCausalLM.from_dense(dense, config, init="random", seed=3, dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, want.state_dict()[name]), name
@@ -75,6 +79,25 @@ def test_every_option_arrives(dense, tmp_path):
     code, output, _ = _mor("generate", tmp_path, "w5", "--max-new-tokens", 3)
     assert code == 0
     assert output.startswith("w5")
+
+
+def test_capacities_are_written_as_fractions(dense, tmp_path):
+    options = ("--num-recursions", 2, "--capacities", "1,1/4")
+    assert _mor("convert", dense, tmp_path / "mor", *options)[0] == 0
+    assert logits(tmp_path / "mor")[0].config.capacities == [1.0, 0.25]
+    code, _, error = _mor("convert", dense, tmp_path / "two", "--capacities", "all")
+    assert (code, error) == (2, "mor: expected capacities such as 1,2/3,1/3, got 'all'\n")
+
+
+def test_damaged_weights_are_one_sentence(dense, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dense, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, error = _mor("convert", damaged, tmp_path / "mor", "--num-recursions", 2)
+    assert code == 2
+    assert error.startswith(f"mor: cannot read the model in {damaged}")
+    assert error.count("\n") == 1
 
 
 def test_a_full_rank_relaxation_gives_the_dense_models_logits(dense, tmp_path):

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,8 +13,11 @@ from transformers.configuration_utils import SubConfigSpec
 from mor.modules.recursion import check_capacities
 from mor.modules.routers import GATINGS, ROUTER_TYPES, SCORE_FUNCTIONS
 
-__all__ = ["MoRConfig"]
+__all__ = ["ARCHITECTURES", "MoRConfig"]
 
+#: Dense architectures whose models are nothing but embedding, layers, norm and head: others scale
+#: embeddings or logits in places a recursion would skip (Gemma 3's embedding module scales itself).
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 SHARINGS = ("middle_cycle", "cycle", "middle_sequence", "sequence")
 KV_STRATEGIES = ("recursion", "shared", "hybrid")
 
@@ -124,6 +129,7 @@ class MoRConfig(PreTrainedConfig):
         if isinstance(self.base_config, PreTrainedConfig):
             # Transformers writes to sub-configs; the caller's dense model may still use this one.
             self.base_config = copy.deepcopy(self.base_config)
+        self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         if self.router_func is None:
             learnt = "softmax" if self.router == "token" else "sigmoid"
@@ -203,7 +209,22 @@ class MoRConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """The cache layers are mor's own, which Transformers' list does not know."""
 
+    def _refuse_misspelt(self, others: dict[str, Any]) -> None:
+        """Transformers takes any name; one that is nearly an option was meant to be it."""
+        own = [
+            field.name for field in fields(type(self)) if field.name in MoRConfig.__annotations__
+        ]
+        for name in others:
+            if name.startswith("router_") or get_close_matches(name, own, n=1, cutoff=0.75):
+                nearest = get_close_matches(name, own, n=1, cutoff=0)
+                raise ValueError(f"MoRConfig: no option {name!r}; did you mean {nearest[0]!r}?")
+
     def _check_options(self) -> None:
+        if self.base_config.model_type not in ARCHITECTURES:
+            raise ValueError(
+                f"MoRConfig.base_config: expected an architecture of {ARCHITECTURES}, got "
+                f"{self.base_config.model_type!r}"
+            )
         options = {
             "sharing": SHARINGS,
             "router": ("expert", "token", None),
@@ -224,14 +245,6 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"MoRConfig.num_recursions: expected at least 1, got {self.num_recursions}"
             )
-        ends = 2 if self.sharing.startswith("middle") else 0
-        depth = self.num_hidden_layers
-        if depth - ends < self.num_recursions or (depth - ends) % self.num_recursions:
-            raise ValueError(
-                f"MoRConfig.num_recursions: {self.num_recursions} recursions must divide the "
-                f"{depth - ends} layers that {self.sharing} shares (base_config has "
-                f"num_hidden_layers = {depth})"
-            )
         if self.router is not None and self.sharing.endswith("sequence"):
             raise ValueError(
                 f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
@@ -241,6 +254,14 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"MoRConfig.capacities: only expert-choice has capacities, got {self.capacities} "
                 f"with router {self.router!r}"
+            )
+        ends = 2 if self.sharing.startswith("middle") else 0
+        depth = self.num_hidden_layers
+        if depth - ends < self.num_recursions or (depth - ends) % self.num_recursions:
+            raise ValueError(
+                f"MoRConfig.num_recursions: {self.num_recursions} recursions must divide the "
+                f"{depth - ends} layers that {self.sharing} shares (base_config has "
+                f"num_hidden_layers = {depth})"
             )
         if (self.relaxation or self.recursion_encoding) and self.num_recursions == 1:
             raise ValueError(

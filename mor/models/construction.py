@@ -12,21 +12,12 @@ from mor.modules.expert_choice import ExpertChoice
 from mor.modules.routers import RouterScore
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["ARCHITECTURES", "base_model", "initialise", "recursion"]
-
-#: Dense architectures whose models are nothing but embedding, layers, norm and head: others scale
-#: embeddings or logits in places a recursion would skip (Gemma 3's embedding module scales itself).
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+__all__ = ["base_model", "initialise", "recursion"]
 
 
 def base_model(config: MoRConfig) -> Any:
     """The dense architecture with only the unique layers, its attention served by mor."""
     base = copy.deepcopy(config.base_config)
-    if base.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"MoRConfig.base_config: expected an architecture of {ARCHITECTURES}, got "
-            f"{base.model_type!r}"
-        )
     check_attention(base, "MoRConfig.base_config")
     types = _unique_layer_types(config)
     base.num_hidden_layers = config.num_unique_layers

@@ -165,13 +165,19 @@ class MoRModel(MoRPreTrainedModel):
             **kwargs: passed to the decoder layers.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, masks of wrong shape, a
-                cache that is not MoR's.
+            ValueError: both or neither of input_ids and inputs_embeds, one of wrong shape, tokens
+                outside the vocabulary (on the CPU), masks of wrong shape, a cache that is not
+                MoR's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MoRModel: expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(_checked_tokens(input_ids, self.config.vocab_size))
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds: expected [B, S, {self.config.hidden_size}], got "
+                f"{list(inputs_embeds.shape)}"
+            )
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers):
@@ -299,6 +305,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         self.model = MoRModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.generation_config = GenerationConfig.from_model_config(config.base_config)
+        if config.tie_word_embeddings:  # not in checkpoints, so the Trainer must not miss it there
+            self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.post_init()
 
     @classmethod
@@ -478,6 +486,20 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         raise NotImplementedError(
             "MoR: generate_batch has no place for tokens that leave early; use generate()"
         )
+
+
+def _checked_tokens(input_ids: Any, vocab_size: int) -> Tensor:
+    """Values are looked at on the CPU alone: elsewhere that would wait for the device."""
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids: expected integers [B, S], got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+        for token in (int(input_ids.min()), int(input_ids.max())):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"input_ids: expected tokens in [0, {vocab_size}), got {token}")
+    tokens: Tensor = input_ids
+    return tokens
 
 
 def _router_loss(routing: RecursionOutput, config: MoRConfig) -> Tensor | None:

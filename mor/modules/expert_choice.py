@@ -126,9 +126,10 @@ class ExpertChoice(nn.Module):
             ranked = logits if aux_logits is None or self.training else aux_logits
             if self.random:
                 ranked = ranked - self._random_threshold(step)
+            by_rank = self.training or self.eval_routing == "topk"
             if capacities[step] == 1 and current is packing:
                 local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
-            elif self.training or self.eval_routing == "topk":
+            elif by_rank:
                 assert total is not None, (
                     "expert-choice training needs sequence lengths on the host"
                 )
@@ -137,7 +138,7 @@ class ExpertChoice(nn.Module):
                 local, current = _select_above_threshold(ranked, current)
             # Evaluation decides by the auxiliary router, if there is one.
             decides = ranked if aux_logits is None else aux_logits
-            self.metrics.update(step, decides, local, rows, packing.positions)
+            self.metrics.update(step, decides, local, rows, packing.positions, by_rank)
             if self.aux == "loss":
                 aux_losses.append(aux_loss(logits, local))
             elif aux_logits is not None:

@@ -14,9 +14,9 @@ class RoutingMetrics:
 
     Metrics (paper, section 4.2 and appendix): `selected_share_r`, share of all tokens that take
     recursion r (1-based); `sampling_accuracy`, share of candidates for which the threshold agrees
-    with the selection (expert-choice); `entropy`, of the mean selection probabilities;
-    `dead_tokens`, share of positions that never reached the last recursion; `max_vio`, (largest
-    load - mean load) / mean load (token-choice).
+    with the selection by rank (expert-choice in training); `entropy`, of the mean selection
+    probabilities; `dead_tokens`, share of positions that never reached the last recursion;
+    `max_vio`, (largest load - mean load) / mean load (token-choice).
     """
 
     def __init__(self, num_recursions: int) -> None:
@@ -35,7 +35,13 @@ class RoutingMetrics:
 
     @torch.no_grad()
     def update(
-        self, step: int, logits: Tensor, local: Tensor, rows: Tensor, positions: Tensor
+        self,
+        step: int,
+        logits: Tensor,
+        local: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        by_rank: bool,
     ) -> None:
         """Expert-choice, one recursion step.
 
@@ -45,16 +51,18 @@ class RoutingMetrics:
             local: [K] candidates that were selected.
             rows: [C] packed rows of the candidates.
             positions: [N] of all packed rows.
+            by_rank: they were selected as in training, so that the threshold may disagree.
         """
         if torch.compiler.is_compiling():
             return
         if step == 0:
             self._tokens += positions.shape[0]
         self._selected[step] += local.shape[0]
-        predicted = logits > 0
-        selected = torch.zeros_like(predicted).index_fill(0, local, True)
-        self._agree = self._agree + (predicted == selected).sum()
-        self._candidates += logits.shape[0]
+        if by_rank:
+            predicted = logits > 0
+            selected = torch.zeros_like(predicted).index_fill(0, local, True)
+            self._agree = self._agree + (predicted == selected).sum()
+            self._candidates += logits.shape[0]
         if self._probability is None:
             self._probability = logits.new_zeros(self.num_recursions)
         self._probability[step] += logits.sigmoid().sum()

@@ -16,6 +16,7 @@ __all__ = [
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
 def dtype_str(dtype: torch.dtype) -> str:
     """PyTorch's name of a dtype."""
     return str(dtype).removeprefix("torch.")

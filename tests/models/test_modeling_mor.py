@@ -151,6 +151,9 @@ def test_sampling_accuracy_is_that_of_the_router_evaluation_uses():
     accuracy = model.model.routing_metrics.compute()["sampling_accuracy"]
     # Of 24, 24, 16 candidates 24, 16, 8 are selected.
     assert accuracy == pytest.approx((0 + 8 + 8) / 64)
+    model.routing_metrics.reset()
+    model.eval()(prompts(2, 24))  # by the threshold itself: there is nothing to agree with
+    assert "sampling_accuracy" not in model.routing_metrics.compute()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -363,6 +366,10 @@ def test_documents_are_found_beside_a_mask_of_ones():
         ({"sharing": "spiral"}, "sharing: expected one of"),
         ({"router": "magic"}, "router: expected one of"),
         ({"sharing": "middle_sequence"}, "middle_sequence has no recursion step"),
+        ({"sharing": "sequence", "num_recursions": 5}, "sequence has no recursion step"),
+        ({"num_recursion": 2}, "no option 'num_recursion'; did you mean 'num_recursions'"),
+        ({"capacity": [1.0, 0.5, 0.2]}, "no option 'capacity'; did you mean 'capacities'"),
+        ({"router_loss": 0.1}, "no option 'router_loss'; did you mean 'router'"),
         ({"capacities": [1.0, 0.5]}, "capacities: expected one for each of the 3"),
         ({"capacities": [0.5, 0.6, 0.1]}, "capacities: expected values that never rise"),
         ({"capacities": [1.0, 0.5, 0.0]}, r"capacities: expected values in \(0, 1\]"),
@@ -414,6 +421,15 @@ def test_bad_inputs():
         model(tokens, cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
     with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to 6"):
         model(tokens[:1], cu_seq_lens_q=torch.tensor([0, 4, 3, 6], dtype=torch.int32))
+    for wrong in (tokens[0], tokens.float(), tokens[:, :, None]):
+        with pytest.raises(ValueError, match=r"input_ids: expected integers \[B, S\], got"):
+            model(wrong)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected \[B, S, 64\], got \[2, 6, 31\]"):
+        model(inputs_embeds=torch.zeros(2, 6, 31))
+    vocab = model.config.vocab_size
+    for token in (vocab, -1):
+        with pytest.raises(ValueError, match=rf"expected tokens in \[0, {vocab}\), got {token}"):
+            model(torch.full((1, 3), token))
     with pytest.raises(ValueError, match="attn_implementation='mor'"):
         MoRForCausalLM._from_config(small_config(), attn_implementation="sdpa")
 
@@ -436,7 +452,7 @@ def test_nan_in_scores_is_an_error():
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (GemmaConfig(num_hidden_layers=8), "expected an architecture of"),
+        (GemmaConfig(num_hidden_layers=9), "expected an architecture of"),
         (
             Gemma3TextConfig(num_hidden_layers=8, attn_logit_softcapping=50.0),
             "attn_logit_softcapping is not supported, got 50.0",

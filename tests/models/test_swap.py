@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 import mor
-from mor.models.swap import RoutedLayers
+from mor.models.routed_layers import RoutedLayers
 from mor.modules import RouterScore
 
 from .test_conversion import dense_models
@@ -86,6 +86,27 @@ def test_saved_and_loaded(tmp_path):
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_one_layer_is_used_again_and_again(router, tmp_path):
+    model = mor.swap(dense_models()["llama"], 3, num_recursions=3, router=router).eval()
+    assert [type(layer) is RoutedLayers for layer in model.model.layers].index(True) == 3
+    assert len(model.model.layers) == 8
+    tokens, mask = padded([5, 9, 2], "left")
+    sequences, logits = generate_greedily(model, tokens, mask)
+    depths = model.model.layers[3].routing.depths
+    for row, n in enumerate([5, 9, 2]):
+        whole = sequences[row : row + 1, tokens.shape[1] - n :]
+        with torch.no_grad():
+            full = model(whole, use_cache=False).logits[0, n - 1 : -1]
+        depths = torch.cat([depths, model.model.layers[3].routing.depths])
+        torch.testing.assert_close(logits[row], full, atol=1e-4, rtol=0)
+    assert depths.unique().numel() > 1  # tokens really differ
+    model.save_pretrained(tmp_path)
+    loaded = mor.load_swapped(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
 def test_scores_are_saved_too(tmp_path):
     model = swapped(score=RouterScore("tanh", 0.3)).eval()
     model.save_pretrained(tmp_path)
@@ -131,10 +152,17 @@ def test_z_loss_is_part_of_the_loss():
 
 
 def test_bad_swaps(tmp_path):
-    with pytest.raises(ValueError, match=r"expected layers within 0\.\.8, got range\(1, 9\)"):
+    with pytest.raises(ValueError, match=r"expected layers within 0\.\.8, got \(1, 9\)"):
         mor.swap(dense_models()["llama"], (1, 9), 2)
     with pytest.raises(ValueError, match="4 recursions must divide the 6 layers"):
         swapped(num_recursions=4)
+    with pytest.raises(ValueError, match=r"given by its index, as in layers=3"):
+        mor.swap(dense_models()["llama"], (3, 4), 2)
+    with pytest.raises(ValueError, match=r"expected layers within 0\.\.8, got 8"):
+        mor.swap(dense_models()["llama"], 8, 2)
+    for wrong in ("3", (1, 4, 7), (1.0, 7.0)):
+        with pytest.raises(ValueError, match="expected layers to be a range"):
+            mor.swap(dense_models()["llama"], wrong, 3)
     with pytest.raises(ValueError, match="router to be expert or token"):
         swapped(router="none")
     with pytest.raises(ValueError, match="routed layers already"):

@@ -25,7 +25,10 @@ def test_bad_input(op: Any) -> None:
         (r"expected gate of dtype float32 or float32, got float64", {"gate": gate.double()}),
         (r"expected gate of 2 elements, got \[1\]", {"gate": gate[:1]}),
         (r"expected base_scale of shape \[N\], got \[\]", {"base_scale": scale[0]}),
-        (r"expected base_scale of dtype float32 or float32, got float16", {"base_scale": scale.half()}),
+        (
+            r"expected base_scale of dtype float32 or float32, got float16",
+            {"base_scale": scale.half()},
+        ),
         (r"expected base_scale of 4 elements, got \[3\]", {"base_scale": scale[1:]}),
         (r"expected updates on cpu, got meta", {"updates": updates.to(meta)}),
         (r"expected rows on cpu, got meta", {"rows": rows.to(meta)}),
