@@ -94,7 +94,8 @@ def router_scores(routing: "RecursionOutput") -> list[tuple[Tensor, Tensor]]:
         For each recursion (scores [C] in (0, 1), taken [C] bool). Expert-choice: the sigmoid of the
         logits of the C candidates (the auxiliary router's, where there is one), selected above 0.5
         in evaluation. Token-choice: the softmax share that each of the C = N tokens gave this
-        depth, taken where it chose it.
+        depth, taken where it chose it. A random router's scores, which are no logits, pass
+        through the same functions.
 
     Raises:
         ValueError: a model without a router.

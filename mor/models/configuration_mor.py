@@ -67,8 +67,8 @@ class MoRConfig(PreTrainedConfig):
         relaxation_rank: rank of the adapters.
         relaxation_alpha: factor on them, over the rank; default twice the rank.
         relaxation_targets: names of the linear layers that get one ("q_proj", ...); default all.
-        recursion_encoding: multiplies the output of a shared layer by a learnt vector of each use's
-            own, which starts at ones.
+        recursion_encoding: multiplies the output of every recursion's block (sequence strategies: of
+            every use of a shared layer) by a learnt vector of its own, which starts at ones.
         eval_routing: expert-choice in evaluation: "threshold" (causal) or "topk", which looks at
             later tokens and exists to reproduce published numbers.
 
@@ -205,6 +205,16 @@ class MoRConfig(PreTrainedConfig):
         """How many earlier depths used the layer of each unrolled depth."""
         schedule = self.layer_schedule
         return [schedule[:depth].count(unique) for depth, unique in enumerate(schedule)]
+
+    @property
+    def encoded_depths(self) -> list[int]:
+        """Unrolled depths whose output a recursion encoding multiplies: where a block ends.
+
+        For the sequence strategies a block is one layer.
+        """
+        first = 1 if self.sharing.startswith("middle") else 0
+        step = 1 if self.sharing.endswith("sequence") else self.block_depth
+        return list(range(first + step - 1, self.num_hidden_layers - first, step))
 
     def validate_layer_type(self) -> None:
         """The cache layers are mor's own, which Transformers' list does not know."""

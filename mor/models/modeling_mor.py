@@ -101,6 +101,7 @@ class MoRModel(MoRPreTrainedModel):
         super().__init__(config)
         self.schedule = config.layer_schedule
         self.uses = config.layer_uses
+        self.encoded_depths = config.encoded_depths
         base = base_model(config)
         self.embed_tokens = base.embed_tokens
         self.layers = base.layers
@@ -111,7 +112,7 @@ class MoRModel(MoRPreTrainedModel):
         self.rotary_types = [None] * len(base.layers) if one_kind else base.config.layer_types
         self.recursion = recursion(config)
         self.recursion_encoding = (
-            nn.Parameter(torch.ones(len(self.schedule), config.hidden_size))
+            nn.Parameter(torch.ones(len(self.encoded_depths), config.hidden_size))
             if config.recursion_encoding
             else None
         )

@@ -87,11 +87,11 @@ class UnrolledLayers:
         return row[:0]
 
     def _encode(self, depth: int, x: Tensor) -> Tensor:
-        """Recursion encoding: a vector of this depth's own on the output of a shared layer."""
+        """Recursion encoding: a vector of its own on the output of every recursion's block."""
         encoding = self.model.recursion_encoding
-        if encoding is None or self.model.schedule.count(self.model.schedule[depth]) == 1:
+        if encoding is None or depth not in self.model.encoded_depths:
             return x
-        return x * encoding[depth].to(x.dtype)
+        return x * encoding[self.model.encoded_depths.index(depth)].to(x.dtype)
 
     def add_spare_row(self, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
         """One more row, of zeros, after all tokens, so that no token attends to it.

@@ -40,11 +40,18 @@ CASES = {
     "fsdp-token-padded": {"router": "token", "router_balancing": "loss_free", "data": "padded"},
     "fsdp-token-no-rows": {"router": "token", "router_balancing": "loss_free", "data": "shallow"},
     "fsdp-recursive": {"router": None},
+    "ddp-relaxed": {"router": "expert", "relaxation": "lora", "relaxation_rank": 2},
+    "fsdp-relaxed": {
+        "router": "token",
+        "router_balancing": "loss_free",
+        "relaxation": "dora",
+        "relaxation_rank": 2,
+    },
 }
 
 
 def model_of(case: dict) -> MoRForCausalLM:
-    options = {k: v for k, v in case.items() if k.startswith(("router", "kv"))}
+    options = {k: v for k, v in case.items() if k.startswith(("router", "kv", "relaxation"))}
     # Cycle: the router then sees the embedding, by which `shallow` decides.
     options["sharing"] = "cycle" if case.get("data") == "shallow" else "middle_cycle"
     torch.manual_seed(0)

@@ -73,6 +73,11 @@ def test_training_step_is_one_graph(name):
     check(ROUTING[name], "aot_eager", training=True)
 
 
+def test_training_step_of_a_relaxed_model_is_one_graph():
+    options = {"router": "expert", "relaxation": "lora", "relaxation_rank": 2}
+    check({**options, "recursion_encoding": True}, "aot_eager", training=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", [*ROUTING, *MORE])

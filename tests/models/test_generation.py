@@ -69,10 +69,11 @@ def test_prefill_in_pieces_equals_full_forward(variant):
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("lengths", [[8], [5, 9, 2, 7, 1]], ids=["batch1", "batch5"])
-def test_sampling_with_a_seed_does_not_depend_on_the_cache(variant, lengths):
+def test_sampling_with_a_seed_does_not_depend_on_the_cache(variant, lengths, side):
     model = small_model(**variant).eval()
-    tokens, mask = padded(lengths, "left")
+    tokens, mask = padded(lengths, side)
     torch.manual_seed(3)
     alone = model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=True)
     torch.manual_seed(3)
@@ -86,16 +87,12 @@ def test_sampling_with_a_seed_does_not_depend_on_the_cache(variant, lengths):
     assert torch.equal(alone, uncached)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_beam_search_equals_uncached(variant, batch_size):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[6], [6, 3, 5]], ids=["batch1", "batch3"])
+def test_beam_search_equals_uncached(variant, lengths, side):
     model = small_model(**variant).eval()
-    tokens = prompts(batch_size, 6)
-    options = {
-        "attention_mask": torch.ones_like(tokens),
-        "max_new_tokens": 6,
-        "num_beams": 3,
-        "do_sample": False,
-    }
+    tokens, mask = padded(lengths, side)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert torch.equal(
         model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options)
     )

@@ -215,7 +215,7 @@ def test_bad_options():
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_recursion_encoding_scales_the_output_of_every_use(name):
+def test_recursion_encoding_scales_the_output_of_every_recursion(name):
     tokens = prompts(2, 12)
     model = small_model(recursion_encoding=True, **ROUTED[name])
     plain = small_model(**ROUTED[name])
@@ -223,29 +223,41 @@ def test_recursion_encoding_scales_the_output_of_every_use(name):
     torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, atol=0, rtol=0)
     encoding = model.model.recursion_encoding
     model(tokens, labels=tokens).loss.backward()
-    schedule = model.config.layer_schedule
-    for depth, unique in enumerate(schedule):
-        shared = schedule.count(unique) > 1
-        assert (encoding.grad[depth].abs().max() > 0) == shared, depth
+    assert encoding.shape == (len(model.config.encoded_depths), model.config.hidden_size)
+    assert bool((encoding.grad.abs().amax(dim=1) > 0).all())
     with torch.no_grad():
         encoding[2] *= 1.5
     assert (model.eval()(tokens).logits - plain.eval()(tokens).logits).abs().max() > 1e-4
 
 
-def test_recursion_encoding_is_what_it_says():
-    """A model without router, layer by layer."""
-    model = small_model(router=None, recursion_encoding=True).eval()
+@pytest.mark.parametrize(
+    ("sharing", "depths"),
+    [
+        ("middle_cycle", [2, 4, 6]),
+        ("middle_sequence", [1, 2, 3, 4, 5, 6]),
+        ("cycle", [3, 7]),
+        ("sequence", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_recursion_encoding_is_what_it_says(sharing, depths):
+    """A model without router, layer by layer: vectors where the authors' code has them."""
+    recursions = 3 if sharing.startswith("middle") else 2
+    options = {"router": None, "sharing": sharing, "num_recursions": recursions}
+    model = small_model(recursion_encoding=True, **options).eval()
+    assert model.config.encoded_depths == depths
     with torch.no_grad():
         model.model.recursion_encoding.normal_(1, 0.1)
-    scaled = small_model(router=None).eval()
+    vectors = dict(zip(depths, model.model.recursion_encoding, strict=True))
+    scaled = small_model(**options).eval()
     scaled.load_state_dict(model.state_dict(), strict=False)
     calls = []
-    for unique, layer in enumerate(scaled.model.layers):
-        if scaled.config.layer_schedule.count(unique) > 1:
-            layer.register_forward_hook(
-                lambda _, args, out: out * model.model.recursion_encoding[len(calls)]
-            )
-        layer.register_forward_hook(lambda *args: calls.append(1))
+
+    def scale(layer, args, out):
+        calls.append(1)
+        return out * vectors.get(len(calls) - 1, 1.0)
+
+    for layer in scaled.model.layers:
+        layer.register_forward_hook(scale)
     tokens = prompts(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, scaled(tokens).logits)
