@@ -67,8 +67,8 @@ class MoRConfig(PreTrainedConfig):
         relaxation_rank: rank of the adapters.
         relaxation_alpha: factor on them, over the rank; default twice the rank.
         relaxation_targets: names of the linear layers that get one ("q_proj", ...); default all.
-        recursion_encoding: multiplies the output of every recursion's block (sequence strategies: of
-            every use of a shared layer) by a learnt vector of its own, which starts at ones.
+        recursion_encoding: multiplies the output of every recursion's block (sequence strategies:
+            of every use of a layer) by a learnt vector of its own, which starts at ones.
         eval_routing: expert-choice in evaluation: "threshold" (causal) or "topk", which looks at
             later tokens and exists to reproduce published numbers.
 

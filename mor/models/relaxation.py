@@ -113,7 +113,16 @@ def _relaxed(kind: Any) -> Any:
         _select(self, kwargs["mor_context"].use)
         return kind.forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _made_again, (kind,), self.__dict__  # pickle finds no class that has no name
+
+    methods = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), methods)
+
+
+def _made_again(kind: Any) -> Any:
+    made = _relaxed(kind)
+    return made.__new__(made)
 
 
 def _select(layer: Any, use: int) -> None:

@@ -269,3 +269,12 @@ def test_biases_stay_shared_with_dora():
     assert isinstance(dense, Qwen2ForCausalLM)
     model = MoRForCausalLM.from_dense(dense, router=None, relaxation="dora")
     assert not any("lora_B" in n and n.endswith("bias") for n, _ in model.named_parameters())
+
+
+def test_a_whole_model_is_pickled_and_copied(tmp_path):
+    model = small_model(relaxation="lora", relaxation_rank=2).eval()
+    torch.save(model, tmp_path / "model.pt")
+    tokens = prompts(1, 9)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (loaded, copy.deepcopy(model)):
+        torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
