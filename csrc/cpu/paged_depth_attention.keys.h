@@ -9,8 +9,7 @@
 namespace mor {
 namespace MOR_ISA {
 
-// Element offsets of a block of keys in each cache, of head 0; up to a multiple of kLanes,
-// repeating the last.
+// Element offsets of a block of keys in each cache, of head 0; past its end those of the last key.
 struct KeyOffsets {
   int64_t k[kBlockKeys], v[kBlockKeys];
 };
@@ -27,7 +26,7 @@ inline void find_offsets(const PagedProblem& p, int64_t entry, int64_t first, in
       offsets.v[j] = v + j * p.v.row_stride;
     }
   }
-  for (int64_t j = count; j < round_up(count, kLanes); ++j) {
+  for (int64_t j = count; j < kBlockKeys; ++j) {
     offsets.k[j] = offsets.k[count - 1];
     offsets.v[j] = offsets.v[count - 1];
   }

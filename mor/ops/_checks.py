@@ -118,7 +118,9 @@ def check_kv_cache(k_cache: Tensor, v_cache: Tensor, op: str) -> None:
         )
 
 
-def check_int_vector(t: Tensor, size: int, reference: Tensor, op: str, name: str, shape: str) -> None:
+def check_int_vector(
+    t: Tensor, size: int, reference: Tensor, op: str, name: str, shape: str
+) -> None:
     """Shape [size] int32 on the device of `reference`."""
     check_dim(t, 1, op, name, shape)
     check_dtype(t, (torch.int32,), "Int", op, name)

@@ -15,9 +15,7 @@ from mor.ops._checks import (
 __all__ = ["kv_append", "reference"]
 
 
-def kv_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor
-) -> None:
+def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """Writes row i of `k` and `v` into slot `slot_mapping[i]` of the caches, in place.
 
     The cost is that of the rows, whatever the caches hold. Of several rows with one slot the last
@@ -51,9 +49,7 @@ def kv_append(
     torch.ops.mor.kv_append(k_cache, v_cache, k, v, slot_mapping)
 
 
-def reference(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor
-) -> None:
+def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """The same in plain PyTorch, row by row."""
     for i, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:

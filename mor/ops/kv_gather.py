@@ -73,12 +73,8 @@ def _(
     check_kv_cache(k_cache, v_cache, op)
     check_block_table(block_table, k_cache, op)
     check_int_vector(seq_lens, block_table.shape[0], k_cache, op, "seq_lens", "[B]")
-    torch._check(
-        num_rows >= 0, lambda: f"{op}: expected num_rows in [0, 2^31), got {num_rows}"
-    )
-    torch._check(
-        num_rows < 2**31, lambda: f"{op}: expected num_rows in [0, 2^31), got {num_rows}"
-    )
+    torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows in [0, 2^31), got {num_rows}")
+    torch._check(num_rows < 2**31, lambda: f"{op}: expected num_rows in [0, 2^31), got {num_rows}")
     rows = (num_rows, *k_cache.shape[2:])
     return (
         k_cache.new_empty(rows),
