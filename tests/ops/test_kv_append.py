@@ -121,7 +121,8 @@ def test_rows_of_a_fused_projection() -> None:
     want = on_copies(reference)(**inputs)
     fused = torch.cat([inputs["k"], inputs["v"]], dim=1)
     got = on_copies(kv_append)(**{**inputs, "k": fused[:, :3], "v": fused[:, 3:]})
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
     turned = {**inputs, "k": inputs["k"].mT.contiguous().mT}
     assert torch.equal(on_copies(kv_append)(**turned)[0], want[0])
 

@@ -15,7 +15,7 @@ UNUSED = -123456  # block number where no row is
 def make_table(
     seq_lens: list[int], block_size: int, generator: torch.Generator, shared: bool = False
 ) -> tuple[Tensor, int]:
-    """Blocks out of order, each of one entry (or of whoever draws it); returns how many there are."""
+    """Blocks out of order, each of one entry or (shared) of several; returns how many there are."""
     blocks = [-(-n // block_size) for n in seq_lens]
     num_blocks = sum(blocks) + 2
     table = torch.full((len(seq_lens), max([1, *blocks])), UNUSED, dtype=torch.int32)
@@ -156,7 +156,9 @@ BAD_VALUES: dict[str, dict[str, Any]] = {
     r"seq_lens in \[0, 12\] .* got seq_lens\[1\] = 13": {"seq_lens": [5, 13]},
     r"seq_lens in \[0, 12\] .* got seq_lens\[0\] = -1": {"seq_lens": [-1, 3]},
     r"num_rows of 10 .* got 11": {"num_rows": 11},
-    r"block_table in \[0, 9\), got block_table\[0, 1\] = 9": {"block_table": [[1, 9, 0], [0, 1, 2]]},
+    r"block_table in \[0, 9\), got block_table\[0, 1\] = 9": {
+        "block_table": [[1, 9, 0], [0, 1, 2]],
+    },
     r"block_table in \[0, 9\), got block_table\[1, 0\] = -1": {
         "block_table": [[1, 2, 0], [-1, 1, 2]],
     },
