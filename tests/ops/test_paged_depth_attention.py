@@ -20,7 +20,7 @@ from mor.testing import (
     check_op,
     instruction_set,
 )
-from tests.ops.test_kv_gather import make_table
+from test_kv_gather import make_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = (
