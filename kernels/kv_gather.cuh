@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kRowThreads) kv_gather_kernel(KvGatherArgs arg
       Chunk* to = reinterpret_cast<Chunk*>(side.out) + row * row_chunks;
       for (int64_t c = threadIdx.x % 32; c < row_chunks; c += 32) {
         const int64_t head = c / chunks, at = (c - head * chunks) * int64_t(sizeof(Chunk));
-        to[c] = found ? *reinterpret_cast<const Chunk*>(from + head * side.head_stride + at)
-                      : Chunk{};
+        to[c] =
+            found ? *reinterpret_cast<const Chunk*>(from + head * side.head_stride + at) : Chunk{};
       }
     }
   }

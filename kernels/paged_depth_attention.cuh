@@ -55,6 +55,12 @@ struct PagedLanes {
   static constexpr int kUnroll = kChunks * sizeof(T) > 4 ? 1 : 2;  // keys of a lane in flight
 };
 
+// A lane's part of a row.
+template <class T, int HEAD_DIM>
+struct PagedChunks {
+  uint4 x[PagedLanes<T, HEAD_DIM>::kChunks];
+};
+
 template <class T, int HEAD_DIM, int ROWS>
 struct PagedSmem {
   static constexpr int kWarps = kPagedThreads / 32;
@@ -63,27 +69,26 @@ struct PagedSmem {
   KeyRange keys[ROWS];
 };
 
-// The 16-byte chunks of a row that belong to this lane; zeros where `row` is null and past
-// head_dim.
+// Zeros where `row` is null and past head_dim.
 template <class T, int HEAD_DIM>
-__device__ __forceinline__ void load_paged_row(uint4 (&to)[PagedLanes<T, HEAD_DIM>::kChunks],
-                                               const T* row, int head_dim, bool aligned) {
+__device__ __forceinline__ void load_paged_row(PagedChunks<T, HEAD_DIM>& to, const T* row,
+                                               int head_dim, bool aligned) {
   using Lanes = PagedLanes<T, HEAD_DIM>;
   const int lane = threadIdx.x % Lanes::kLanes;
 #pragma unroll
   for (int c = 0; c < Lanes::kChunks; ++c) {
     const int d = (c * Lanes::kLanes + lane) * Lanes::kElements;
-    to[c] = uint4{};
+    to.x[c] = uint4{};
     if (row == nullptr || d >= head_dim) continue;
     if (aligned) {
-      to[c] = *reinterpret_cast<const uint4*>(row + d);
+      to.x[c] = *reinterpret_cast<const uint4*>(row + d);
     } else {
       T part[Lanes::kElements];
 #pragma unroll
       for (int e = 0; e < Lanes::kElements; ++e) {
         part[e] = d + e < head_dim ? row[d + e] : T(0);
       }
-      memcpy(&to[c], part, 16);
+      memcpy(&to.x[c], part, 16);
     }
   }
 }
@@ -99,7 +104,7 @@ __device__ __forceinline__ void unpack(acc_t<T> (&to)[16 / sizeof(T)], const uin
 // From the largest score of a row, in units of log2, and the sum of its weights.
 template <class T>
 __device__ __forceinline__ void write_paged_lse(const PagedDepthAttention<T>& p, int64_t query,
-                                                  int64_t head, acc_t<T> top, acc_t<T> sum) {
+                                                int64_t head, acc_t<T> top, acc_t<T> sum) {
   const bool sees = sum != 0;
   p.lse[head * p.num_queries + query] =
       sees ? top * kLn2<acc_t<T>> + log_acc(sum) : acc_t<T>(-INFINITY);
@@ -139,12 +144,12 @@ __global__ void __launch_bounds__(kPagedThreads)
   Acc q[ROWS][Lanes::kChunks][Lanes::kElements];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    uint4 chunks[Lanes::kChunks];
+    PagedChunks<T, HEAD_DIM> chunks;
     const T* row = r < count ? p.q.at(query(r), head(r)) : nullptr;
-    load_paged_row<T, HEAD_DIM>(chunks, row, p.head_dim, p.aligned);
+    load_paged_row(chunks, row, p.head_dim, p.aligned);
 #pragma unroll
     for (int c = 0; c < Lanes::kChunks; ++c) {
-      unpack<T>(q[r][c], chunks[c]);
+      unpack<T>(q[r][c], chunks.x[c]);
 #pragma unroll
       for (int e = 0; e < Lanes::kElements; ++e) q[r][c][e] *= p.scale * kLog2E<Acc>;
     }
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(kPagedThreads)
   const int64_t mine = threadIdx.x / Lanes::kLanes;
   // Every lane of a warp takes part in each step: they shuffle.
   for (int64_t base = begin; base < end; base += kStep * kUnroll) {
-    uint4 k[kUnroll][Lanes::kChunks], v[kUnroll][Lanes::kChunks];
+    PagedChunks<T, HEAD_DIM> k[kUnroll], v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t key = base + u * kStep + mine;
@@ -178,8 +183,8 @@ __global__ void __launch_bounds__(kPagedThreads)
         v_row = p.v.data + block * p.v.block_stride + offset * p.v.row_stride +
                 int64_t(blockIdx.y) * p.v.head_stride;
       }
-      load_paged_row<T, HEAD_DIM>(k[u], k_row, p.head_dim, p.aligned);
-      load_paged_row<T, HEAD_DIM>(v[u], v_row, p.head_dim, p.aligned);
+      load_paged_row(k[u], k_row, p.head_dim, p.aligned);
+      load_paged_row(v[u], v_row, p.head_dim, p.aligned);
     }
     Acc scores[kUnroll][ROWS] = {};
 #pragma unroll
@@ -187,7 +192,7 @@ __global__ void __launch_bounds__(kPagedThreads)
 #pragma unroll
       for (int c = 0; c < Lanes::kChunks; ++c) {
         Acc x[Lanes::kElements];
-        unpack<T>(x, k[u][c]);
+        unpack<T>(x, k[u].x[c]);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -227,7 +232,7 @@ __global__ void __launch_bounds__(kPagedThreads)
 #pragma unroll
       for (int c = 0; c < Lanes::kChunks; ++c) {
         Acc x[Lanes::kElements];
-        unpack<T>(x, v[u][c]);
+        unpack<T>(x, v[u].x[c]);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll

@@ -78,6 +78,4 @@ void kv_append_cpu(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) {
-  m.impl("kv_append", TORCH_BOX(&mor::kv_append_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) { m.impl("kv_append", TORCH_BOX(&mor::kv_append_cpu)); }

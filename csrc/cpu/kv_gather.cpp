@@ -80,6 +80,4 @@ std::tuple<Tensor, Tensor, Tensor> kv_gather_cpu(const Tensor& k_cache, const Te
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) {
-  m.impl("kv_gather", TORCH_BOX(&mor::kv_gather_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) { m.impl("kv_gather", TORCH_BOX(&mor::kv_gather_cpu)); }

@@ -104,12 +104,12 @@ void scalar_attention(const PagedProblem& p) {
   const int64_t heads = p.queries.dims.num_heads;
   const int32_t* cu = p.queries.cu_q;
   for (int64_t b = 0; b < p.queries.dims.num_sequences; ++b) {
-    torch::stable::parallel_for(
-        cu[b] * heads, cu[b + 1] * heads, 16, [&](int64_t begin, int64_t end) {
-          std::vector<double> scores;
-          for (int64_t row = begin; row < end; ++row)
-            scalar_row(p, b, row / heads, row % heads, scores);
-        });
+    torch::stable::parallel_for(cu[b] * heads, cu[b + 1] * heads, 16,
+                                [&](int64_t begin, int64_t end) {
+                                  std::vector<double> scores;
+                                  for (int64_t row = begin; row < end; ++row)
+                                    scalar_row(p, b, row / heads, row % heads, scores);
+                                });
   }
 }
 
@@ -134,8 +134,8 @@ std::vector<Tile> cut_rows(const PagedProblem& p) {
     for (int64_t head = 0; head < dims.num_kv_heads; head += heads) {
       for (int64_t begin = 0; begin < rows; begin += kForwardRows) {
         const int64_t end = std::min(begin + kForwardRows, rows);
-        const KeyRange seen = keys_seen(p, cu[b] + begin / p.queries.group,
-                                        cu[b] + (end - 1) / p.queries.group);
+        const KeyRange seen =
+            keys_seen(p, cu[b] + begin / p.queries.group, cu[b] + (end - 1) / p.queries.group);
         tiles.push_back({{b, head, heads, begin, end}, seen, 0, 0, 0, 0});
       }
     }
@@ -215,20 +215,18 @@ std::tuple<Tensor, Tensor> paged_depth_attention_cpu(
     const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table_in,
     const Tensor& context_lens_in, const Tensor& cu_seqlens_q_in,
     const optional<Tensor>& context_starts_in, double scale) {
-  const auto dims = check_paged_depth_attention(q_in, k_cache, v_cache, block_table_in,
-                                                context_lens_in, cu_seqlens_q_in,
-                                                context_starts_in);
+  const auto dims = check_paged_depth_attention(
+      q_in, k_cache, v_cache, block_table_in, context_lens_in, cu_seqlens_q_in, context_starts_in);
   const Tensor q = last_contiguous(q_in);
   const Tensor block_table = torch::stable::contiguous(block_table_in);
   const Tensor context_lens = torch::stable::contiguous(context_lens_in);
   const Tensor cu_seqlens_q = torch::stable::contiguous(cu_seqlens_q_in);
   optional<Tensor> context_starts;
-  if (context_starts_in.has_value())
-    context_starts = torch::stable::contiguous(*context_starts_in);
+  if (context_starts_in.has_value()) context_starts = torch::stable::contiguous(*context_starts_in);
 
   PagedProblem p{};
-  p.queries.dims = {dims.num_queries, 0,
-                    dims.num_entries, dims.num_heads,
+  p.queries.dims = {dims.num_queries,        0,
+                    dims.num_entries,        dims.num_heads,
                     dims.cache.num_kv_heads, dims.cache.head_dim};
   p.queries.dtype = q.scalar_type();
   p.queries.group = dims.num_heads / dims.cache.num_kv_heads;

@@ -26,8 +26,8 @@ inline VecF largest_lane(VecF v) {
   else return v;
 }
 
-// scores[row][key], up to a multiple of kLanes keys; fetches rows far[key]. kVectors of a row, or 0:
-// `vectors`.
+// scores[row][key], up to a multiple of kLanes keys; fetches rows far[key]. kVectors of a row, or
+// 0: `vectors`.
 template <int kRows, int kVectors, class E, class K>
 void score_block(const E* q, const K* const* keys, const K* const* far, int64_t count,
                  int64_t vectors, float* scores) {
@@ -148,8 +148,7 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kCount; ++n)
-          sum[r][n] += splat(weights[r * kBlockKeys + j]) * value[n];
+        for (int n = 0; n < kCount; ++n) sum[r][n] += splat(weights[r * kBlockKeys + j]) * value[n];
       }
     }
   }

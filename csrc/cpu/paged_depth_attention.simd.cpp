@@ -38,8 +38,7 @@ void merge(const PagedProblem& p, const AttentionTask& task, const float* parts,
     const float* row = parts + r * stride;
     const auto largest_of = [&](int64_t i) { return row[i * all_rows * stride + stride - 2]; };
     float largest = largest_of(0);
-    for (int64_t i = 1; i < count; ++i)
-      largest = largest_of(i) > largest ? largest_of(i) : largest;
+    for (int64_t i = 1; i < count; ++i) largest = largest_of(i) > largest ? largest_of(i) : largest;
     const float base = largest == -kInfinity ? 0.0f : largest;
     std::memset(line, 0, hd * sizeof(float));
     float sum = 0;
@@ -54,8 +53,8 @@ void merge(const PagedProblem& p, const AttentionTask& task, const float* parts,
     head.kv_head += r / rows;
     const RowIndex at = row_index(p.queries, head, task.row_begin + r % rows);
     const DepthAttentionDims& dims = p.queries.dims;
-    store_row(line, hd, static_cast<T*>(p.queries.out_data) +
-                            (at.query * dims.num_heads + at.head) * hd);
+    store_row(line, hd,
+              static_cast<T*>(p.queries.out_data) + (at.query * dims.num_heads + at.head) * hd);
     static_cast<float*>(p.queries.lse)[at.head * dims.num_queries + at.query] =
         log_sum(largest, sum);
   }

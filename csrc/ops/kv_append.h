@@ -79,10 +79,10 @@ inline KvAppendDims check_kv_append(const Tensor& k_cache, const Tensor& v_cache
     check_dim(t, 3, op, name, "[N, Hkv, head_dim]");
     check_dtype(t, k_cache.scalar_type(), op, name);
     check_same_device(t, k_cache, op, name);
-    STD_TORCH_CHECK(t.size(0) == num_tokens && t.size(1) == cache.num_kv_heads &&
-                        t.size(2) == cache.head_dim,
-                    op, ": expected ", name, " of shape [", num_tokens, ", ", cache.num_kv_heads,
-                    ", ", cache.head_dim, "], got ", shape_str(t));
+    STD_TORCH_CHECK(
+        t.size(0) == num_tokens && t.size(1) == cache.num_kv_heads && t.size(2) == cache.head_dim,
+        op, ": expected ", name, " of shape [", num_tokens, ", ", cache.num_kv_heads, ", ",
+        cache.head_dim, "], got ", shape_str(t));
   };
   check_tokens(k, "k");
   check_tokens(v, "v");

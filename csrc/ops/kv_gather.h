@@ -52,9 +52,8 @@ inline KvGatherDims check_kv_gather(const Tensor& k_cache, const Tensor& v_cache
 inline void check_blocks(const int32_t* table, int64_t b, int64_t first, int64_t end,
                          int64_t num_blocks, const char* op) {
   for (int64_t j = first; j < end; ++j) {
-    STD_TORCH_CHECK(table[j] >= 0 && table[j] < num_blocks, op,
-                    ": expected block_table in [0, ", num_blocks, "), got block_table[", b, ", ", j,
-                    "] = ", table[j]);
+    STD_TORCH_CHECK(table[j] >= 0 && table[j] < num_blocks, op, ": expected block_table in [0, ",
+                    num_blocks, "), got block_table[", b, ", ", j, "] = ", table[j]);
   }
 }
 

@@ -11,8 +11,9 @@
 // An entry is one (sequence, recursion or layer) pair, so that rows at different recursion depths
 // are served by one call. Decoding has one query an entry, that sees all its keys; prefill in
 // chunks a bound that rises; recursive KV sharing the position + 1.
-//   out          [N, H, head_dim]: softmax over the visible keys of scale * <q_i, k_j>, applied to v
-//   softmax_lse  [H, N]: float32 (float64 for float64), log of the sum of exponentials; -inf for a
+//   out          [N, H, head_dim]: softmax over the visible keys of scale * <q_i, k_j>, applied to
+//   v softmax_lse  [H, N]: float32 (float64 for float64), log of the sum of exponentials; -inf for
+//   a
 //                query that sees no key, whose out is 0
 // Sums run in float32 (float64 for float64). Only blocks that some query sees are looked at: block
 // numbers elsewhere may be anything. Long entries are split among threads, or blocks on CUDA, at
@@ -64,8 +65,7 @@ inline PagedDepthAttentionDims check_paged_depth_attention(
   };
   check_vector(context_lens, q.size(0), "context_lens", "[N]");
   check_vector(cu_seqlens_q, num_entries + 1, "cu_seqlens_q", "[B + 1]");
-  if (context_starts.has_value())
-    check_vector(*context_starts, q.size(0), "context_starts", "[N]");
+  if (context_starts.has_value()) check_vector(*context_starts, q.size(0), "context_starts", "[N]");
   return {cache, q.size(0), num_entries, block_table.size(1), q.size(1)};
 }
 

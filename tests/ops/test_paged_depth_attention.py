@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_kv_gather import make_table
 from torch import Tensor
 
 from mor.ops import depth_attention, kv_gather, paged_depth_attention
@@ -20,7 +21,6 @@ from mor.testing import (
     check_op,
     instruction_set,
 )
-from test_kv_gather import make_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = (

@@ -28,7 +28,7 @@ inline VecF multiply_add(VecF sum, uint32_t a, const uint32_t* b) {
 inline VecF multiply_add(VecF sum, const uint32_t* a, const uint32_t* b) {
   asm("vdpbf16ps %2, %1, %0"
       : "+v"(sum)
-      : "v"(_mm512_loadu_si512(a)), "m"(*reinterpret_cast<const uint32_t(*)[16]>(b)));
+      : "v"(_mm512_loadu_si512(a)), "m"(*reinterpret_cast<const uint32_t (*)[16]>(b)));
   return sum;
 }
 #endif

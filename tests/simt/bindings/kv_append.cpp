@@ -8,8 +8,8 @@ SIMT_EXPORT int kv_append(void* k_cache, void* v_cache, const void* k, const voi
                           int64_t num_slots, int64_t block_size, int64_t num_heads,
                           int64_t head_bytes) {
   const auto side = [](void* cache, const void* rows, const int64_t* s) {
-    return mor::KvAppendSide{static_cast<char*>(cache), static_cast<const char*>(rows),
-                             s[0],  s[1], s[2], s[3], s[4]};
+    return mor::KvAppendSide{
+        static_cast<char*>(cache), static_cast<const char*>(rows), s[0], s[1], s[2], s[3], s[4]};
   };
   const mor::KvAppendArgs args{{side(k_cache, k, strides), side(v_cache, v, strides + 5)},
                                slots,
