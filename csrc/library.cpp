@@ -50,6 +50,17 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "Tensor? k_depths, Tensor? key_bias, bool causal, float scale, int? window=None) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_key_bias)");
 
+  m.def(
+      "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) "
+      "-> ()");
+  m.def(
+      "kv_gather(Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, SymInt "
+      "num_rows) -> (Tensor k, Tensor v, Tensor cu_seqlens)");
+  m.def(
+      "paged_depth_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
+      "context_lens, Tensor cu_seqlens_q, Tensor? context_starts, float scale) "
+      "-> (Tensor out, Tensor softmax_lse)");
+
   m.def("instruction_set(str force) -> str");
   m.def("cuda_architectures() -> str");
 }

@@ -5,13 +5,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
 #include "depth_attention.scalar.h"
 #include "depth_attention.simd.h"
 #include "results.h"
+#include "scratch.h"
 
 namespace mor {
 namespace {
@@ -92,17 +91,6 @@ void scalar_forward(const AttentionProblem& p) {
             scalar_attention_row<double>(p, b, row / heads, row % heads, scores);
         });
   }
-}
-
-struct FreeDeleter {
-  void operator()(char* p) const { std::free(p); }
-};
-
-using Scratch = std::unique_ptr<char, FreeDeleter>;
-
-Scratch allocate(int64_t bytes) {
-  return Scratch(
-      static_cast<char*>(std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64)));
 }
 
 // Tasks of every sequence and `heads` key heads, cut into pieces of at most `rows` rows.

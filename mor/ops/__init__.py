@@ -27,6 +27,9 @@ _load_library()
 from mor.ops.depth_attention import depth_attention  # noqa: E402
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
+from mor.ops.kv_append import kv_append  # noqa: E402
+from mor.ops.kv_gather import kv_gather  # noqa: E402
+from mor.ops.paged_depth_attention import paged_depth_attention  # noqa: E402
 from mor.ops.route_topk import route_topk  # noqa: E402
 from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
 
@@ -34,6 +37,9 @@ __all__ = [
     "depth_attention",
     "gather_tokens",
     "group_rows",
+    "kv_append",
+    "kv_gather",
+    "paged_depth_attention",
     "route_topk",
     "scatter_tokens",
     "scatter_tokens_",

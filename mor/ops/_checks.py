@@ -5,13 +5,17 @@ from torch import Tensor
 
 __all__ = [
     "FLOATING",
+    "check_block_table",
     "check_cu_seqlens",
     "check_dim",
     "check_dtype",
+    "check_int_vector",
+    "check_kv_cache",
     "check_rows_index",
     "check_same_device",
     "check_size",
     "dtype_str",
+    "refuse_gradients",
 ]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,3 +73,64 @@ def check_rows_index(t: Tensor, reference: Tensor, op: str) -> None:
     check_dim(t, 1, op, "rows", "[K]")
     check_dtype(t, (torch.int64,), "int64", op, "rows")
     check_same_device(t, reference, op, "rows")
+
+
+def check_kv_cache(k_cache: Tensor, v_cache: Tensor, op: str) -> None:
+    """A paged cache of keys and one of values, of the same shape."""
+    shape = "[num_blocks, block_size, Hkv, head_dim]"
+    check_dim(k_cache, 4, op, "k_cache", shape)
+    check_dim(v_cache, 4, op, "v_cache", shape)
+    check_dtype(k_cache, FLOATING, "float32, bfloat16, float16 or float64", op, "k_cache")
+    check_dtype(v_cache, (k_cache.dtype,), dtype_str(k_cache.dtype), op, "v_cache")
+    check_same_device(v_cache, k_cache, op, "v_cache")
+    torch._check(
+        v_cache.shape == k_cache.shape,
+        lambda: (
+            f"{op}: expected v_cache of the shape of k_cache {list(k_cache.shape)}, "
+            f"got {list(v_cache.shape)}"
+        ),
+    )
+    torch._check(
+        k_cache.shape[1] >= 1,
+        lambda: f"{op}: expected a block_size of at least 1, got {list(k_cache.shape)}",
+    )
+    for t, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+        contiguous = t.shape[3] <= 1 or t.stride(3) == 1
+        strides = list(t.stride())
+        torch._check(
+            contiguous,
+            lambda name=name, strides=strides: (
+                f"{op}: expected {name} with a contiguous head_dim, got strides {strides}"
+            ),
+        )
+
+
+def check_int_vector(
+    t: Tensor, size: int, reference: Tensor, op: str, name: str, shape: str
+) -> None:
+    """Shape [size] int32 on the device of `reference`."""
+    check_dim(t, 1, op, name, shape)
+    check_dtype(t, (torch.int32,), "Int", op, name)
+    check_same_device(t, reference, op, name)
+    torch._check(
+        t.shape[0] == size,
+        lambda: f"{op}: expected {name} of {size} elements, got {list(t.shape)}",
+    )
+
+
+def check_block_table(t: Tensor, reference: Tensor, op: str) -> None:
+    """Shape [B, max_blocks] int32 on the device of `reference`."""
+    check_dim(t, 2, op, "block_table", "[B, max_blocks]")
+    check_dtype(t, (torch.int32,), "Int", op, "block_table")
+    check_same_device(t, reference, op, "block_table")
+
+
+def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:
+    """For operators without a gradient: an error where one would be needed, not silent zeros."""
+    if torch.is_grad_enabled():
+        for name, t in operands.items():
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"{op}: expected operands that need no gradient, got {name} with "
+                    f"requires_grad; use {instead}"
+                )

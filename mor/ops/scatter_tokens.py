@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import mor.ops._scatter_tokens_rules  # noqa: F401  (registers fake kernels and autograd)
+from mor.ops._checks import refuse_gradients
 
 __all__ = ["reference", "scatter_tokens", "scatter_tokens_"]
 
@@ -62,14 +63,10 @@ def scatter_tokens_(
     Raises:
         RuntimeError: as `scatter_tokens`; also where a gradient would be needed: there is none.
     """
-    if torch.is_grad_enabled():
-        operands = {"base": base, "updates": updates, "gate": gate, "base_scale": base_scale}
-        for name, t in operands.items():
-            if t is not None and t.requires_grad:
-                raise RuntimeError(
-                    f"scatter_tokens_: expected operands that need no gradient, got {name} with "
-                    "requires_grad; use scatter_tokens, or torch.no_grad()"
-                )
+    refuse_gradients(
+        "scatter_tokens_", "scatter_tokens, or torch.no_grad()",
+        base=base, updates=updates, gate=gate, base_scale=base_scale,
+    )  # fmt: skip
     torch.ops.mor.scatter_tokens_(base, updates, rows, gate, base_scale)
     return base
 

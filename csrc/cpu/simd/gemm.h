@@ -24,8 +24,12 @@ inline __m512bh load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si
 inline VecF multiply_add(VecF sum, uint32_t a, const uint32_t* b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), load_pairs(b));
 }
+// By hand: GCC 12 copies most of b through the stack on its way into the intrinsic.
 inline VecF multiply_add(VecF sum, const uint32_t* a, const uint32_t* b) {
-  return _mm512_dpbf16_ps(sum, load_pairs(a), load_pairs(b));
+  asm("vdpbf16ps %2, %1, %0"
+      : "+v"(sum)
+      : "v"(_mm512_loadu_si512(a)), "m"(*reinterpret_cast<const uint32_t (*)[16]>(b)));
+  return sum;
 }
 #endif
 

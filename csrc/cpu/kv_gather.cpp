@@ -1,0 +1,83 @@
+#include "../ops/kv_gather.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+
+#include "gather_tokens.simd.h"
+#include "results.h"
+#include "row_hits.h"
+
+namespace mor {
+namespace {
+
+// Writes cu_seqlens and checks the values; returns nothing that could be wrong.
+void fill_cu_seqlens(const KvGatherDims& dims, const int32_t* table, const int32_t* lens,
+                     int32_t* cu) {
+  const int64_t room = dims.max_blocks * dims.cache.block_size;
+  int64_t total = 0;
+  cu[0] = 0;
+  for (int64_t b = 0; b < dims.num_entries; ++b) {
+    STD_TORCH_CHECK(lens[b] >= 0 && lens[b] <= room, "kv_gather: expected seq_lens in [0, ", room,
+                    "] (max_blocks * block_size), got seq_lens[", b, "] = ", lens[b]);
+    const int64_t used = (lens[b] + dims.cache.block_size - 1) / dims.cache.block_size;
+    check_blocks(table + b * dims.max_blocks, b, 0, used, dims.cache.num_blocks, "kv_gather");
+    total += lens[b];
+    cu[b + 1] = static_cast<int32_t>(std::min<int64_t>(total, INT32_MAX));
+  }
+  STD_TORCH_CHECK(total == dims.num_rows, "kv_gather: expected num_rows of ", total,
+                  " (the sum of seq_lens), got ", dims.num_rows);
+}
+
+// The rows of one cache, in pieces that are contiguous: a row, or the row of one head. The kernel
+// of gather_tokens takes them at byte offsets.
+Tensor gather(const Tensor& cache, const KvGatherDims& dims, const int32_t* table,
+              const int32_t* cu) {
+  const int64_t heads = dims.cache.num_kv_heads, block_size = dims.cache.block_size;
+  Tensor out = new_result(cache, {dims.num_rows, heads, dims.cache.head_dim});
+  const int64_t item = cache.element_size(), head_bytes = dims.cache.head_dim * item;
+  const bool joined = heads == 1 || cache.stride(2) == dims.cache.head_dim;
+  const int64_t pieces = joined ? 1 : heads, bytes = joined ? heads * head_bytes : head_bytes;
+  const int64_t count = dims.num_rows * pieces;
+  if (count == 0 || bytes == 0) return out;
+  std::unique_ptr<int64_t[]> offsets(new int64_t[count]);
+  int64_t* offset = offsets.get();
+  for (int64_t b = 0; b < dims.num_entries; ++b) {
+    const int32_t* blocks = table + b * dims.max_blocks;
+    for (int64_t i = 0, length = cu[b + 1] - cu[b]; i < length; i += block_size) {
+      const int64_t block = blocks[i / block_size] * cache.stride(0);
+      for (int64_t j = 0; j < std::min(block_size, length - i); ++j)
+        for (int64_t h = 0; h < pieces; ++h)
+          *offset++ = (block + j * cache.stride(1) + h * cache.stride(2)) * item;
+    }
+  }
+  const auto* in = static_cast<const char*>(cache.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const auto copy = MOR_BEST(copy_rows);
+  const bool stream = streams(to, count, bytes);
+  torch::stable::parallel_for(0, count, rows_per_task(bytes), [&](int64_t begin, int64_t end) {
+    copy(in, 1, offsets.get() + begin, to + begin * bytes, bytes, end - begin, stream);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> kv_gather_cpu(const Tensor& k_cache, const Tensor& v_cache,
+                                                 const Tensor& block_table_in,
+                                                 const Tensor& seq_lens_in, int64_t num_rows) {
+  const auto dims = check_kv_gather(k_cache, v_cache, block_table_in, seq_lens_in, num_rows);
+  const Tensor block_table = torch::stable::contiguous(block_table_in);
+  const Tensor seq_lens = torch::stable::contiguous(seq_lens_in);
+  Tensor cu_seqlens = torch::stable::new_empty(seq_lens, {dims.num_entries + 1});
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  int32_t* cu = cu_seqlens.mutable_data_ptr<int32_t>();
+  fill_cu_seqlens(dims, table, seq_lens.const_data_ptr<int32_t>(), cu);
+  return {gather(k_cache, dims, table, cu), gather(v_cache, dims, table, cu), cu_seqlens};
+}
+
+}  // namespace
+}  // namespace mor
+
+STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) { m.impl("kv_gather", TORCH_BOX(&mor::kv_gather_cpu)); }

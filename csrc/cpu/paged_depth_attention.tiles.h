@@ -1,0 +1,103 @@
+// paged_depth_attention for many rows of an entry, as in prefill: the tiles of depth_attention's
+// forward, of one key head, with keys packed from where the block table says. Included by
+// paged_depth_attention.simd.cpp only.
+#pragma once
+
+#include "paged_depth_attention.keys.h"
+
+namespace mor {
+namespace MOR_ISA {
+
+template <class T, class E>
+void pack_paged_keys(const KeyPointers<T, T>& keys, int64_t head_dim, int64_t padded,
+                     const KeyBlock<E>& block) {
+  for (int64_t j = 0; j < block.count; ++j) {
+    copy_row(keys.k[j], head_dim, padded, block.k_rows + j * kRowStride<E>);
+    if (j % kPerElement<E> != 0) continue;
+    const bool pair = kPerElement<E> == 2 && j + 1 < block.count;
+    copy_keys(keys.v[j], pair ? keys.v[j + 1] : nullptr, head_dim, padded,
+              block.v_keys + j / kPerElement<E> * kKeyStride);
+  }
+}
+
+// Rows from lanes; `out` is [d][lane].
+inline void write_part(const RowSums& sums, const float* out, int64_t lanes, int64_t head_dim,
+                       float* part) {
+  for (int64_t lane = 0; lane < lanes; ++lane, part += part_stride(head_dim)) {
+    for (int64_t d = 0; d < head_dim; ++d) part[d] = out[d * kWidth + lane];
+    float* end = part + part_stride(head_dim) - 2;
+    end[0] = sums.largest[lane], end[1] = sums.sum[lane];
+  }
+}
+
+template <class T, class E>
+int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, char* scratch) {
+  const int64_t hd = p.queries.dims.head_dim;
+  const int64_t padded = round_up(hd, 16), depth = padded / kPerElement<E>;
+  const int64_t rows = task.rows.row_end - task.rows.row_begin;
+  const int64_t lanes = round_up(rows, kWidth);
+  Arena arena{scratch};
+  E* q = arena.take<E>(lanes * depth);
+  float* out = arena.take<float>(lanes * padded);
+  const RowSums sums{arena.take<float>(lanes), arena.take<float>(lanes)};
+  const RowLimits limits{p.context_starts ? arena.take<int32_t>(lanes) : nullptr,
+                         arena.take<int32_t>(lanes), arena.take<int32_t>(lanes)};
+  float* scores = arena.take<float>(kBlockKeys * kWidth);
+  E* weights = arena.take<E>(kBlockKeys / kPerElement<E> * kWidth);
+  float* factor = arena.take<float>(kWidth);
+  KeyBlock<E> block{};
+  block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
+  block.v_keys = arena.take<E>(kBlockKeys / kPerElement<E> * kKeyStride);
+  if (!scratch) return arena.used;
+
+  pack_lanes<T>(p.queries.q, p.queries, task.rows, padded, q);
+  for (int64_t row = 0; row < lanes; ++row) {
+    const Visible seen = visible_to(p, task.rows, min(row, rows - 1));
+    if (limits.first) limits.first[row] = seen.first;
+    limits.limit[row] = seen.limit;
+    limits.depth[row] = 0;
+    sums.largest[row] = -kInfinity;
+  }
+  std::memset(sums.sum, 0, lanes * sizeof(float));
+  std::memset(out, 0, lanes * padded * sizeof(float));
+  const float log2_scale = static_cast<float>(p.queries.scale * 1.4426950408889634);
+  KeyOffsets offsets;
+  KeyPointers<T, T> pointers;
+
+  for (block.first = task.key_begin; block.first < task.key_end; block.first += kBlockKeys) {
+    block.count = min(kBlockKeys, task.key_end - block.first);
+    const LaneRange seeing = lanes_that_see(limits, lanes, block.first, block.count);
+    if (seeing.begin == seeing.end) continue;
+    find_offsets(p, task.rows.sequence, block.first, block.count, offsets);
+    find_pointers(p, offsets, block.count, task.rows.kv_head, pointers);
+    pack_paged_keys(pointers, hd, padded, block);
+    for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
+      const RowSums group{sums.largest + lane, sums.sum + lane};
+      const RowLimits seen = limits.from(lane);
+      const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
+      multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
+          count, depth, block.k_rows, q + lane * depth, scores);
+      const bool plain = all_see(seen, block.first, count) && log2_scale > 0;
+      if (!plain) mask_scores(scores, count, block.first, log2_scale, nullptr, nullptr, seen);
+      const float scale = plain ? log2_scale : 1.0f;
+      const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
+      const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
+      float* group_out = out + lane * padded;
+      if (shrank) {
+        multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kScaleAndAdd>(
+            padded, reduced, block.v_keys, weights, group_out, factor);
+      } else {
+        multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
+            padded, reduced, block.v_keys, weights, group_out);
+      }
+    }
+  }
+  for (int64_t lane = 0; lane < rows; lane += kWidth) {
+    write_part({sums.largest + lane, sums.sum + lane}, out + lane * padded,
+               min(kWidth, rows - lane), hd, part + lane * part_stride(hd));
+  }
+  return arena.used;
+}
+
+}  // namespace MOR_ISA
+}  // namespace mor

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from simt import Kernels
+from test_kv_append import CASES, make_inputs
+
+from mor.ops.kv_append import reference
+
+CASES_BY_ID = {c.id: c for c in CASES}
+
+
+def run(kernels: Kernels, k_cache, v_cache, k, v, slot_mapping):
+    size = k.element_size()
+    sides = ((k_cache, k), (v_cache, v))
+    strides = [s for c, rows in sides for s in (*c.stride()[:3], *rows.stride()[:2])]
+    blocks, block_size, heads, head_dim = k_cache.shape
+    kernels.call(
+        "kv_append", k_cache, v_cache, k, v, slot_mapping, torch.tensor(strides) * size,
+        len(slot_mapping), blocks * block_size, block_size, heads, head_dim * size,
+    )  # fmt: skip
+
+
+def check(kernels: Kernels, inputs) -> None:
+    want = inputs["k_cache"].clone(), inputs["v_cache"].clone()
+    reference(*want, inputs["k"], inputs["v"], inputs["slot_mapping"])
+    run(kernels, **inputs)
+    assert torch.equal(inputs["k_cache"], want[0])
+    assert torch.equal(inputs["v_cache"], want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES_BY_ID if "N2000" not in c])
+def test_kv_append(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
+    check(kernels, CASES_BY_ID[case].make(dtype, "cpu", torch.Generator().manual_seed(0)))
+
+
+def test_many_tokens_in_blocks_of_32(kernels: Kernels) -> None:
+    check(kernels, make_inputs((20, 16, 1, 8), 1100, "repeated", torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_strided_caches_and_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    inputs = make_inputs((6, 5, 3, 8), 11, "repeated", dtype)
+    pool = torch.stack([inputs["k_cache"], inputs["v_cache"]], dim=1).transpose(2, 3).contiguous()
+    inputs["k_cache"], inputs["v_cache"] = pool.transpose(2, 3).unbind(1)
+    fused = torch.cat([inputs["k"], inputs["v"]], dim=1)
+    inputs["k"], inputs["v"] = fused[:, :3], fused[:, 3:]
+    check(kernels, inputs)
+
+
+def test_slots_past_the_cache_are_skipped(kernels: Kernels) -> None:
+    inputs = make_inputs((2, 4, 2, 8), 3)
+    inputs["slot_mapping"] = torch.tensor([8, 2, 2**60])
+    before = inputs["k_cache"].clone()
+    before.view(8, 2, 8)[2] = inputs["k"][1]
+    run(kernels, **inputs)
+    assert torch.equal(inputs["k_cache"], before)
