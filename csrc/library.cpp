@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "-> (Tensor grad_base, Tensor grad_updates, Tensor grad_gate, Tensor grad_base_scale)");
 
   m.def(
+      "segment_reduce(Tensor x, Tensor segments, SymInt num_segments, str reduce, Tensor? weights) "
+      "-> (Tensor out, Tensor totals)");
+  m.def(
+      "segment_reduce_amax_backward(Tensor grad, Tensor x, Tensor out, Tensor segments) -> Tensor");
+
+  m.def(
       "depth_attention(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "
       "Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, Tensor? q_depths, Tensor? k_depths, Tensor? key_bias, bool causal, "

@@ -29,6 +29,7 @@ from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
 from mor.ops.route_topk import route_topk  # noqa: E402
 from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
+from mor.ops.segment_reduce import segment_reduce  # noqa: E402
 
 __all__ = [
     "depth_attention",
@@ -37,4 +38,5 @@ __all__ = [
     "route_topk",
     "scatter_tokens",
     "scatter_tokens_",
+    "segment_reduce",
 ]
