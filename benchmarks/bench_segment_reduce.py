@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mor.ops import segment_reduce
 
-#: N, D: a batch of 8 images of 1024 tokens, and of 4096.
-SHAPES = {"small": (8 * 1024, 320), "large": (8 * 4096, 640), "smoke": (64, 65)}
+#: N, D: 8 images of 1024 tokens, and 4 of 4096.
+SHAPES = {"small": (8 * 1024, 320), "large": (4 * 4096, 640), "smoke": (64, 65)}
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -84,8 +84,9 @@ def measure(
     what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch."), "what": reduce}
     with torch.inference_mode():
         want = named["ours"](x, weights)
+        near = 1e-5 if dtype == torch.float32 else 0.1  # the others round after every row
         for form in named.values():
-            torch.testing.assert_close(form(x, weights), want, rtol=3e-2, atol=3e-2)
+            torch.testing.assert_close(form(x, weights), want, rtol=near, atol=near)
         calls = {name: partial(form, x, weights) for name, form in named.items()}
         calls["limit clone"] = x.clone
         lines = [line({**what, "pass": "forward"}, calls, repeats)]

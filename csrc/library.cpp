@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "route_topk(Tensor scores, SymInt k, Tensor? k_each, Tensor cu_seqlens, SymInt num_rows, "
       "Tensor? candidates, Tensor? protected_rows, bool by_score) -> Tensor");
   m.def(
+      "route_threshold(Tensor scores, float threshold, Tensor? threshold_each, Tensor cu_seqlens, "
+      "str kind, bool inclusive, SymInt min_k, SymInt max_k, Tensor? candidates, SymInt? max_rows) "
+      "-> (Tensor rows, Tensor cu_seqlens)");
+  m.def(
       "group_rows(Tensor keys, SymInt num_keys, Tensor? cu_seqlens) -> (Tensor rows, Tensor "
       "offsets)");
 

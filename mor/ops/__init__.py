@@ -27,6 +27,7 @@ _load_library()
 from mor.ops.depth_attention import depth_attention  # noqa: E402
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
+from mor.ops.route_threshold import route_threshold  # noqa: E402
 from mor.ops.route_topk import route_topk  # noqa: E402
 from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
 from mor.ops.segment_reduce import segment_reduce  # noqa: E402
@@ -35,6 +36,7 @@ __all__ = [
     "depth_attention",
     "gather_tokens",
     "group_rows",
+    "route_threshold",
     "route_topk",
     "scatter_tokens",
     "scatter_tokens_",
