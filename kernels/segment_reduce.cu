@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "../csrc/ops/segment_reduce.h"
+#include "../csrc/rows.h"
 #include "row_hits.h"
 
 namespace mor {

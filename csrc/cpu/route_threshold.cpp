@@ -6,26 +6,25 @@
 #include <vector>
 
 #include "route_sequences.h"
+#include "route_threshold.short.h"
 #include "route_threshold.simd.h"
 
 namespace mor {
 namespace {
 
-// How every sequence is cut.
-struct Rule {
-  ScalarType dtype;
-  ThresholdKind kind;
-  bool inclusive;
-  int64_t min_k, max_k;
-};
-
 // The cut of one sequence, and how many rows it chooses; returns the first row whose weight is
 // none, or -1.
-int64_t cut_sequence(const Rule& rule, double threshold, RouteTopkSequence& s, void* scratch) {
+int64_t cut_sequence(const ThresholdRule& rule, double threshold, RouteTopkSequence& s,
+                     void* scratch) {
+  route_topk_choose(s, 0, 0);
+  s.nan_row = -1;
+  if (s.end - s.begin <= kShortSequence) {
+    int64_t bad = -1;
+    dispatch_floating(rule.dtype, [&]<class T>(T) { bad = cut_short<T>(rule, threshold, s); });
+    return bad;
+  }
   const int64_t available =
       s.candidates ? count_rows(s.candidates, nullptr, s.begin, s.end) : s.end - s.begin;
-  route_topk_choose(s, 0, available);
-  s.nan_row = -1;
   if (available == 0) return -1;
   if (rule.kind == ThresholdKind::kMass) {
     const int64_t bad = MOR_BEST(route_threshold_mass)(rule.dtype, s, threshold, scratch);
@@ -41,8 +40,7 @@ int64_t cut_sequence(const Rule& rule, double threshold, RouteTopkSequence& s, v
     }
     if (s.nan_row < 0) MOR_BEST(route_threshold_count)(rule.dtype, s, rule.inclusive);
   }
-  const int64_t most = rule.max_k < 0 ? available : rule.max_k;
-  const int64_t k = std::min({std::max(s.num_rows, rule.min_k), most, available});
+  const int64_t k = rule.bounded(s.num_rows, available);
   if (s.nan_row < 0 && k != s.num_rows) {
     route_topk_choose(s, k, available);
     s.num_rows = k;
@@ -104,7 +102,7 @@ std::tuple<Tensor, Tensor> route_threshold_cpu(const Tensor& scores_in, double t
     s.end = cu[b + 1];
     longest = std::max(longest, s.end - s.begin);
   }
-  const Rule rule{scores.scalar_type(), dims.kind, inclusive, min_k, max_k};
+  const ThresholdRule rule{scores.scalar_type(), dims.kind, inclusive, min_k, max_k};
   for_each_sequence(dims.num_rows, dims.num_sequences, longest, [&](int64_t b, void* scratch) {
     bad[b] = cut_sequence(rule, threshold_of[b], sequences[b], scratch);
   });
@@ -127,8 +125,11 @@ std::tuple<Tensor, Tensor> route_threshold_cpu(const Tensor& scores_in, double t
   int64_t* out = rows.mutable_data_ptr<int64_t>();
   const auto write = MOR_BEST(route_topk_write);
   for_each_sequence(dims.num_rows, dims.num_sequences, 0, [&](int64_t b, void*) {
-    sequences[b].rows = out + starts[b];
-    if (sequences[b].num_rows > 0) write(rule.dtype, sequences[b]);
+    RouteTopkSequence& s = sequences[b];
+    s.rows = out + starts[b];
+    if (s.num_rows == 0) return;
+    if (s.end - s.begin > kShortSequence) return write(rule.dtype, s);
+    dispatch_floating(rule.dtype, [&]<class T>(T) { write_short<T>(s); });
   });
   std::fill(out + total, out + size, int64_t{-1});
   return {rows, chosen};
