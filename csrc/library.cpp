@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "segment_reduce_amax_backward(Tensor grad, Tensor x, Tensor out, Tensor segments) -> Tensor");
 
   m.def(
+      "bipartite_match(Tensor a, Tensor b, Tensor cu_seqlens_a, Tensor cu_seqlens_b, str metric) "
+      "-> (Tensor scores, Tensor index)");
+
+  m.def(
       "depth_attention(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "
       "Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, Tensor? q_depths, Tensor? k_depths, Tensor? key_bias, bool causal, "

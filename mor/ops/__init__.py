@@ -24,6 +24,7 @@ def _load_library() -> None:
 
 _load_library()
 
+from mor.ops.bipartite_match import bipartite_match  # noqa: E402
 from mor.ops.depth_attention import depth_attention  # noqa: E402
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
@@ -33,6 +34,7 @@ from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
 from mor.ops.segment_reduce import segment_reduce  # noqa: E402
 
 __all__ = [
+    "bipartite_match",
     "depth_attention",
     "gather_tokens",
     "group_rows",
