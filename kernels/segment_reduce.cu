@@ -22,9 +22,7 @@ std::tuple<Tensor, Tensor> segment_reduce_cuda(const Tensor& x_in, const Tensor&
   Tensor totals = torch::stable::new_empty(x_in, {mean ? num_segments : 0},
                                            is_double ? ScalarType::Double : ScalarType::Float);
   Tensor scratch = hit_scratch(segments, num_segments, "segment_reduce");
-  const SegmentKind kind = mean                           ? SegmentKind::kMean
-                           : dims.reduce == Reduce::kAmax ? SegmentKind::kAmax
-                                                          : SegmentKind::kSum;
+  const int kind = mean ? kSegmentMean : dims.reduce == Reduce::kAmax ? kSegmentAmax : kSegmentSum;
   dispatch_floating_cuda(x_in.scalar_type(), [&]<class T>(T) {
     SegmentReduceArgs<T> args{};
     args.out = static_cast<T*>(out.mutable_data_ptr());

@@ -6,13 +6,14 @@
 
 namespace mor {
 
-enum class SegmentKind { kSum, kMean, kAmax };
+// Numbers, not an enumeration: they stand in the kernels' names, for kernels/budgets.json.
+constexpr int kSegmentSum = 0, kSegmentMean = 1, kSegmentAmax = 2;
 
 // Strides in elements; out and grad_x are packed.
 template <class T>
 struct SegmentReduceArgs {
   T* out;            // [S, D]; only read in the backward of amax
-  acc_t<T>* totals;  // [S], kMean only
+  acc_t<T>* totals;  // [S], kSegmentMean only
   const T* x;
   int64_t x_stride;
   RowFactor<T> weights;
@@ -37,7 +38,7 @@ struct SegmentAmaxBackwardArgs {
   int* last;
 };
 
-template <SegmentKind kKind, class T, int kPack>
+template <int kKind, class T, int kPack>
 __device__ __forceinline__ void reduce_row(const SegmentReduceArgs<T>& a, int64_t i, bool is_first,
                                            int64_t d, acc_t<T> (&acc)[kPack]) {
   const auto row = *reinterpret_cast<const Pack<T, kPack>*>(a.x + i * a.x_stride + d);
@@ -45,7 +46,7 @@ __device__ __forceinline__ void reduce_row(const SegmentReduceArgs<T>& a, int64_
 #pragma unroll
   for (int k = 0; k < kPack; ++k) {
     const acc_t<T> v = to_acc(row.v[k]);
-    if constexpr (kKind == SegmentKind::kAmax) {
+    if constexpr (kKind == kSegmentAmax) {
       acc[k] = is_first || v > acc[k] || v != v ? v : acc[k];
     } else {
       acc[k] += weight * v;
@@ -54,17 +55,17 @@ __device__ __forceinline__ void reduce_row(const SegmentReduceArgs<T>& a, int64_
 }
 
 // A warp owns one segment at a time, a lane kPack elements of every 32 * kPack.
-template <class T, int kPack, SegmentKind kKind>
+template <class T, int kPack, int kKind>
 __global__ void __launch_bounds__(kRowThreads) segment_reduce_kernel(SegmentReduceArgs<T> a) {
   const int lane = threadIdx.x % 32;
   for (int64_t s = row_item(); s < a.num_segments; s += row_item_step()) {
     const int first = a.first[s], last = a.last[s];
     acc_t<T> factor = 1;
-    if constexpr (kKind == SegmentKind::kMean) {
+    if constexpr (kKind == kSegmentMean) {
       acc_t<T> total = 0;
       for_each_hit(a.segments, s, first, last, [&](int64_t i) { total += a.weights.at(i); });
       if (lane == 0) a.totals[s] = total;
-      factor = total;
+      factor = total == 0 ? 0 : 1 / total;
     }
     for (int64_t begin = 0; begin < a.width; begin += 32 * kPack) {
       const int64_t d = begin + lane * kPack;
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kRowThreads) segment_reduce_kernel(SegmentRedu
         Pack<T, kPack> out;
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
-          if constexpr (kKind == SegmentKind::kMean) acc[k] = factor == 0 ? 0 : acc[k] / factor;
+          if constexpr (kKind == kSegmentMean) acc[k] = factor == 0 ? 0 : acc[k] * factor;
           out.v[k] = from_acc<T>(acc[k]);
         }
         *reinterpret_cast<Pack<T, kPack>*>(a.out + s * a.width + d) = out;
@@ -119,9 +120,9 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// scratch [2 S] int; num_rows below 2^31. totals null unless kind is kMean.
+// scratch [2 S] int; num_rows below 2^31. totals null unless kind is kSegmentMean.
 template <class T>
-cudaError_t launch_segment_reduce(SegmentReduceArgs<T> a, SegmentKind kind, int* scratch,
+cudaError_t launch_segment_reduce(SegmentReduceArgs<T> a, int kind, int* scratch,
                                   cudaStream_t stream) {
   if (a.num_segments == 0) return cudaSuccess;
   a.first = scratch;
@@ -129,13 +130,13 @@ cudaError_t launch_segment_reduce(SegmentReduceArgs<T> a, SegmentKind kind, int*
   launch_mark_hits(a.segments, a.num_rows, a.num_segments, a.first, a.last, stream);
   constexpr int kPack = 16 / sizeof(T);
   const bool packed = packs<T>(row_bits(a.out, a.width) | row_bits(a.x, a.x_stride), a.width);
-  const auto kernel =
-      kind == SegmentKind::kSum    ? (packed ? segment_reduce_kernel<T, kPack, SegmentKind::kSum>
-                                             : segment_reduce_kernel<T, 1, SegmentKind::kSum>)
-      : kind == SegmentKind::kMean ? (packed ? segment_reduce_kernel<T, kPack, SegmentKind::kMean>
-                                             : segment_reduce_kernel<T, 1, SegmentKind::kMean>)
-                                   : (packed ? segment_reduce_kernel<T, kPack, SegmentKind::kAmax>
-                                             : segment_reduce_kernel<T, 1, SegmentKind::kAmax>);
+  const auto kernel = kind == kSegmentSum ? (packed ? segment_reduce_kernel<T, kPack, kSegmentSum>
+                                                    : segment_reduce_kernel<T, 1, kSegmentSum>)
+                      : kind == kSegmentMean
+                          ? (packed ? segment_reduce_kernel<T, kPack, kSegmentMean>
+                                    : segment_reduce_kernel<T, 1, kSegmentMean>)
+                          : (packed ? segment_reduce_kernel<T, kPack, kSegmentAmax>
+                                    : segment_reduce_kernel<T, 1, kSegmentAmax>);
   MOR_LAUNCH(kernel, row_grid(a.num_segments), kRowThreads, 0, stream, a);
   return cudaGetLastError();
 }

@@ -18,8 +18,7 @@ SIMT_EXPORT int segment_reduce(int64_t dtype, int64_t kind, void* out, void* tot
       args.num_rows = num_rows;
       args.num_segments = num_segments;
       args.width = width;
-      return mor::launch_segment_reduce(args, static_cast<mor::SegmentKind>(kind), scratch,
-                                        nullptr);
+      return mor::launch_segment_reduce(args, int(kind), scratch, nullptr);
     });
   });
 }
