@@ -8,7 +8,7 @@
 namespace mor {
 namespace {
 
-// The one place where mor waits for the device: how many rows there are, for the size of a tensor.
+// The one place where an operator waits for the device: the size of a tensor is needed.
 int64_t read_count(const int32_t* count, cudaStream_t stream) {
   int32_t value = 0;
   check_launch(cudaMemcpyAsync(&value, count, sizeof value, cudaMemcpyDeviceToHost, stream),
