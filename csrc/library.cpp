@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "route_topk(Tensor scores, SymInt k, Tensor? k_each, Tensor cu_seqlens, SymInt num_rows, "
       "Tensor? candidates, Tensor? protected_rows, bool by_score) -> Tensor");
   m.def(
+      "route_threshold(Tensor scores, float threshold, Tensor? threshold_each, Tensor cu_seqlens, "
+      "str kind, bool inclusive, SymInt min_k, SymInt max_k, Tensor? candidates, SymInt? max_rows) "
+      "-> (Tensor rows, Tensor cu_seqlens)");
+  m.def(
       "group_rows(Tensor keys, SymInt num_keys, Tensor? cu_seqlens) -> (Tensor rows, Tensor "
       "offsets)");
 
@@ -35,6 +39,16 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "scatter_tokens_backward(Tensor grad, Tensor? base, Tensor? updates, Tensor rows, Tensor? "
       "gate, Tensor? base_scale, bool need_base, bool need_updates) "
       "-> (Tensor grad_base, Tensor grad_updates, Tensor grad_gate, Tensor grad_base_scale)");
+
+  m.def(
+      "segment_reduce(Tensor x, Tensor segments, SymInt num_segments, str reduce, Tensor? weights) "
+      "-> (Tensor out, Tensor totals)");
+  m.def(
+      "segment_reduce_amax_backward(Tensor grad, Tensor x, Tensor out, Tensor segments) -> Tensor");
+
+  m.def(
+      "bipartite_match(Tensor a, Tensor b, Tensor cu_seqlens_a, Tensor cu_seqlens_b, str metric) "
+      "-> (Tensor scores, Tensor index)");
 
   m.def(
       "depth_attention(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "

@@ -51,7 +51,8 @@ Tensor route_topk_cuda(const Tensor& scores_in, int64_t k, const std::optional<T
                            rows.mutable_data_ptr<int64_t>(),
                            dims.num_rows,
                            dims.num_sequences,
-                           num_rows};
+                           num_rows,
+                           0};
   dispatch_floating_cuda(scores.scalar_type(), [&]<class T>(T) {
     check_launch(launch_route_topk(static_cast<const T*>(scores.const_data_ptr()), args,
                                    scratch(ascending), current_stream(scores)),

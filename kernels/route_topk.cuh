@@ -24,6 +24,7 @@ struct RouteTopkArgs {
   int64_t* starts;  // [B + 1] scratch of by_score: first output row; or null
   int64_t* rows;    // [num_selected]
   int64_t num_rows, num_sequences, num_selected;
+  int64_t fill;  // for rows that the sequences do not fill
 };
 
 // Unsigned keys that order as the scores do; 0 is NaN, and -0.0 has the key of +0.0. bfloat16 and
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kRouteThreads)
     }
     if (b == args.num_sequences - 1) {
       for (int64_t i = stop + threadIdx.x; i < args.num_selected; i += kRouteThreads)
-        args.rows[i] = 0;
+        args.rows[i] = args.fill;
     }
   }
 }

@@ -1,5 +1,5 @@
 // Adding rows to rows, deterministic for any index list, without float atomics, sort or a word to
-// the host: shared by the backward of gather_tokens and by scatter_tokens.
+// the host: shared by the backward of gather_tokens, by scatter_tokens and by segment_reduce.
 //
 // Integer atomics find the first and the last hit on every row (minimum and maximum do not depend
 // on the order of arrival). A row with one hit, every row after route_topk, adds it; a row with
@@ -10,37 +10,9 @@
 // hits repeated at distance K/2 read K * K / 4 indices: correct, but slow for K above some 10^5.
 #pragma once
 
-#include "common.cuh"
+#include "rows.cuh"
 
 namespace mor {
-
-constexpr int kRowThreads = 256;  // eight warps, each on a row of its own
-
-// The row (or hit) of this warp, and the distance to its next one.
-__device__ __forceinline__ int64_t row_item() {
-  return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32;
-}
-__device__ __forceinline__ int64_t row_item_step() {
-  return int64_t(gridDim.x) * (kRowThreads / 32);
-}
-inline unsigned row_grid(int64_t count) { return grid_for(count, kRowThreads / 32); }
-
-// kPack elements that travel in one access.
-template <class T, int kPack>
-struct alignas(kPack * sizeof(T)) Pack {
-  T v[kPack];
-};
-
-// Elements of a 16-byte access where every row of every operand allows it, else 1; `bits` is the
-// bitwise or of all addresses and row strides in bytes.
-template <class T>
-bool packs(uintptr_t bits, int64_t width) {
-  return (bits | uintptr_t(width) * sizeof(T)) % 16 == 0;
-}
-template <class T>
-uintptr_t row_bits(const T* p, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(p) | uintptr_t(stride) * sizeof(T);
-}
 
 // One factor for each row, float or T; absent, the factor is 1.
 template <class T>
@@ -93,6 +65,21 @@ static __global__ void mark_hits_kernel(const int64_t* rows, int64_t num_hits, i
   }
 }
 
+// Calls body(i) for every i with rows[i] == n, ascending, the whole warp together. first and last
+// are those of n; without a hit, last is -1.
+template <class Body>
+__device__ __forceinline__ void for_each_hit(const int64_t* rows, int64_t n, int first, int last,
+                                             Body&& body) {
+  if (last < 0) return;
+  body(int64_t(first));
+  const int lane = threadIdx.x % 32;
+  for (int64_t i = int64_t(first) + 1; i <= last; i += 32) {
+    const bool hit = i + lane <= last && rows[i + lane] == n;
+    for (unsigned hits = __ballot_sync(~0u, hit); hits != 0; hits &= hits - 1)
+      body(i + __ffs(int(hits)) - 1);
+  }
+}
+
 template <class T, int kPack>
 __device__ __forceinline__ void add_hit(const RowSums<T>& s, int64_t i, int64_t d,
                                         acc_t<T> (&acc)[kPack]) {
@@ -123,13 +110,9 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(RowSums<T> s) {
 #pragma unroll
         for (int k = 0; k < kPack; ++k) acc[k] = scale * to_acc(base.v[k]);
       }
-      if (active && last >= 0) add_hit<T, kPack>(s, first, d, acc);
-      for (int64_t i = int64_t(first) + 1; i <= last; i += 32) {
-        const bool hit = i + lane <= last && s.rows[i + lane] == n;
-        for (unsigned hits = __ballot_sync(~0u, hit); hits != 0; hits &= hits - 1) {
-          if (active) add_hit<T, kPack>(s, i + __ffs(int(hits)) - 1, d, acc);
-        }
-      }
+      for_each_hit(s.rows, n, first, last, [&](int64_t i) {
+        if (active) add_hit<T, kPack>(s, i, d, acc);
+      });
       if (active) {
         Pack<T, kPack> out;
 #pragma unroll
@@ -137,6 +120,16 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(RowSums<T> s) {
         *reinterpret_cast<Pack<T, kPack>*>(s.out + n * s.out_stride + d) = out;
       }
     }
+  }
+}
+
+// The first and last hit of every row, into first and last.
+inline void launch_mark_hits(const int64_t* rows, int64_t num_hits, int64_t num_rows, int* first,
+                             int* last, cudaStream_t stream) {
+  MOR_LAUNCH(clear_hits_kernel, grid_for(num_rows, 256), 256, 0, stream, first, last, num_rows);
+  if (num_hits > 0) {
+    MOR_LAUNCH(mark_hits_kernel, grid_for(num_hits, 256), 256, 0, stream, rows, num_hits, first,
+               last);
   }
 }
 
@@ -148,12 +141,7 @@ cudaError_t launch_row_sums(RowSums<T> s, int* scratch, cudaStream_t stream) {
   if (s.num_rows == 0 || s.width == 0 || (only_hit && s.num_hits == 0)) return cudaSuccess;
   s.first = scratch;
   s.last = scratch + s.num_rows;
-  MOR_LAUNCH(clear_hits_kernel, grid_for(s.num_rows, 256), 256, 0, stream, s.first, s.last,
-             s.num_rows);
-  if (s.num_hits > 0) {
-    MOR_LAUNCH(mark_hits_kernel, grid_for(s.num_hits, 256), 256, 0, stream, s.rows, s.num_hits,
-               s.first, s.last);
-  }
+  launch_mark_hits(s.rows, s.num_hits, s.num_rows, s.first, s.last, stream);
   const uintptr_t bits = row_bits(s.out, s.out_stride) | row_bits(s.base, s.base_stride) |
                          row_bits(s.updates, s.updates_stride);
   constexpr int kPack = 16 / sizeof(T);

@@ -1,4 +1,4 @@
-// Glue for row_hits.cuh, shared by gather_tokens.cu and scatter_tokens.cu.
+// Glue for row_hits.cuh, shared by gather_tokens.cu, scatter_tokens.cu and segment_reduce.cu.
 #pragma once
 
 #include <optional>

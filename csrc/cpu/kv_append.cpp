@@ -60,8 +60,8 @@ void kv_append_cpu(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   const int64_t num_slots = dims.cache.num_blocks * dims.cache.block_size;
   for (int64_t i = 0; i < dims.num_tokens; ++i) {
-    STD_TORCH_CHECK(slots[i] < num_slots, "kv_append: expected slot_mapping below ", num_slots,
-                    " (num_blocks * block_size), got slot_mapping[", i, "] = ", slots[i]);
+    MOR_CHECK(slots[i] < num_slots, "kv_append: expected slot_mapping below ", num_slots,
+              " (num_blocks * block_size), got slot_mapping[", i, "] = ", slots[i]);
   }
   const Tensor k = last_contiguous(k_in), v = last_contiguous(v_in);
   const int64_t heads = dims.cache.num_kv_heads, bytes = dims.cache.head_dim * k.element_size();

@@ -21,15 +21,15 @@ void fill_cu_seqlens(const KvGatherDims& dims, const int32_t* table, const int32
   int64_t total = 0;
   cu[0] = 0;
   for (int64_t b = 0; b < dims.num_entries; ++b) {
-    STD_TORCH_CHECK(lens[b] >= 0 && lens[b] <= room, "kv_gather: expected seq_lens in [0, ", room,
-                    "] (max_blocks * block_size), got seq_lens[", b, "] = ", lens[b]);
+    MOR_CHECK(lens[b] >= 0 && lens[b] <= room, "kv_gather: expected seq_lens in [0, ", room,
+              "] (max_blocks * block_size), got seq_lens[", b, "] = ", lens[b]);
     const int64_t used = (lens[b] + dims.cache.block_size - 1) / dims.cache.block_size;
     check_blocks(table + b * dims.max_blocks, b, 0, used, dims.cache.num_blocks, "kv_gather");
     total += lens[b];
     cu[b + 1] = static_cast<int32_t>(std::min<int64_t>(total, INT32_MAX));
   }
-  STD_TORCH_CHECK(total == dims.num_rows, "kv_gather: expected num_rows of ", total,
-                  " (the sum of seq_lens), got ", dims.num_rows);
+  MOR_CHECK(total == dims.num_rows, "kv_gather: expected num_rows of ", total,
+            " (the sum of seq_lens), got ", dims.num_rows);
 }
 
 // The rows of one cache, in pieces that are contiguous: a row, or the row of one head. The kernel

@@ -44,19 +44,18 @@ void check_values(const PagedProblem& p, const PagedDepthAttentionDims& dims,
   const int32_t *lens = p.context_lens, *starts = p.context_starts, *cu = p.queries.cu_q;
   for (int64_t b = 0; b < dims.num_entries; ++b) {
     for (int64_t i = cu[b]; i < cu[b + 1]; ++i) {
-      STD_TORCH_CHECK(lens[i] >= 0 && lens[i] <= room, op, ": expected context_lens in [0, ", room,
-                      "] (max_blocks * block_size), got context_lens[", i, "] = ", lens[i]);
-      STD_TORCH_CHECK(!starts || (starts[i] >= 0 && starts[i] <= lens[i]), op,
-                      ": expected context_starts in [0, context_lens], got context_starts[", i,
-                      "] = ", starts[i], " with context_lens[", i, "] = ", lens[i]);
+      MOR_CHECK(lens[i] >= 0 && lens[i] <= room, op, ": expected context_lens in [0, ", room,
+                "] (max_blocks * block_size), got context_lens[", i, "] = ", lens[i]);
+      MOR_CHECK(!starts || (starts[i] >= 0 && starts[i] <= lens[i]), op,
+                ": expected context_starts in [0, context_lens], got context_starts[", i,
+                "] = ", starts[i], " with context_lens[", i, "] = ", lens[i]);
       if (i == cu[b]) continue;
-      STD_TORCH_CHECK(lens[i] >= lens[i - 1], op,
-                      ": expected context_lens that do not fall inside an entry, got context_lens[",
-                      i, "] = ", lens[i], " after ", lens[i - 1]);
-      STD_TORCH_CHECK(
-          !starts || starts[i] >= starts[i - 1], op,
-          ": expected context_starts that do not fall inside an entry, got context_starts[", i,
-          "] = ", starts[i], " after ", starts[i - 1]);
+      MOR_CHECK(lens[i] >= lens[i - 1], op,
+                ": expected context_lens that do not fall inside an entry, got context_lens[", i,
+                "] = ", lens[i], " after ", lens[i - 1]);
+      MOR_CHECK(!starts || starts[i] >= starts[i - 1], op,
+                ": expected context_starts that do not fall inside an entry, got context_starts[",
+                i, "] = ", starts[i], " after ", starts[i - 1]);
     }
     if (cu[b] == cu[b + 1]) continue;
     const KeyRange keys = keys_seen(p, cu[b], cu[b + 1] - 1);

@@ -4,30 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <utility>
 #include <vector>
 
-#include "route_topk.simd.h"
+#include "route_sequences.h"
 
 namespace mor {
 namespace {
-
-constexpr int64_t kRowsPerThread = 32768;  // some 30 us: less is not worth waking a thread
-
-// Parallel over sequences, with enough rows for each thread.
-template <class Body>
-void for_each_sequence(const RouteTopkDims& dims, const Body& body) {
-  const int64_t length = dims.num_rows / std::max<int64_t>(dims.num_sequences, 1) + 1;
-  const int64_t grain = std::max<int64_t>(kRowsPerThread / length, 1);
-  torch::stable::parallel_for(0, dims.num_sequences, grain, body);
-}
-
-int64_t count(const uint8_t* mask, const uint8_t* without, int64_t begin, int64_t end) {
-  int64_t total = 0;
-  for (int64_t i = begin; i < end; ++i) total += mask[i] & ~(without ? without[i] : 0);
-  return total;
-}
 
 // Best first: score, then the smaller row; a NaN (a protected row's) comes last.
 void sort_by_score(const Tensor& scores, int64_t* rows, int64_t num_rows) {
@@ -76,15 +59,22 @@ Tensor route_topk_cpu(const Tensor& scores_in, int64_t k, const std::optional<Te
   int64_t total = 0, longest = 0;
   for (int64_t b = 0; b < dims.num_sequences; ++b) {
     const int64_t begin = cu[b], end = cu[b + 1], wanted = k_of ? k_of[b] : k;
-    const int64_t num_kept = kept ? count(kept, nullptr, begin, end) : 0;
+    const int64_t num_kept = kept ? count_rows(kept, nullptr, begin, end) : 0;
     const int64_t available =
-        candidate ? count(candidate, kept, begin, end) : end - begin - num_kept;
+        candidate ? count_rows(candidate, kept, begin, end) : end - begin - num_kept;
     MOR_CHECK(wanted >= 0, "route_topk: expected k >= 0, got k = ", wanted, " for sequence ", b);
     MOR_CHECK(wanted <= available, "route_topk: sequence ", b, " has ", available,
               " rows to choose from, got k = ", wanted);
-    sequences[b] = {scores.const_data_ptr(), candidate, kept, begin, end, wanted, available,
-                    wanted + num_kept,       nullptr,   -1};
-    total += wanted + num_kept;
+    RouteTopkSequence& sequence = sequences[b];
+    sequence = {};
+    sequence.scores = scores.const_data_ptr();
+    sequence.candidates = candidate;
+    sequence.protected_rows = kept;
+    sequence.begin = begin;
+    sequence.end = end;
+    sequence.num_rows = wanted + num_kept;
+    route_topk_choose(sequence, wanted, available);
+    total += sequence.num_rows;
     longest = std::max(longest, end - begin);
   }
   MOR_CHECK(total == num_rows, "route_topk: expected num_rows = ", total,
@@ -96,17 +86,15 @@ Tensor route_topk_cpu(const Tensor& scores_in, int64_t k, const std::optional<Te
     next += sequence.num_rows;
   }
 
-  const auto run = MOR_BEST(route_topk_sequence);
-  for_each_sequence(dims, [&](int64_t begin, int64_t end) {
-    struct alignas(64) Line {
-      char bytes[64];
-    };
-    const std::unique_ptr<Line[]> scratch(new Line[route_topk_scratch(longest) / 64 + 1]);
-    for (int64_t b = begin; b < end; ++b) {
-      RouteTopkSequence& sequence = sequences[b];
-      run(scores.scalar_type(), sequence, scratch.get());
-      if (by_score && sequence.nan_row < 0) sort_by_score(scores, sequence.rows, sequence.num_rows);
-    }
+  const auto find = MOR_BEST(route_topk_find);
+  const auto write = MOR_BEST(route_topk_write);
+  const ScalarType dtype = scores.scalar_type();
+  for_each_sequence(dims.num_rows, dims.num_sequences, longest, [&](int64_t b, void* scratch) {
+    RouteTopkSequence& sequence = sequences[b];
+    find(dtype, sequence, scratch);
+    if (sequence.nan_row >= 0) return;
+    write(dtype, sequence);
+    if (by_score) sort_by_score(scores, sequence.rows, sequence.num_rows);
   });
   for (const RouteTopkSequence& sequence : sequences) {
     MOR_CHECK(sequence.nan_row < 0, "route_topk: expected scores without NaN, got scores[",

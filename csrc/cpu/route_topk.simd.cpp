@@ -6,18 +6,14 @@
 #include <limits>
 #include <type_traits>
 
-#include "simd/compact.h"
+#include "simd/scores.h"
 
 namespace mor {
 namespace MOR_ISA {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 typedef int16_t VecS __attribute__((vector_size(kLanes * 2)));
 
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 using digit_t = std::conditional_t<std::is_same_v<T, double>, int64_t, int16_t>;
 
@@ -143,53 +139,9 @@ Threshold<acc_t<T>> find_threshold(digit_t<T>* high, digit_t<T>* low, int64_t n,
   }
 }
 
-// Bits of a block above and equal to the threshold.
 template <class T>
-void compare_block(const T* scores, acc_t<T> threshold, uint64_t* above, uint64_t* equal) {
-  uint64_t greater = 0, same = 0;
-  if constexpr (std::is_same_v<T, double>) {
-    for (int i = 0; i < kBlock; ++i) {
-      greater |= static_cast<uint64_t>(scores[i] > threshold) << i;
-      same |= static_cast<uint64_t>(scores[i] == threshold) << i;
-    }
-  } else {
-    const VecF limit = splat(threshold);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const VecF score = load(scores + i);
-      greater |= lane_bits(score > limit) << i;
-      same |= lane_bits(score == limit) << i;
-    }
-  }
-  *above = greater;
-  *equal = same;
-}
-
-// Blocks of kBlock rows, the last one padded, so that no loop below has a tail.
-template <class T, class Body>
-void for_each_block(const RouteTopkSequence& s, Body&& body) {
-  const T* scores = static_cast<const T*>(s.scores);
-  for (int64_t row = s.begin; row < s.end; row += kBlock) {
-    const int64_t count = s.end - row;
-    if (count >= kBlock) {
-      body(row, scores + row, s.candidates ? true_bits(s.candidates + row) : ~uint64_t{0},
-           s.protected_rows ? true_bits(s.protected_rows + row) : uint64_t{0});
-      continue;
-    }
-    T padded[kBlock] = {};
-    uint8_t mask[2][kBlock] = {};
-    std::memcpy(padded, scores + row, count * sizeof(T));
-    if (s.candidates) std::memcpy(mask[0], s.candidates + row, count);
-    if (s.protected_rows) std::memcpy(mask[1], s.protected_rows + row, count);
-    body(row, padded, s.candidates ? true_bits(mask[0]) : first_bits(count), true_bits(mask[1]));
-  }
-}
-
-template <class T>
-void run(RouteTopkSequence& s, void* scratch) {
+void find(RouteTopkSequence& s, void* scratch) {
   using Digit = digit_t<T>;
-  // k = 0 keeps no row and k = available every one: neither needs a threshold.
-  constexpr auto kInfinity = std::numeric_limits<acc_t<T>>::infinity();
-  Threshold<acc_t<T>> threshold{s.k == 0 ? kInfinity : -kInfinity, s.k};
   Digit* high = static_cast<Digit*>(scratch);
   Digit* low =
       std::is_same_v<T, double> ? high : high + (s.end - s.begin + 2 * kBlock) / kBlock * kBlock;
@@ -212,17 +164,21 @@ void run(RouteTopkSequence& s, void* scratch) {
     }
     n += j;
   });
-  if (s.nan_row >= 0) return;
-  if (s.k > 0 && s.k < s.available) {
-    for (; n % kBlock; ++n) high[n] = low[n] = std::numeric_limits<Digit>::min();
-    threshold = find_threshold<T>(high, low, n, s.k);
-  }
+  if (s.nan_row >= 0 || !s.select) return;
+  for (; n % kBlock; ++n) high[n] = low[n] = std::numeric_limits<Digit>::min();
+  const auto threshold = find_threshold<T>(high, low, n, s.k);
+  s.cut = threshold.score;
+  s.ties = threshold.ties;
+}
+
+template <class T>
+void write(const RouteTopkSequence& s) {
   int64_t* out = s.rows;
-  int64_t ties = threshold.ties;
+  int64_t ties = s.ties;
   for_each_block<T>(s, [&](int64_t row, const T* scores, uint64_t candidate, uint64_t kept) {
     const uint64_t competes = candidate & ~kept;
     uint64_t above, equal;
-    compare_block<T>(scores, threshold.score, &above, &equal);
+    compare_block<T>(scores, static_cast<acc_t<T>>(s.cut), &above, &equal);
     equal &= competes;
     const int64_t num_equal = __builtin_popcountll(equal);
     if (num_equal > ties) equal = lowest_set_bits(equal, ties);
@@ -233,17 +189,13 @@ void run(RouteTopkSequence& s, void* scratch) {
 
 }  // namespace
 
-void route_topk_sequence(ScalarType dtype, RouteTopkSequence& sequence, void* scratch) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return run<float>(sequence, scratch);
-    case ScalarType::BFloat16:
-      return run<BFloat16>(sequence, scratch);
-    case ScalarType::Half:
-      return run<Half>(sequence, scratch);
-    default:
-      return run<double>(sequence, scratch);
-  }
+void route_topk_find(torch::headeronly::ScalarType dtype, RouteTopkSequence& sequence,
+                     void* scratch) {
+  dispatch_scores(dtype, [&]<class T>(T) { find<T>(sequence, scratch); });
+}
+
+void route_topk_write(torch::headeronly::ScalarType dtype, const RouteTopkSequence& sequence) {
+  dispatch_scores(dtype, [&]<class T>(T) { write<T>(sequence); });
 }
 
 }  // namespace MOR_ISA

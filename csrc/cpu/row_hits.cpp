@@ -8,24 +8,28 @@
 namespace mor {
 namespace {
 
-RowOrder scan(const int64_t* rows, int64_t count, int64_t num_rows, const char* op) {
+RowOrder scan(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+              const char* name) {
   const RowOrder order = MOR_BEST(scan_rows)(rows, count, num_rows);
   if (!order.in_range) {
     int64_t i = 0;
     while (rows[i] >= 0 && rows[i] < num_rows) ++i;
-    MOR_CHECK(false, op, ": expected rows in [0, ", num_rows, "), got rows[", i, "] = ", rows[i]);
+    MOR_CHECK(false, op, ": expected ", name, " in [0, ", num_rows, "), got ", name, "[", i,
+              "] = ", rows[i]);
   }
   return order;
 }
 
 }  // namespace
 
-void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op) {
-  scan(rows, count, num_rows, op);
+void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+                     const char* name) {
+  scan(rows, count, num_rows, op, name);
 }
 
-RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op) {
-  if (!scan(rows, count, num_rows, op).falls) return {rows, nullptr, count, nullptr};
+RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+                  const char* name) {
+  if (!scan(rows, count, num_rows, op, name).falls) return {rows, nullptr, count, nullptr};
   std::vector<int64_t> next(num_rows + 1, 0);
   for (int64_t i = 0; i < count; ++i) ++next[rows[i] + 1];
   for (int64_t n = 0; n < num_rows; ++n) next[n + 1] += next[n];

@@ -31,12 +31,15 @@ struct RowHits {
   std::unique_ptr<int64_t[]> memory;
 };
 
-// Checks rows [count] against [0, num_rows), naming the first one outside.
-void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op);
+// Checks rows [count] against [0, num_rows), naming the first one outside; `name` is what the
+// operator calls them.
+void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+                     const char* name = "rows");
 
 // Checks the range and puts the hits in order: nothing to do if rows never fall, else a stable
 // counting sort, O(count + num_rows).
-RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op);
+RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+                  const char* name = "rows");
 
 // Results of this size are written around the cache (half of the last-level cache of common
 // machines): alone that is up to twice as fast, and it loses nothing where the result is read next.

@@ -39,15 +39,14 @@ inline KvCacheDims check_kv_cache(const Tensor& k_cache, const Tensor& v_cache, 
   check_same_device(v_cache, k_cache, op, "v_cache");
   const KvCacheDims dims{k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)};
   for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(v_cache.size(d) == k_cache.size(d), op,
-                    ": expected v_cache of the shape of k_cache ", shape_str(k_cache), ", got ",
-                    shape_str(v_cache));
+    MOR_CHECK(v_cache.size(d) == k_cache.size(d), op, ": expected v_cache of the shape of k_cache ",
+              shape_str(k_cache), ", got ", shape_str(v_cache));
   }
-  STD_TORCH_CHECK(dims.block_size >= 1, op, ": expected a block_size of at least 1, got ",
-                  shape_str(k_cache));
+  MOR_CHECK(dims.block_size >= 1, op, ": expected a block_size of at least 1, got ",
+            shape_str(k_cache));
   const auto check_rows = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": expected ", name,
-                    " with a contiguous head_dim, got strides ", strides_str(t));
+    MOR_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": expected ", name,
+              " with a contiguous head_dim, got strides ", strides_str(t));
   };
   check_rows(k_cache, "k_cache");
   check_rows(v_cache, "v_cache");
@@ -66,8 +65,8 @@ inline KvAppendDims check_kv_append(const Tensor& k_cache, const Tensor& v_cache
   const auto check_written = [&](const Tensor& t, const char* name) {
     bool shared = false;
     for (int64_t d = 0; d < 4; ++d) shared |= t.size(d) > 1 && t.stride(d) == 0;
-    STD_TORCH_CHECK(!shared, op, ": expected ", name,
-                    " whose elements do not share memory, got strides ", strides_str(t));
+    MOR_CHECK(!shared, op, ": expected ", name, " whose elements do not share memory, got strides ",
+              strides_str(t));
   };
   check_written(k_cache, "k_cache");
   check_written(v_cache, "v_cache");
@@ -79,7 +78,7 @@ inline KvAppendDims check_kv_append(const Tensor& k_cache, const Tensor& v_cache
     check_dim(t, 3, op, name, "[N, Hkv, head_dim]");
     check_dtype(t, k_cache.scalar_type(), op, name);
     check_same_device(t, k_cache, op, name);
-    STD_TORCH_CHECK(
+    MOR_CHECK(
         t.size(0) == num_tokens && t.size(1) == cache.num_kv_heads && t.size(2) == cache.head_dim,
         op, ": expected ", name, " of shape [", num_tokens, ", ", cache.num_kv_heads, ", ",
         cache.head_dim, "], got ", shape_str(t));

@@ -41,10 +41,10 @@ inline KvGatherDims check_kv_gather(const Tensor& k_cache, const Tensor& v_cache
   check_dim(seq_lens, 1, op, "seq_lens", "[B]");
   check_dtype(seq_lens, ScalarType::Int, op, "seq_lens");
   check_same_device(seq_lens, k_cache, op, "seq_lens");
-  STD_TORCH_CHECK(seq_lens.size(0) == num_entries, op, ": expected seq_lens of ", num_entries,
-                  " elements (the rows of block_table), got ", shape_str(seq_lens));
-  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, op,
-                  ": expected num_rows in [0, 2^31), got ", num_rows);
+  MOR_CHECK(seq_lens.size(0) == num_entries, op, ": expected seq_lens of ", num_entries,
+            " elements (the rows of block_table), got ", shape_str(seq_lens));
+  MOR_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, op, ": expected num_rows in [0, 2^31), got ",
+            num_rows);
   return {cache, num_entries, block_table.size(1), num_rows};
 }
 
@@ -52,8 +52,8 @@ inline KvGatherDims check_kv_gather(const Tensor& k_cache, const Tensor& v_cache
 inline void check_blocks(const int32_t* table, int64_t b, int64_t first, int64_t end,
                          int64_t num_blocks, const char* op) {
   for (int64_t j = first; j < end; ++j) {
-    STD_TORCH_CHECK(table[j] >= 0 && table[j] < num_blocks, op, ": expected block_table in [0, ",
-                    num_blocks, "), got block_table[", b, ", ", j, "] = ", table[j]);
+    MOR_CHECK(table[j] >= 0 && table[j] < num_blocks, op, ": expected block_table in [0, ",
+              num_blocks, "), got block_table[", b, ", ", j, "] = ", table[j]);
   }
 }
 

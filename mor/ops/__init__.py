@@ -24,23 +24,29 @@ def _load_library() -> None:
 
 _load_library()
 
+from mor.ops.bipartite_match import bipartite_match  # noqa: E402
 from mor.ops.depth_attention import depth_attention  # noqa: E402
 from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
 from mor.ops.kv_append import kv_append  # noqa: E402
 from mor.ops.kv_gather import kv_gather  # noqa: E402
 from mor.ops.paged_depth_attention import paged_depth_attention  # noqa: E402
+from mor.ops.route_threshold import route_threshold  # noqa: E402
 from mor.ops.route_topk import route_topk  # noqa: E402
 from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_  # noqa: E402
+from mor.ops.segment_reduce import segment_reduce  # noqa: E402
 
 __all__ = [
+    "bipartite_match",
     "depth_attention",
     "gather_tokens",
     "group_rows",
     "kv_append",
     "kv_gather",
     "paged_depth_attention",
+    "route_threshold",
     "route_topk",
     "scatter_tokens",
     "scatter_tokens_",
+    "segment_reduce",
 ]

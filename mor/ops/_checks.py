@@ -110,7 +110,7 @@ def check_int_vector(
 ) -> None:
     """Shape [size] int32 on the device of `reference`."""
     check_dim(t, 1, op, name, shape)
-    check_dtype(t, (torch.int32,), "Int", op, name)
+    check_dtype(t, (torch.int32,), "int32", op, name)
     check_same_device(t, reference, op, name)
     torch._check(
         t.shape[0] == size,
@@ -121,7 +121,7 @@ def check_int_vector(
 def check_block_table(t: Tensor, reference: Tensor, op: str) -> None:
     """Shape [B, max_blocks] int32 on the device of `reference`."""
     check_dim(t, 2, op, "block_table", "[B, max_blocks]")
-    check_dtype(t, (torch.int32,), "Int", op, "block_table")
+    check_dtype(t, (torch.int32,), "int32", op, "block_table")
     check_same_device(t, reference, op, "block_table")
 
 

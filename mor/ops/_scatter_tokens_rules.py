@@ -15,9 +15,7 @@ from mor.ops._checks import (
 )
 
 
-def _check_rows_like(
-    t: Tensor, num_rows: int, like: Tensor, op: str, name: str, shape: str
-) -> None:
+def check_rows_like(t: Tensor, num_rows: int, like: Tensor, op: str, name: str, shape: str) -> None:
     check_dim(t, 2, op, name, shape)
     check_dtype(t, (like.dtype,), dtype_str(like.dtype), op, name)
     check_same_device(t, like, op, name)
@@ -29,7 +27,7 @@ def _check_rows_like(
     )
 
 
-def _check_scale(t: Tensor, size: int, like: Tensor, op: str, name: str, shape: str) -> None:
+def check_scale(t: Tensor, size: int, like: Tensor, op: str, name: str, shape: str) -> None:
     check_dim(t, 1, op, name, shape)
     check_dtype(t, (torch.float32, like.dtype), f"float32 or {dtype_str(like.dtype)}", op, name)
     check_same_device(t, like, op, name)
@@ -52,11 +50,11 @@ def _check(
     check_dtype(target, FLOATING, "float32, bfloat16, float16 or float64", op, target_name)
     check_rows_index(rows, target, op)
     if updates is not None:
-        _check_rows_like(updates, rows.shape[0], target, op, "updates", "[K, D]")
+        check_rows_like(updates, rows.shape[0], target, op, "updates", "[K, D]")
     if gate is not None:
-        _check_scale(gate, rows.shape[0], target, op, "gate", "[K]")
+        check_scale(gate, rows.shape[0], target, op, "gate", "[K]")
     if base_scale is not None:
-        _check_scale(base_scale, target.shape[0], target, op, "base_scale", "[N]")
+        check_scale(base_scale, target.shape[0], target, op, "base_scale", "[N]")
 
 
 @torch.library.register_fake("mor::scatter_tokens")
@@ -99,7 +97,7 @@ def _(
     op = "scatter_tokens_backward"
     _check(grad, updates, rows, gate, base_scale, op, "grad")
     if base is not None:
-        _check_rows_like(base, grad.shape[0], grad, op, "base", "[N, D]")
+        check_rows_like(base, grad.shape[0], grad, op, "base", "[N, D]")
     torch._check(
         gate is not None or updates is None,
         lambda: f"{op}: expected gate with updates (they ask for its gradient), got none",

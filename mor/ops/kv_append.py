@@ -72,7 +72,7 @@ def _(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tens
             ),
         )
     check_dim(slot_mapping, 1, op, "slot_mapping", "[N]")
-    check_dtype(slot_mapping, (torch.int64,), "Long", op, "slot_mapping")
+    check_dtype(slot_mapping, (torch.int64,), "int64", op, "slot_mapping")
     check_same_device(slot_mapping, k_cache, op, "slot_mapping")
     shape = [slot_mapping.shape[0], *k_cache.shape[2:]]
     for t, name in ((k, "k"), (v, "v")):

@@ -8,8 +8,8 @@ SIMT_EXPORT int route_topk(const void* scores, int64_t dtype, int64_t k, const i
                            int64_t* starts, int64_t* ascending, int64_t* rows, int64_t num_rows,
                            int64_t num_sequences, int64_t num_selected) {
   const mor::RouteTopkArgs args{
-      k,      k_each, cu_seqlens, candidates, protected_rows, taken,
-      totals, starts, rows,       num_rows,   num_sequences,  num_selected};
+      k,      k_each, cu_seqlens, candidates,    protected_rows, taken, totals,
+      starts, rows,   num_rows,   num_sequences, num_selected,   0};
   return simt::guarded([&] {
     return simt::dispatch_floating(dtype, [&]<class T>(T) {
       return mor::launch_route_topk(static_cast<const T*>(scores), args, ascending, nullptr);

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from simt import Kernels
+from torch import Tensor
+
+from mor.ops.segment_reduce import reference
+from mor.testing import assert_close_to_reference
+
+REDUCES = ("sum", "mean", "amax")
+SIZES = {
+    "one": (1, 1, 1),
+    "odd": (7, 5, 33),
+    "16-byte": (40, 25, 64),
+    "wide": (12, 9, 520),
+    "empty-segments": (5, 12, 24),
+    "one-segment": (90, 1, 24),
+    "no-rows": (0, 3, 4),
+    "no-columns": (4, 3, 0),
+}
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [
+    pytest.param(sizes, dtype, id=f"{name}-{dtype}")
+    for name, sizes in SIZES.items()
+    for dtype in ([*DTYPES, torch.float16, torch.float64] if name == "16-byte" else DTYPES)
+]
+
+
+def make(
+    sizes: tuple[int, int, int], dtype: torch.dtype, rounded: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, num_segments, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_rows, width, generator=generator, dtype=torch.float64)
+    segments = torch.randint(0, num_segments, (num_rows,), generator=generator)
+    weights = torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.5
+    return (x.round() if rounded else x).to(dtype), segments, weights.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "weighted"),
+    [(r, w) for r in REDUCES for w in ("", "same", "float32") if not (r == "amax" and w)],
+)
+@pytest.mark.parametrize(("sizes", "dtype"), SHAPES)
+def test_segment_reduce(
+    kernels: Kernels, sizes: tuple[int, int, int], dtype: torch.dtype, reduce: str, weighted: str
+) -> None:
+    num_rows, num_segments, width = sizes
+    x, segments, weight = make(sizes, dtype)
+    weights = None if not weighted else weight.float() if weighted == "float32" else weight
+    total = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.full((num_segments, width), float("nan"), dtype=dtype)
+    totals = torch.full((num_segments,), float("nan"), dtype=total)
+    kernels.call(
+        "segment_reduce", dtype, REDUCES.index(reduce), out, totals, x, x.stride(0), segments,
+        weights, int(weighted == "float32"), torch.empty(2 * num_segments, dtype=torch.int32),
+        num_rows, num_segments, width,
+    )  # fmt: skip
+    wide = None if weights is None else weights.double()
+    exact = reference(x.double(), segments, num_segments, reduce, wide)
+    assert_close_to_reference("out", out, exact.to(dtype), exact, factor=3.0)
+    if reduce == "mean":
+        ones = torch.ones(num_rows, dtype=torch.float64) if wide is None else wide
+        want = torch.zeros(num_segments, dtype=torch.float64).index_add(0, segments, ones)
+        torch.testing.assert_close(totals, want.to(total))
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize(("sizes", "dtype"), SHAPES)
+def test_amax_backward(
+    kernels: Kernels, sizes: tuple[int, int, int], dtype: torch.dtype, expanded: bool
+) -> None:
+    num_rows, num_segments, width = sizes
+    x, segments, _ = make(sizes, dtype, rounded=True)
+    x.flatten()[::17] = float("nan")
+    row = torch.randn(1 if expanded else num_segments, width).to(dtype)
+    grad = row.expand(num_segments, width)
+    leaf = x.clone().requires_grad_()
+    out = reference(leaf, segments, num_segments, "amax")
+    (want,) = torch.autograd.grad(out, leaf, grad, materialize_grads=True, allow_unused=True)
+    got = torch.full_like(x, float("nan"))
+    kernels.call(
+        "segment_reduce_amax_backward", dtype, grad, grad.stride(0), x, x.stride(0), out.detach(),
+        segments, got, torch.empty(2 * num_segments, dtype=torch.int32), num_rows, num_segments,
+        width,
+    )  # fmt: skip
+    assert torch.equal(got, want)
