@@ -1,6 +1,7 @@
 """depth_attention and its backward, as fuzz_operators.py lists them."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mor.testing import EPSILON
 UNUSED = 2**63 - 1  # position of a cache slot that holds no key
 HEADS = ((1, 1), (2, 2), (2, 1), (6, 2), (9, 3), (17, 1), (0, 1))
 HEAD_DIMS = (1, 3, 8, 15, 16, 17, 24, 32, 33, 64, 96, 256)
-QUERIES, KEYS = (0, 1, 2, 3, 5, 16, 17, 33, 65), (0, 1, 2, 7, 16, 31, 33, 64, 70, 130)
+QUERIES, KEYS = (0, 1, 2, 3, 5, 16, 17, 33), (0, 1, 2, 7, 16, 31, 33, 64, 70, 130)
 OPERANDS = (
     "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k", "q_depths", "k_depths",
     "key_bias", "causal", "scale", "window",
@@ -43,7 +44,7 @@ def draw_positions(d: Draw, queries: list[int], keys: list[int]) -> tuple[Tensor
 
 def draw_attention(d: Draw) -> Inputs:
     dtype, head_dim, (heads, kv_heads) = d.pick(*FLOATING), d.pick(*HEAD_DIMS), d.pick(*HEADS)
-    queries = d.lengths(4, QUERIES)
+    queries = d.lengths(3, QUERIES)
     keys = [d.pick(*KEYS) for _ in queries]
     num_queries, num_keys = sum(queries), sum(keys)
     q_positions, k_positions = draw_positions(d, queries, keys)
@@ -102,10 +103,11 @@ def magnitudes(op: Operator, inputs: Inputs) -> tuple[Tensor, ...]:
     if bias is not None and bias.numel():
         score += bias.abs().max().item()
     total = torch.float64 if inputs["q"].dtype == torch.float64 else torch.float32
-    spread = 1 + score * EPSILON[total] / EPSILON[inputs["q"].dtype]
+    ratio = EPSILON[total] / EPSILON[inputs["q"].dtype]
+    spread = 1 + score * ratio
     largest = v.max() if v.numel() else v.sum()
     if "grad_out" not in inputs:
-        return largest * spread, torch.tensor(score)
+        return largest * spread, torch.tensor(1 + score)
     grad = exact.pop("grad_out").abs()
     leaf = k.clone().requires_grad_()
     out, _ = reference(**exact | {"v": leaf})
@@ -116,7 +118,7 @@ def magnitudes(op: Operator, inputs: Inputs) -> tuple[Tensor, ...]:
             out, leaf, t.expand(out.shape), retain_graph=True, materialize_grads=True
         )[0]
 
-    grad_bias = of_keys(change).sum(1) if bias is not None else leaf.new_zeros(0)
+    grad_bias = of_keys(change).sum(1) / ratio if bias is not None else leaf.new_zeros(0)
     grads = (change * out * scale, of_keys(change * q) * scale, of_keys(grad), grad_bias)
     return tuple(g.detach() * spread for g in grads)
 
@@ -147,7 +149,7 @@ def draw_backward(d: Draw) -> Inputs:
 def falling(name: str, cu: str) -> Any:
     def apply(d: Draw, inputs: Inputs) -> Inputs | None:
         bounds = inputs[cu].tolist()
-        inner = [i for a, b in zip(bounds, bounds[1:], strict=False) for i in range(a + 1, b)]
+        inner = [i for a, b in pairwise(bounds) for i in range(a + 1, b)]
         if not inner:
             return None
         positions, at = inputs[name].clone(), d.pick(*inner)
@@ -168,6 +170,7 @@ def lone_depths(d: Draw, inputs: Inputs) -> Inputs | None:
 ATTENTION: dict[str, Any] = {
     "refused_as": "depth_attention(_backward)?",
     "magnitudes": magnitudes,
+    "any_device": ("q",),
     "tied": {"q": (0, 2), "k": (0, 1, 2), "v": (0, 1, 2), "grad_out": (0, 1, 2)}
     | {n: (0,) for n in OPERANDS[:7]},
     "broken": {

@@ -25,7 +25,8 @@ LONG = (*COUNTS, 64, 130, 4095, 4096, 4097, 20_000)  # past the pieces that thre
 def row_out_of_range(d: Draw, inputs: Inputs) -> Inputs | None:
     """One row that the operand of N rows does not have."""
     rows = inputs["rows"]
-    if rows.numel() == 0:
+    unread = inputs.get("need_updates") is False and inputs["updates"] is None
+    if rows.numel() == 0 or unread:
         return None
     num_rows = inputs["num_rows"] if "num_rows" in inputs else inputs[ROWS_OF(inputs)].shape[0]
     rows = rows.clone()
@@ -254,6 +255,7 @@ OPERATORS: dict[str, Operator] = {
         "route_topk",
         exact=True,
         tied={"k": (0,), "candidates": (0,), "protected_rows": (0,)},
+        any_device=("k", "protected_rows"),
         broken=broken_cu_seqlens()
         | {"k": too_many, "nan": competing_nan, "num_rows": wrong_num_rows},
     ),
@@ -289,14 +291,21 @@ OPERATORS: dict[str, Operator] = {
     ),
     "scatter_tokens": Operator(scatter_tokens, scatter_reference, draw_scatter_tokens, **SCATTER),
     "scatter_tokens_": Operator(
-        in_place, scatter_reference, draw_scatter_in_place, **SCATTER | {"refused_as": "scatter_tokens_"}
+        in_place,
+        scatter_reference,
+        draw_scatter_in_place,
+        **SCATTER | {"refused_as": "scatter_tokens_"},
     ),
     "scatter_tokens_backward": Operator(
         torch.ops.mor.scatter_tokens_backward,
         scatter_backward_reference,
         draw_scatter_backward,
         factor=3.0,
-        **SCATTER | {"refused_as": "scatter_tokens_backward"},
+        **SCATTER
+        | {
+            "refused_as": "scatter_tokens_backward",
+            "tied": {n: d for n, d in SCATTER["tied"].items() if n != "rows"},
+        },
     ),
     **fuzz_attention.OPERATORS,
 }

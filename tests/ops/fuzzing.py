@@ -151,6 +151,7 @@ class Operator:
         tied: for each operand, the dimensions that must fit another operand's.
         any_rank: operands that may have another rank.
         any_dtype: operands that may have another dtype.
+        any_device: operands beside the first whose device nothing but Python reads.
         broken: values, not sizes, made wrong: each changes the arguments or returns None where
             these arguments cannot be broken so.
         refused_as: regular expression of the operator's name in its messages; "" leaves out invalid
@@ -167,6 +168,7 @@ class Operator:
     tied: dict[str, tuple[int, ...]] = field(default_factory=dict)
     any_rank: tuple[str, ...] = ()
     any_dtype: tuple[str, ...] = ()
+    any_device: tuple[str, ...] = ()
     broken: dict[str, Callable[[Draw, Inputs], Inputs | None]] = field(default_factory=dict)
 
 
@@ -200,9 +202,10 @@ def break_operand(d: Draw, op: Operator, inputs: Inputs) -> tuple[str, Inputs] |
         changed = op.broken[kind](d, inputs)
         return None if changed is None else (kind, {**inputs, **changed})
     tensors = [n for n, v in inputs.items() if isinstance(v, Tensor)]
-    excused = {"rank": op.any_rank, "dtype": op.any_dtype, "device": tensors[:1]}
+    excused = {"rank": op.any_rank, "dtype": op.any_dtype}
+    excused["device"] = (tensors[0], *op.any_device)
     if kind == "size":
-        excused["size"] = [n for n in tensors if n not in op.tied]
+        excused["size"] = tuple(n for n in tensors if n not in op.tied)
     names = [n for n in tensors if n not in excused[kind]]
     if not names:
         return None
