@@ -331,6 +331,7 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(lse, want_lse)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(
     ("dtype", "backend"), [(torch.float32, "inductor"), (torch.bfloat16, "aot_eager")], ids=str
 )
@@ -486,6 +487,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.unsanitized
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_linear_in_the_rows() -> None:
     """Forward and backward at S = 8192 stay far below one head's S x S float32 mask (256 MiB)."""
