@@ -53,12 +53,18 @@ def sanitizer(request: pytest.FixtureRequest) -> str:
 
 
 def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    name = RUNTIMES[sanitizer]
-    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
+    # The C++ runtime with it, or the sanitizer does not find what throws exceptions.
+    libraries = (RUNTIMES[sanitizer], "libstdc++.so")
+    found = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in libraries
+    ]
     environment = {
         **os.environ,
         **OPTIONS,
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": ":".join(found),
         "MOR_INSTRUMENTED": str(ROOT / "build" / f"sanitize-{sanitizer}" / "_ops.so"),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), *sys.path]),
         "PYTHONMALLOC": "malloc",
@@ -79,7 +85,16 @@ def test_seeded_bug_is_found(sanitizer: str, bug: str) -> None:
 
 @pytest.mark.parametrize("sanitizer", RUNTIMES, indirect=True)
 def test_operators(sanitizer: str) -> None:
-    options = ["-q", "-x", "-p", "instrumented", "-p", "no:cacheprovider", "-m", "not unsanitized"]
+    options = [
+        "-qx",
+        "--capture=sys",
+        "-p",
+        "instrumented",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not unsanitized",
+    ]
     done = run(sanitizer, "-m", "pytest", *options, "tests/ops")
     print(done.stdout[-200:])
     assert done.returncode == 0, done.stdout[-8000:]

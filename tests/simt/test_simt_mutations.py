@@ -90,7 +90,7 @@ def run_tests(binding: str, mutation: Mutation, library: Path) -> tuple[int | No
     arguments += [f"test_simt_{binding}.py", "-k", wanted]
     if mutation.build == "asan":  # needs a process that loads the sanitizer first
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *arguments],
+            [sys.executable, "-m", "pytest", "--capture=sys", *arguments],  # or a report is lost
             env=os.environ | environment | sanitizer_environment(),
             capture_output=True, text=True, cwd=HERE, timeout=TIMEOUT,
         )  # fmt: skip
