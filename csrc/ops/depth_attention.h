@@ -49,6 +49,7 @@ inline DepthAttentionDims check_depth_attention(
   check_dtype(v, q.scalar_type(), op, "v");
   check_same_device(k, q, op, "k");
   check_same_device(v, q, op, "v");
+  check_dim(cu_seqlens_q, 1, op, "cu_seqlens_q", "[B + 1]");
   const DepthAttentionDims dims{q.size(0), k.size(0), cu_seqlens_q.size(0) - 1,
                                 q.size(1), k.size(1), q.size(2)};
   MOR_CHECK(dims.head_dim >= 1 && dims.head_dim <= 256, op, ": expected head_dim in 1..256, got ",

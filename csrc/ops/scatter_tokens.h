@@ -74,8 +74,8 @@ inline ScatterTokensDims check_scatter_tokens_(const Tensor& base, const Tensor&
                                                const std::optional<Tensor>& gate,
                                                const std::optional<Tensor>& base_scale) {
   const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale, "scatter_tokens_");
-  const bool expanded =
-      (base.size(0) > 1 && base.stride(0) == 0) || (base.size(1) > 1 && base.stride(1) == 0);
+  const bool expanded = base.numel() > 0 && ((base.size(0) > 1 && base.stride(0) == 0) ||
+                                             (base.size(1) > 1 && base.stride(1) == 0));
   MOR_CHECK(!expanded,
             "scatter_tokens_: expected base whose elements do not share memory, got strides [",
             base.stride(0), ", ", base.stride(1), "]");

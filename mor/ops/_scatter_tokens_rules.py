@@ -71,7 +71,7 @@ def _(
 ) -> None:
     op = "scatter_tokens_"
     _check(base, updates, rows, gate, base_scale, op)
-    expanded = any(
+    expanded = base.numel() > 0 and any(
         size > 1 and step == 0 for size, step in zip(base.shape, base.stride(), strict=True)
     )
     torch._check(

@@ -57,6 +57,9 @@ def make_inputs(
             chosen = key[torch.randperm(num_keys, generator=generator)[:num_queries]]
         if positions == "unused":
             key[num_keys // 2 :] = UNUSED
+        if positions == "far":  # apart by more than an int64 can tell
+            far = 2**62 + 2**61
+            key, chosen = key - far, torch.where(chosen % 2 == 0, chosen - far, chosen + far)
         if positions == "equal":
             key, chosen = torch.zeros_like(key), torch.zeros_like(chosen)
         q_positions.append(chosen.sort().values)
@@ -131,6 +134,8 @@ CASES = [
     case("decode-many-head-20", queries=[2] * 9, keys=MANY, heads=(4, 2), head_dim=20, **BOTH),
     case("head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256),
     case("head-96", queries=[70], keys=[70], heads=(3, 1), head_dim=96, depths=True),
+    case("head-256-many-rows", queries=[40], keys=[37], heads=(1, 1), head_dim=256),
+    case("many-sequences", queries=[1, 2] * 20, keys=[3, 0, 5, 1] * 10, heads=(2, 1)),
     case("negative-scale", queries=[20], keys=[37], scale=-0.7),
     case("zero-scale", queries=[20], keys=[37], scale=0.0),
     case("window-1", **RAGGED, positions="pairs", window=1),
@@ -140,6 +145,7 @@ CASES = [
     case("window-many-tiles", queries=[300, 40], keys=[530, 200], heads=(2, 1), **BOTH, window=90),
     case("window-gaps", queries=[100, 60], keys=[700, 9], heads=(3, 1), window=20, head_dim=64),
     case("window-before-any-key", queries=[40, 9], keys=[20, 3], positions="free", window=4),
+    case("window-far-positions", queries=[40], keys=[20], positions="far", window=7),
     case("window-equal-positions", queries=[19], keys=[35], positions="equal", window=1),
     case("window-unused", queries=[1, 20], keys=[50, 64], positions="unused", window=17),
     case("window-decode", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, window=70),
@@ -325,6 +331,7 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(lse, want_lse)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize(
     ("dtype", "backend"), [(torch.float32, "inductor"), (torch.bfloat16, "aot_eager")], ids=str
 )
@@ -375,6 +382,7 @@ BAD = {
     "expected k_positions of dtype": {"k_positions": torch.zeros(7)},
     "expected k_positions of 7 elements": {"k_positions": torch.arange(6)},
     "expected cu_seqlens_q of shape": {"cu_seqlens_q": torch.zeros(2, 1, dtype=INT)},
+    r"expected cu_seqlens_q of shape \[B \+ 1\], got \[\]": {"cu_seqlens_q": FIVE[0]},
     "expected cu_seqlens_q of dtype": {"cu_seqlens_q": torch.tensor([0, 5])},
     "expected cu_seqlens_q of at least one": {"cu_seqlens_q": torch.zeros(0, dtype=INT)},
     "expected cu_seqlens_k of shape": {"cu_seqlens_k": torch.zeros(2, 1, dtype=INT)},
@@ -479,6 +487,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.unsanitized
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_linear_in_the_rows() -> None:
     """Forward and backward at S = 8192 stay far below one head's S x S float32 mask (256 MiB)."""

@@ -152,6 +152,7 @@ def test_operands_of_two_devices_are_refused() -> None:
             group_rows(keys, 2, cu_seqlens)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     def split(gates: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

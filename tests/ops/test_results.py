@@ -58,6 +58,7 @@ def _growth_after_many_results() -> int:
     return psutil.Process().memory_info().rss - before
 
 
+@pytest.mark.unsanitized
 def test_kept_memory_is_bounded() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_growth_after_many_results) <= 300 * MIB

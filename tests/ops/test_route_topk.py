@@ -261,6 +261,7 @@ def test_operands_of_two_devices_are_refused(operand: str) -> None:
             route_topk(scores, **inputs, num_rows=2)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     def select(scores: Tensor, cu_seqlens: Tensor, k: int, candidates: Tensor) -> Tensor:

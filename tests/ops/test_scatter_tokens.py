@@ -248,6 +248,7 @@ def test_opcheck_of_the_other_operators() -> None:
     torch.library.opcheck(torch.ops.mor.scatter_tokens_backward.default, args)
 
 
+@pytest.mark.unsanitized
 def test_compiles_forward_and_backward() -> None:
     def loss(base: Tensor, updates: Tensor, gate: Tensor, scale: Tensor) -> Tensor:
         return scatter_tokens(base * 2, updates, rows, gate, scale.sin()).sin().sum()
@@ -262,6 +263,7 @@ def test_compiles_forward_and_backward() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.unsanitized
 def test_in_place_compiles() -> None:
     @torch.compile(fullgraph=True)
     def function(base: Tensor, updates: Tensor, rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import scatter_tokens, scatter_tokens_
 from mor.testing import check_bad_input
@@ -46,6 +47,15 @@ def test_bad_input_of_in_place() -> None:
     base, updates, rows = torch.zeros(4, 3), torch.ones(2, 3), torch.tensor([2, 0])
     message = r"scatter_tokens_: expected base whose elements do not share .* strides \[0, 1\]"
     check_bad_input(message, scatter_tokens_, base[:1].expand(4, 3), updates, rows)
+
+
+def test_an_empty_base_was_refused_for_its_strides() -> None:
+    base = torch.zeros(1, 0).expand(2, 0)
+    assert base.stride(0) == 0
+    none = torch.zeros(0, dtype=torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scatter_tokens_(base, base[:0], none)
+    assert scatter_tokens_(base, base[:0], none) is base
 
 
 def test_bad_input_of_backward() -> None:

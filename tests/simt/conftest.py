@@ -19,6 +19,10 @@ HERE = Path(__file__).parent
 BUILD_FOLDER = HERE.parents[1] / "build" / "simt"
 UNDER_SANITIZERS = "MOR_SIMT_SANITIZERS" in os.environ
 BUILDS = ["asan"] if UNDER_SANITIZERS else ["plain-0", "plain-1", "plain-2", "race"]
+# "BUILD:LIBRARY": kernels with a seeded bug, see test_simt_mutations.py.
+MUTANT = os.environ.get("MOR_SIMT_MUTANT")
+if MUTANT is not None:
+    BUILDS = [build for build in BUILDS if MUTANT.startswith(build.partition("-")[0])]
 
 
 def compiler() -> str | None:
@@ -29,6 +33,9 @@ def compiler() -> str | None:
 @functools.cache
 def build(target: str) -> Path:
     """Compiles what changed and returns the library; skips the test where that is impossible."""
+    if MUTANT is not None:
+        built, _, library = MUTANT.partition(":")
+        return Path(library) if built == target else pytest.skip(f"the mutant is a {built} build")
     if platform.machine() != "x86_64":
         pytest.skip("the SIMT harness switches stacks on x86-64 only")
     if not shutil.which("cmake") or not shutil.which("ninja") or compiler() is None:
@@ -37,6 +44,7 @@ def build(target: str) -> Path:
     if not any(home and (Path(home) / "include/cuda_runtime_api.h").exists() for home in homes):
         pytest.skip("no CUDA headers (set CUDA_HOME)")
     options = ["-G", "Ninja", f"-DCMAKE_CXX_COMPILER={compiler()}"]
+    options.append("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")  # for test_simt_mutations.py
     for command in (
         ["cmake", "-S", HERE, "-B", BUILD_FOLDER, *options],
         ["cmake", "--build", BUILD_FOLDER, "--target", f"simt_{target}"],

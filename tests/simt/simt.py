@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Kernels"]
+__all__ = ["DTYPES", "Kernels"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Argument = Any  # a tensor, a number, a dtype, None or ctypes' own
 
 
@@ -39,7 +39,7 @@ def _to_c(argument: Argument) -> Any:
         assert argument.is_cpu
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, torch.dtype):
-        return ctypes.c_int64(_DTYPES.index(argument))
+        return ctypes.c_int64(DTYPES.index(argument))
     if isinstance(argument, float):
         return ctypes.c_double(argument)
     return ctypes.c_int64(argument) if isinstance(argument, int) else argument

@@ -41,18 +41,22 @@ def run(kernels: Kernels, inputs: dict[str, Any], grad_out: Tensor) -> dict[str,
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
     (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     bias = inputs["key_bias"] is not None
+
+    def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype)
+
     tensors = {
         **inputs,
         "grad_out": grad_out,
         "key_ranges": torch.empty(num_queries, 2, dtype=torch.int32),
-        "out": torch.empty(q.shape, dtype=q.dtype),
-        "lse": torch.empty(num_heads, num_queries, dtype=total),
-        "delta": torch.empty(num_heads, num_queries, dtype=total),
-        "grad_q": torch.empty(q.shape, dtype=q.dtype),
-        "grad_k": torch.empty(k.shape, dtype=q.dtype),
-        "grad_v": torch.empty(k.shape, dtype=q.dtype),
-        "grad_bias_parts": torch.empty(num_kv_heads, num_keys, dtype=total) if bias else None,
-        "grad_key_bias": torch.empty(num_keys, dtype=total) if bias else None,
+        "out": result(q.shape, q.dtype),
+        "lse": result((num_heads, num_queries), total),
+        "delta": result((num_heads, num_queries), total),
+        "grad_q": result(q.shape, q.dtype),
+        "grad_k": result(k.shape, q.dtype),
+        "grad_v": result(k.shape, q.dtype),
+        "grad_bias_parts": result((num_kv_heads, num_keys), total) if bias else None,
+        "grad_key_bias": result((num_keys,), total) if bias else None,
     }
     tensors["forward_out"] = tensors["out"]
     strides = [s for name in OPERANDS for s in tensors[name].stride()[:2]]

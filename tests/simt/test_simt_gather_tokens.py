@@ -4,19 +4,27 @@ from simt import Kernels
 
 from mor.ops.gather_tokens import reference
 
-SHAPES = {"one": (1, 1, 1), "odd": (7, 5, 33), "wide": (40, 90, 64), "none": (3, 0, 4)}
+SHAPES = {
+    "one": (1, 1, 1),
+    "odd": (7, 5, 33),
+    "wide": (40, 90, 64),
+    "many-chunks": (3, 4, 700),
+    "none": (3, 0, 4),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "right-half", "aligned-rows"])
 def test_gather_tokens(
-    kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, strided: bool
+    kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
     num_rows, num_taken, width = shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-99, 99, (num_rows, width * 2), generator=generator).to(dtype)
-    x = x[:, width:] if strided else x[:, :width].contiguous()
+    stride = {"packed": width, "right-half": 2 * width, "aligned-rows": width + -width % 16}[layout]
+    x = torch.randint(-99, 99, (num_rows, stride), generator=generator).to(dtype)[:, -width:]
+    if layout == "aligned-rows":  # however long they are
+        x = torch.as_strided(x, (num_rows, width), (stride, 1), 0)
     rows = torch.randint(0, num_rows, (num_taken,), generator=generator)
     y = torch.empty(num_taken, width, dtype=dtype)
     size = x.element_size()

@@ -16,14 +16,13 @@ Kernels("asan", sys.argv[1], 0).call("selftest_past_the_end", torch.zeros(64, dt
 """
 
 
-@pytest.fixture
-def environment() -> dict[str, str]:
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs that loads an asan build; skips where the compiler lacks it."""
     for name in ("libclang_rt.asan-x86_64.so", "libasan.so"):
         command = [compiler() or "c++", f"-print-file-name={name}"]
         runtime = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if Path(runtime).is_absolute():
             return {
-                **os.environ,
                 "MOR_SIMT_SANITIZERS": "1",
                 "LD_PRELOAD": runtime,
                 # Python keeps memory until it ends; fake stacks of fibers take half the time.
@@ -32,19 +31,20 @@ def environment() -> dict[str, str]:
     pytest.skip("the compiler has no shared AddressSanitizer (Debian: libclang-rt-19-dev)")
 
 
-def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | sanitizer_environment()
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
 
 
-def test_write_past_the_end_is_found(environment: dict[str, str]) -> None:
-    done = run(environment, "-c", PAST_THE_END, str(build("asan")))
+def test_write_past_the_end_is_found() -> None:
+    done = run("-c", PAST_THE_END, str(build("asan")))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert "libsimt_asan.so" in done.stderr
 
 
-def test_everything_under_sanitizers(environment: dict[str, str]) -> None:
+def test_everything_under_sanitizers() -> None:
     build("asan")
-    done = run(environment, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "asan", ".")
+    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "asan", ".")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

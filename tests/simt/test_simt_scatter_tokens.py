@@ -37,10 +37,14 @@ def make(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    def matrix(num: int, padding: int) -> Tensor:
+        """Rows that are a whole number of 16-byte chunks apart, however long they are."""
+        return normal(num, width + -width % 8 + padding).to(dtype)[:, :width]
+
     gate, scale = normal(num_hits), normal(num_rows)
     return (
-        normal(num_rows, width).to(dtype),
-        normal(num_hits, width).to(dtype),
+        matrix(num_rows, 8),
+        matrix(num_hits, 16),
         rows,
         gate.float() if float_factors & 1 else gate.to(dtype),
         scale.float() if float_factors & 2 else scale.to(dtype),
@@ -57,9 +61,10 @@ def test_gather_tokens_backward(
     kernels: Kernels, sizes: tuple[int, int, int], dtype: torch.dtype, order: str
 ) -> None:
     base, grad, rows, *_ = make(sizes, dtype, order, 0)
-    got, scratch = torch.empty_like(base), torch.empty(2 * sizes[0], dtype=torch.int32)
+    got = torch.empty(base.shape, dtype=dtype)
+    scratch = torch.empty(2 * sizes[0], dtype=torch.int32)
     kernels.call(
-        "gather_tokens_backward", dtype, grad, sizes[2], rows, got, scratch,
+        "gather_tokens_backward", dtype, grad, grad.stride(0), rows, got, scratch,
         sizes[0], rows.shape[0], sizes[2],
     )  # fmt: skip
     zeros = torch.zeros_like(base)
@@ -84,11 +89,12 @@ def test_scatter_tokens(
     scales = scale if scaled else None
     wide = scale.double() if scaled else None
     exact = reference(base.double(), updates.double(), rows, gate.double(), wide)
-    out = base if in_place else torch.empty_like(base)
+    out = base if in_place else torch.empty(base.shape, dtype=dtype)
     scratch = torch.empty(2 * sizes[0], dtype=torch.int32)
     kernels.call(
-        "scatter_tokens", dtype, out, sizes[2], base, sizes[2], updates, sizes[2], rows, gate,
-        scales, float_factors, scratch, sizes[0], rows.shape[0], sizes[2],
+        "scatter_tokens", dtype, out, out.stride(0), base, base.stride(0), updates,
+        updates.stride(0), rows, gate, scales, float_factors, scratch, sizes[0], rows.shape[0],
+        sizes[2],
     )  # fmt: skip
     check("out", out, exact.to(dtype), exact)
 
@@ -111,12 +117,13 @@ def test_scatter_tokens_backward(
     leaves = [t.double().requires_grad_() for t in (base, updates, gate, scale)]
     out = reference(leaves[0], leaves[1], rows, leaves[2], leaves[3] if scaled else None)
     exact = torch.autograd.grad(out, leaves, grad.double(), allow_unused=True)
-    got = [torch.full_like(t, float("nan")) for t in (base, updates, gate, scale)]
+    got = [torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (base, updates, gate, scale)]
     wanted = (True, True, True, True) if scaled else (False, True, True, False)
     outputs = [g if w else None for g, w in zip(got, wanted, strict=True)]
     kernels.call(
-        "scatter_tokens_backward", dtype, grad, grad.stride(0), base if scaled else None, updates,
-        rows, gate, scale if scaled else None, 3, *outputs, num_rows, num_hits, width,
+        "scatter_tokens_backward", dtype, grad, grad.stride(0), base if scaled else None,
+        base.stride(0), updates, updates.stride(0), rows, gate, scale if scaled else None, 3,
+        *outputs, num_rows, num_hits, width,
     )  # fmt: skip
     names = ("base", "updates", "gate", "base_scale")
     for name, mine, high, want in zip(names, got, exact, wanted, strict=True):

@@ -27,9 +27,13 @@ int guarded(Body&& body) {
   }
 }
 
-// As kernels/glue.h dispatches; the codes are those of simt.py.
+// As kernels/glue.h dispatches; the codes are those of simt.py. SIMT_DTYPE: only this one is
+// compiled, for test_simt_mutations.py.
 template <class Body>
 cudaError_t dispatch_floating(int64_t dtype, Body&& body) {
+#if defined(SIMT_DTYPE)
+  return dtype == SIMT_DTYPE ? body(SIMT_ELEMENT{}) : cudaErrorNotSupported;
+#else
   switch (dtype) {
     case 0:
       return body(float{});
@@ -40,6 +44,7 @@ cudaError_t dispatch_floating(int64_t dtype, Body&& body) {
     default:
       return body(double{});
   }
+#endif
 }
 
 }  // namespace simt

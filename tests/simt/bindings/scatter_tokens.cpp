@@ -51,7 +51,8 @@ SIMT_EXPORT int scatter_tokens(int64_t dtype, void* out, int64_t out_stride, con
 }
 
 SIMT_EXPORT int scatter_tokens_backward(int64_t dtype, const void* grad, int64_t grad_stride,
-                                        const void* base, const void* updates, const int64_t* rows,
+                                        const void* base, int64_t base_stride, const void* updates,
+                                        int64_t updates_stride, const int64_t* rows,
                                         const void* gate, const void* base_scale,
                                         int64_t float_factors, void* grad_base, void* grad_updates,
                                         void* grad_gate, void* grad_base_scale, int64_t num_rows,
@@ -62,9 +63,9 @@ SIMT_EXPORT int scatter_tokens_backward(int64_t dtype, const void* grad, int64_t
       args.grad = static_cast<const T*>(grad);
       args.grad_stride = grad_stride;
       args.base = static_cast<const T*>(base);
-      args.base_stride = width;
+      args.base_stride = base_stride;
       args.updates = static_cast<const T*>(updates);
-      args.updates_stride = width;
+      args.updates_stride = updates_stride;
       args.rows = rows;
       args.gate = factor<T>(gate, float_factors & 1, 1);
       args.base_scale = factor<T>(base_scale, float_factors & 2, 1);

@@ -298,3 +298,4 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
    ::simt::launch(#KERNEL, reinterpret_cast<const void*>(+(KERNEL)), ::simt::to_dim(GRID), \
                   ::simt::to_dim(BLOCK), (SMEM), [&] { (KERNEL)(__VA_ARGS__); }))
 #define MOR_DYN_SMEM(NAME) unsigned char* NAME = ::simt::dynamic_shared()
+#define MOR_MOST_BLOCKS 2  // so few that every grid-stride loop goes round

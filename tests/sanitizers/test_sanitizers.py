@@ -1,0 +1,100 @@
+"""The operator tests once more, on CPU operators built with sanitizers: `make sanitize`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers as Linux does"),
+]
+RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+OPTIONS = {
+    # Python frees nothing at its end; PyTorch and Python may hand memory across.
+    "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:"
+    f"suppressions={HERE / 'thread_suppressions.txt'}",
+}
+BUGS = {
+    ("address", "past_the_end"): "AddressSanitizer: heap-buffer-overflow",
+    ("address", "signed_overflow"): "runtime error: signed integer overflow",
+    ("thread", "race"): "ThreadSanitizer: data race",
+}
+CALL = """
+import sys, instrumented, torch, mor
+getattr(torch.ops.mor_seeded_bugs, sys.argv[1])(torch.ones(1024, dtype=torch.int64))
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitizer(request: pytest.FixtureRequest) -> str:
+    """Builds what changed of the operators for one sanitizer."""
+    name: str = request.param
+    folder = ROOT / "build" / f"sanitize-{name}"
+    options = [f"-DMOR_SANITIZE={name}", "-DMOR_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    pybind = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
+    )
+    options.append(f"-Dpybind11_DIR={pybind.stdout.strip()}")
+    for command in (
+        ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", *options],
+        ["cmake", "--build", folder, "--target", "_ops"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.fail(f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}", pytrace=False)
+    return name
+
+
+def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # The C++ runtime with it, or the sanitizer does not find what throws exceptions.
+    libraries = (RUNTIMES[sanitizer], "libstdc++.so")
+    found = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in libraries
+    ]
+    environment = {
+        **os.environ,
+        **OPTIONS,
+        "LD_PRELOAD": ":".join(found),
+        "MOR_INSTRUMENTED": str(ROOT / "build" / f"sanitize-{sanitizer}" / "_ops.so"),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), *sys.path]),
+        "PYTHONMALLOC": "malloc",
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("sanitizer", "bug"), BUGS, indirect=["sanitizer"])
+def test_seeded_bug_is_found(sanitizer: str, bug: str) -> None:
+    done = run(sanitizer, "-c", CALL, bug)
+    assert done.returncode != 0, done.stdout[-4000:]
+    assert BUGS[sanitizer, bug] in done.stdout, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("sanitizer", RUNTIMES, indirect=True)
+def test_operators(sanitizer: str) -> None:
+    options = [
+        "-qx",
+        "--capture=sys",
+        "-p",
+        "instrumented",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not unsanitized",
+    ]
+    done = run(sanitizer, "-m", "pytest", *options, "tests/ops")
+    print(done.stdout[-200:])
+    assert done.returncode == 0, done.stdout[-8000:]

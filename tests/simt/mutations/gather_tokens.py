@@ -1,0 +1,66 @@
+"""Seeded bugs of gather_tokens."""
+
+from mutations import Mutation
+
+GATHER = "gather_tokens.cuh"
+MUTATIONS = [
+    Mutation(
+        "tail skips every other chunk",
+        GATHER,
+        "for (; c < chunks; c += 32) out[c] = in[c];",
+        "for (; c < chunks; c += 64) out[c] = in[c];",
+        "many-chunks or odd",
+        sample=True,
+    ),
+    Mutation(
+        "four chunks in flight run past the row",
+        GATHER,
+        "c + 32 * (kInFlight - 1) < chunks",
+        "c < chunks",
+        "odd or many-chunks",
+        build="asan",
+    ),
+    Mutation(
+        "chunks in flight overlap",
+        GATHER,
+        "held[k] = in[c + 32 * k];",
+        "held[k] = in[c + 31 * k];",
+        "many-chunks",
+    ),
+    Mutation(
+        "rows are taken to be packed",
+        GATHER,
+        "x + rows[i] * stride",
+        "x + rows[i] * chunks * int64_t(sizeof(Chunk))",
+        "odd",
+    ),
+    Mutation(
+        "16-byte chunks of rows of another length",
+        GATHER,
+        "uintptr_t(stride) | uintptr_t(bytes);",
+        "uintptr_t(stride);",
+        "odd",
+    ),
+    Mutation(
+        "wide accesses although x is not aligned",
+        GATHER,
+        "const uintptr_t bits = reinterpret_cast<uintptr_t>(in) |",
+        "const uintptr_t bits =",
+        "right-half",
+        build="asan",
+    ),
+    Mutation(
+        "warps start at the same row",
+        "row_hits.cuh",
+        "return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32;",
+        "return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 64;",
+        "wide",
+    ),
+    Mutation(
+        "the grid takes rows only once",
+        "row_hits.cuh",
+        "return int64_t(gridDim.x) * (kRowThreads / 32);",
+        "return int64_t(65535) * (kRowThreads / 32);",
+        "wide",
+    ),
+]
