@@ -134,7 +134,7 @@ CASES = [
     case("decode-many-head-20", queries=[2] * 9, keys=MANY, heads=(4, 2), head_dim=20, **BOTH),
     case("head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256),
     case("head-96", queries=[70], keys=[70], heads=(3, 1), head_dim=96, depths=True),
-    case("head-256-many-rows", queries=[40], keys=[37], heads=(1, 1), head_dim=256),
+    case("head-256-bias", queries=[40], keys=[37], heads=(1, 1), head_dim=256, bias=True),
     case("many-sequences", queries=[1, 2] * 20, keys=[3, 0, 5, 1] * 10, heads=(2, 1)),
     case("negative-scale", queries=[20], keys=[37], scale=-0.7),
     case("zero-scale", queries=[20], keys=[37], scale=0.0),

@@ -15,16 +15,20 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("layout", ["packed", "right-half", "aligned-rows"])
+@pytest.mark.parametrize("layout", ["packed", "right-half", "aligned-rows", "shifted"])
 def test_gather_tokens(
     kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
     num_rows, num_taken, width = shape
     generator = torch.Generator().manual_seed(0)
-    stride = {"packed": width, "right-half": 2 * width, "aligned-rows": width + -width % 16}[layout]
-    x = torch.randint(-99, 99, (num_rows, stride), generator=generator).to(dtype)[:, -width:]
-    if layout == "aligned-rows":  # however long they are
-        x = torch.as_strided(x, (num_rows, width), (stride, 1), 0)
+    stride, first = {
+        "packed": (width, 0),
+        "right-half": (2 * width, width),
+        "aligned-rows": (width + -width % 16, 0),  # however long they are
+        "shifted": (width + 16 + -width % 16, 1),
+    }[layout]
+    x = torch.randint(-99, 99, (num_rows, stride), generator=generator).to(dtype)
+    x = x[:, first : first + width]
     rows = torch.randint(0, num_rows, (num_taken,), generator=generator)
     y = torch.empty(num_taken, width, dtype=dtype)
     size = x.element_size()

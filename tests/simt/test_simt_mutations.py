@@ -84,8 +84,8 @@ def run_tests(binding: str, mutation: Mutation, library: Path) -> tuple[int | No
     """Exit code and output of the tests that must notice."""
     environment = {"MOR_SIMT_MUTANT": f"{mutation.build}:{library}"}
     wanted = f"({mutation.tests})"
-    if mutation.dtype is not None:
-        wanted += f" and torch.{mutation.dtype}"
+    if mutation.dtype is not None:  # the others were not compiled
+        wanted += "".join(f" and not {d}" for d in DTYPES if str(d) != f"torch.{mutation.dtype}")
     arguments = ["-qx", "--tb=short", "-p", "no:cacheprovider"]
     arguments += [f"test_simt_{binding}.py", "-k", wanted]
     if mutation.build == "asan":  # needs a process that loads the sanitizer first

@@ -51,6 +51,13 @@ def make(
     )
 
 
+def padding_of(matrix: Tensor) -> Tensor:
+    """A copy of what lies between the rows of one of `make`."""
+    between = matrix.stride(0) - matrix.shape[1]
+    shape, first = (matrix.shape[0], between), matrix.shape[1]
+    return torch.as_strided(matrix, shape, matrix.stride(), first).clone()
+
+
 def check(name: str, got: Tensor, low: Tensor, high: Tensor) -> None:
     assert_close_to_reference(name, got, low, high, factor=3.0)
 
@@ -90,13 +97,14 @@ def test_scatter_tokens(
     wide = scale.double() if scaled else None
     exact = reference(base.double(), updates.double(), rows, gate.double(), wide)
     out = base if in_place else torch.empty(base.shape, dtype=dtype)
-    scratch = torch.empty(2 * sizes[0], dtype=torch.int32)
+    scratch, padding = torch.empty(2 * sizes[0], dtype=torch.int32), padding_of(base)
     kernels.call(
         "scatter_tokens", dtype, out, out.stride(0), base, base.stride(0), updates,
         updates.stride(0), rows, gate, scales, float_factors, scratch, sizes[0], rows.shape[0],
         sizes[2],
     )  # fmt: skip
     check("out", out, exact.to(dtype), exact)
+    assert torch.equal(padding_of(base), padding), "base was written to beyond its width"
 
 
 @pytest.mark.parametrize("expanded", [False, True])

@@ -46,7 +46,7 @@ MUTATIONS = [
         GATHER,
         "const uintptr_t bits = reinterpret_cast<uintptr_t>(in) |",
         "const uintptr_t bits =",
-        "right-half",
+        "shifted",
         build="asan",
     ),
     Mutation(

@@ -21,10 +21,10 @@ MUTATIONS = [
         "ragged",
     ),
     Mutation(
-        "a row counts itself",
+        "rows of a chunk come out in descending order",
         GROUP,
-        "j < int(threadIdx.x);",
-        "j <= int(threadIdx.x);",
+        "rank += equal && j < int(threadIdx.x);",
+        "rank += equal && j > int(threadIdx.x);",
         "ragged",
     ),
     Mutation(

@@ -68,8 +68,7 @@ MUTATIONS = [
         HITS,
         "(bits | uintptr_t(width) * sizeof(T)) % 16 == 0",
         "bits % 16 == 0",
-        "odd",
-        build="asan",
+        "test_scatter_tokens and odd",
         dtype="float32",
     ),
     Mutation(
