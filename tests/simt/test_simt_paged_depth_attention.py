@@ -4,13 +4,15 @@ from typing import Any
 import pytest
 import torch
 from simt import Kernels
-from test_paged_depth_attention import CASES, GQA, MIXED, make_inputs
+from test_paged_depth_attention import CASES, GQA, MIXED, VARIED, make_inputs
 from torch import Tensor
 
 from mor.ops.paged_depth_attention import reference
 from mor.testing import assert_close_to_reference
 
-CASES_BY_ID = {c.id: c for c in CASES}
+# Left to the CPU and the GPU: a minute for each build.
+CASES_BY_ID = {c.id: c for c in CASES if c.id not in ("prefill", "prefill-window")}
+PREFILL = {"queries": [20, 7], "keys": [60, 30], "heads": (3, 1), "head_dim": 17}
 FLOATING = ("q", "k_cache", "v_cache")
 POINTERS = (
     "q", "k_cache", "v_cache", "block_table", "context_lens", "cu_seqlens_q", "context_starts",
@@ -91,9 +93,14 @@ def test_paged_depth_attention(kernels: Kernels, case: str, dtype: torch.dtype) 
 
 # The kernels of float32 and bfloat16 with other types: one build is enough.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES_BY_ID)
+@pytest.mark.parametrize("case", [c for c in VARIED if c in CASES_BY_ID])
 def test_other_types(plain_kernels: Kernels, case: str, dtype: torch.dtype) -> None:
     check(plain_kernels, inputs_of(case, dtype))
+
+
+@pytest.mark.parametrize("window", [None, 13])
+def test_prefill(kernels: Kernels, window: int | None) -> None:
+    check(kernels, make_inputs(torch.bfloat16, **PREFILL, window=window))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
