@@ -10,8 +10,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from harness import parse_args, report
-from routed import DTYPES, SHAPES, ascending_rows, compiled, line, packed
+from harness import compiled, line, parse_args, report, wanted
+from routed import DTYPES, SHAPES, ascending_rows, dtype_name, packed, shares
 from torch import Tensor
 
 from mor.ops import gather_tokens
@@ -34,33 +34,44 @@ def forms(shape: tuple[int, int, int], k: int) -> dict[str, Callable[[Tensor], T
     }
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    shape: tuple[int, int, int], k: int, dtype: torch.dtype, repeats: int
+) -> list[dict[str, Any]]:
+    what = {"shape": str(list(shape)), "k": k, "dtype": dtype_name(dtype)}
+    whats = [{**what, "pass": name} for name in ("forward", "forward + backward")]
+    if not any(map(wanted, whats)):
+        return []
     x = torch.randn(shape[0] * shape[1], shape[2], dtype=dtype)
-    what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch.")}
-    candidates = forms(shape, shape[1] // 2)
+    candidates = forms(shape, k)
     result = candidates["ours"](x)
     for function in candidates.values():
         assert torch.equal(function(x), result)
     with torch.inference_mode():
         forward = {name: partial(function, x) for name, function in candidates.items()}
         forward["limit clone"] = result.clone
-        lines = [line({**what, "pass": "forward"}, forward, repeats)]
+        lines = [line(whats[0], forward, repeats)]
     leaf, grad = x.requires_grad_(), torch.randn_like(result)
 
     def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.autograd.grad(function(leaf), leaf, grad)[0]
 
     both = {name: partial(gradient, function) for name, function in candidates.items()}
-    want = both["ours"]()
-    for run in both.values():
-        torch.testing.assert_close(run(), want)
-    return [*lines, line({**what, "pass": "forward + backward"}, both, repeats)]
+    if wanted(whats[1]):
+        want = both["ours"]()
+        for run in both.values():
+            torch.testing.assert_close(run(), want)
+    return [*lines, line(whats[1], both, repeats)]
 
 
 def main() -> None:
-    args = parse_args(__doc__)
+    args = parse_args(__doc__, shares)
     shapes = [SHAPES[name] for name in (("smoke",) if args.smoke else ("small", "large"))]
-    lines = (measure(shape, dtype, args.repeats) for shape in shapes for dtype in DTYPES)
+    lines = (
+        measure(shape, shape[1] // share, dtype, args.repeats)
+        for shape in shapes
+        for share in args.shares
+        for dtype in DTYPES
+    )
     report("gather_tokens", list(chain.from_iterable(lines)), args)
 
 

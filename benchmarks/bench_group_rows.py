@@ -1,10 +1,14 @@
-"""group_rows against plain PyTorch: a stable argsort with counts, and nonzero for each key."""
+"""group_rows against nonzero for each sequence and key (the authors' form), and plain PyTorch.
+
+The plain forms: a stable argsort with counts, eager and compiled, and nonzero for each key. A ratio
+above 1 means that ours is faster.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import interleave, parse_args, report
+from harness import compiled, line, parse_args, report, wanted
 from torch import Tensor
 
 from mor.ops import group_rows
@@ -32,46 +36,50 @@ def nonzero(keys: Tensor, num_keys: int, cu_seqlens: Tensor) -> tuple[Tensor, Te
     return torch.cat(rows), torch.cat([*offsets, torch.tensor([starts])])
 
 
-def measure(n: int, num_sequences: int, num_keys: int, args: Any) -> list[dict[str, Any]]:
+def authors(keys: Tensor, num_keys: int, cu_seqlens: Tensor) -> list[Tensor]:
+    """Rows of each key in each sequence, one nonzero for each pair."""
+    batch = keys.view(cu_seqlens.numel() - 1, -1)
+    return [torch.where(row == key)[0] for key in range(num_keys) for row in batch]
+
+
+def measure(n: int, num_sequences: int, num_keys: int, kind: str, repeats: int) -> dict[str, Any]:
+    what = {"N": n, "B": num_sequences, "keys": num_keys, "input": kind}
+    if not wanted(what):
+        return {}
     keys = torch.randint(0, num_keys, (n,))
+    given = {"random": keys, "equal": torch.zeros_like(keys), "bool": keys.bool()}[kind]
     cu_seqlens = torch.arange(0, n + 1, n // num_sequences, dtype=torch.int32)
-    inputs = (keys, num_keys, cu_seqlens)
-    equal, flags = torch.zeros_like(keys), keys.bool()
-    compiled = torch.compile(argsort, dynamic=False)
-    candidates: dict[str, Callable[[], Any]] = {
-        "mor": lambda: group_rows(*inputs),
-        "mor, equal keys": lambda: group_rows(equal, num_keys, cu_seqlens),
-        "argsort": lambda: argsort(*inputs),
-        "argsort compiled": lambda: compiled(*inputs),
-        "argsort alone": lambda: torch.argsort(keys, stable=True),
-        "nonzero": lambda: nonzero(*inputs),
+    compiled_argsort = compiled(argsort)
+    forms: dict[str, Callable[..., Any]] = {
+        "ours": group_rows,
+        "argsort": argsort,
+        "compiled argsort": compiled_argsort,
+        "nonzero": nonzero,
     }
-    if num_keys == 2:
-        candidates["mor, bool"] = lambda: group_rows(flags, num_keys, cu_seqlens)
-    for other in (argsort, compiled, nonzero):
-        for got, want in zip(group_rows(*inputs), other(*inputs), strict=True):
-            assert torch.equal(got, want)
-    seconds = interleave(candidates, args.repeats)
-    return [
-        {
-            "N": n,
-            "B": num_sequences,
-            "keys": num_keys,
-            "case": name,
-            "us": time * 1e6,
-            "time / mor": time / seconds["mor"],
-        }
-        for name, time in seconds.items()
-    ]
+    calls = {name: lambda f=f: f(given, num_keys, cu_seqlens) for name, f in forms.items()}
+    want = group_rows(given, num_keys, cu_seqlens)
+    for call in calls.values():
+        for got, expected in zip(call(), want, strict=True):
+            assert torch.equal(got, expected)
+    calls["authors"] = lambda: authors(given, num_keys, cu_seqlens)
+    starts = cu_seqlens[:-1].repeat(num_keys)
+    found = [rows + start for rows, start in zip(calls["authors"](), starts, strict=True)]
+    assert torch.equal(torch.cat(found), want[0])
+    calls["limit argsort"] = lambda: torch.argsort(given, stable=True)
+    with torch.inference_mode():
+        return line(what, calls, repeats)
 
 
 def main() -> None:
-    args = parse_args(__doc__ or "")
-    cases = [(64, 2, 2)] if args.smoke else CASES
-    if args.smoke:
-        args.repeats = 1
+    args = parse_args(__doc__)
     torch.manual_seed(0)
-    report("group_rows", [row for case in cases for row in measure(*case, args)], args)
+    lines = [
+        measure(*case, kind, args.repeats)
+        for case in ([(64, 2, 2)] if args.smoke else CASES)
+        for kind in ("random", "equal", "bool")
+        if kind != "bool" or case[2] == 2
+    ]
+    report("group_rows", lines, args)
 
 
 if __name__ == "__main__":

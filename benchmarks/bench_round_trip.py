@@ -14,8 +14,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from harness import parse_args, report
-from routed import DTYPES, SHAPES, compiled, line
+from harness import compiled, line, parse_args, report, wanted
+from routed import DTYPES, SHAPES, dtype_name
 from torch import Tensor
 
 from mor.ops import gather_tokens, route_topk, scatter_tokens, scatter_tokens_
@@ -75,34 +75,37 @@ def plain(shape: tuple[int, int, int], k: int, in_place: bool, order: str, add: 
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    k = shape[1] // 2
+    k, what = shape[1] // 2, {"shape": str(list(shape)), "dtype": dtype_name(dtype)}
     hidden = torch.randn(shape[0] * shape[1], shape[2]).to(dtype)
     scores = torch.rand(shape[0] * shape[1])
     updates = torch.randn(shape[0] * k, shape[2]).to(dtype)
     small = scores * 1e-4  # hundreds of runs in place stay finite
     lines = []
     for in_place in (True, False):
+        described = {**what, "form": "in place" if in_place else "new tensor"}
+        if not wanted(described):
+            continue
         forms = {"ours": ours(shape, k, in_place), "authors": authors(shape, k)}
         for add in ("index_add", "index_copy"):
             for order in ("sort", "mask"):
                 forms[f"{order}, {add}"] = plain(shape, k, in_place, order, add)
             forms[f"compiled sort, {add}"] = compiled(plain(shape, k, in_place, "sort", add))
-        what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch.")}
-        what["form"] = "in place" if in_place else "new tensor"
         with torch.inference_mode():
             want = forms["ours"](hidden.clone(), scores, updates)
             for form in forms.values():
                 for a, b in zip(form(hidden.clone(), scores, updates), want, strict=True):
                     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
             candidates = {n: partial(form, hidden, small, updates) for n, form in forms.items()}
-            lines.append(line(what, candidates, repeats))
+            lines.append(line(described, candidates, repeats))
     return lines
 
 
 def main() -> None:
     args = parse_args(__doc__)
-    shape = SHAPES["smoke"] if args.smoke else (8, 2048, 576)
-    lines = (measure(shape, dtype, args.repeats) for dtype in DTYPES)
+    shapes = [SHAPES["smoke"]]
+    if not args.smoke:
+        shapes = [(8, 2048, 576), SHAPES["small"], SHAPES["large"]]
+    lines = (measure(shape, dtype, args.repeats) for shape in shapes for dtype in DTYPES)
     report("round_trip", list(chain.from_iterable(lines)), args)
 
 

@@ -1,9 +1,13 @@
-"""Timing for bench_*.py: interleaved repeats in one process, medians, a table, a JSON file."""
+"""What every bench_*.py has: its options, a line of the table, the table, JSON.
+
+A line says what was timed, then `ours`, the ratio to the authors' form (`x authors`), to the best
+form of plain PyTorch (`x best`, named) and to what limits it (`x limit ...`): each the other's
+time over ours, so above 1 ours is faster.
+"""
 
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,15 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import at_threads, interleave
+
+__all__ = ["compiled", "generator", "interleave", "label", "line", "parse_args", "report", "wanted"]
 
 RESULTS = Path(__file__).parent / "results"
+_options = argparse.Namespace(only=[], scaling=False, limit=None, begin=0.0, left_out=set())
 
 
 def parse_args(
     description: str | None, add: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> argparse.Namespace:
     """The options every benchmark has, and those that `add` puts into the parser."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="smallest sizes, one repeat: proves that it runs"
     )
@@ -27,40 +37,107 @@ def parse_args(
         "--repeats", type=int, default=9, help="interleaved repeats, median taken (default 9)"
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: CUDA events and cold L2")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only the lines with TEXT in their description, or, after '=', that are it; repeat",
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="instead of peers: ours at 1 thread and at --threads"
+    )
+    parser.add_argument("--limit", type=float, help="seconds after which no line is begun")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--json", type=Path, help="add the table to this file")
     if add is not None:
         add(parser)
     args = parser.parse_args()
     if args.smoke:
         args.repeats = 1
     torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.set_default_device(args.device)  # every tensor of a benchmark is made there
+    vars(_options).update(vars(args), begin=time.monotonic())
     return args
 
 
-def interleave(
-    candidates: dict[str, Callable[[], Any]], repeats: int, seconds: float = 0.05
-) -> dict[str, float]:
-    """Median seconds per call of each candidate, all timed in turn so that drift hits them alike.
+def generator(seed: int = 0) -> torch.Generator:
+    """Random numbers for tensors on the device of --device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, afresh for every shape and dtype as a user's static model would."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def label(row: dict[str, Any]) -> str:
+    """The description of a line: what stands before its figures."""
+    words = []
+    for value in row.values():
+        if isinstance(value, float):
+            break
+        words.append(str(value))
+    return " ".join(words)
+
+
+def wanted(what: dict[str, Any]) -> bool:
+    """Whether --only and --limit leave this line in; ask before a costly preparation."""
+    text = label(what)
+    if _options.only and not any(
+        text == only[1:] if only.startswith("=") else only in text for only in _options.only
+    ):
+        return False
+    if _options.limit is not None and time.monotonic() - _options.begin > _options.limit:
+        _options.left_out.add(text)
+        return False
+    return True
+
+
+def line(
+    what: dict[str, Any],
+    candidates: dict[str, Callable[[], Any]],
+    repeats: int,
+    seconds: float = 0.05,
+    work: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """One line of the table; empty if it is not wanted.
 
     Args:
-        candidates: name to a function without arguments.
-        repeats: rounds; in each, every candidate runs for about `seconds`.
-        seconds: length of one timing window.
+        what: describes the line, as text and integers.
+        candidates: "ours"; "authors"; "limit ...", which are no peers; the rest are plain forms, of
+            which the best counts.
+        repeats: see `interleave`.
+        seconds: see `interleave`.
+        work: how much work ours does in units of that of a limit, by the limit's name. Then the
+            ratio is the share of the limit's rate that is reached.
     """
-    calls = {}
-    for name, function in candidates.items():
-        function()
-        begin = time.perf_counter()
-        function()
-        calls[name] = max(1, int(seconds / max(time.perf_counter() - begin, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, function in candidates.items():
-            begin = time.perf_counter()
-            for _ in range(calls[name]):
-                function()
-            times[name].append((time.perf_counter() - begin) / calls[name])
-    return {name: statistics.median(t) for name, t in times.items()}
+    if not wanted(what):
+        return {}
+    if _options.scaling:
+        times_at = at_threads(candidates["ours"], repeats, seconds)
+        one, most = times_at[1], times_at[torch.get_num_threads()]
+        row = {
+            **what,
+            "1 thread ms": one * 1e3,
+            f"{torch.get_num_threads()} threads ms": most * 1e3,
+        }
+        return row | {"x threads": one / most}
+    times = interleave(candidates, repeats, seconds)
+    ours = times.pop("ours")
+    limits = {name: times.pop(name) for name in [*times] if name.startswith("limit")}
+    plain = {name: seconds for name, seconds in times.items() if name != "authors"}
+    row = {**what, "ours ms": ours * 1e3}
+    if "authors" in times:
+        row |= {"authors ms": times["authors"] * 1e3, "x authors": times["authors"] / ours}
+    if plain:
+        best = min(plain, key=plain.__getitem__)
+        row |= {"best ms": plain[best] * 1e3, "x best": plain[best] / ours, "best": best}
+    scale = work or {}
+    return row | {f"x {name}": scale.get(name, 1) * t / ours for name, t in limits.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -76,17 +153,21 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    return {
+    found = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "instruction_set": torch.ops.mor.instruction_set(""),
         "commit": commit,
     }
+    if torch.get_default_device().type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
 
 
 def report(name: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints the rows as an aligned table and, with --save, writes them to results/NAME.json."""
+    """Prints the rows as an aligned table; writes them with --save and --json."""
+    rows = [row for row in rows if row]
     print(f"{name}: {machine()}")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[_text(row.get(c, "")) for c in columns] for row in rows]
@@ -95,11 +176,20 @@ def report(name: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> N
         print(
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         )
+    if _options.left_out:
+        print(f"{name}: {len(_options.left_out)} lines left out after {args.limit:.0f} s")
     if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-        print(f"wrote {path}")
+        _write(RESULTS / f"{name}.json", {"machine": machine(), "rows": rows})
+    if args.json:
+        known = json.loads(args.json.read_text()) if args.json.exists() else {"tables": {}}
+        tables = known["tables"] | {name: rows}
+        _write(args.json, known | {"machine": machine(), "tables": tables})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 def _text(value: Any) -> str:
