@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["at_threads", "interleave"]
 
-#: Larger than twice the L2 cache of any GPU so far; writing it leaves nothing of the operands there.
+#: Over twice the L2 cache of any GPU so far; writing it leaves nothing of the operands there.
 FLUSH_BYTES = 256 << 20
 #: Calls in one window on CUDA, where each is preceded by a flush.
 MOST_CUDA_CALLS = 20

@@ -25,7 +25,7 @@ using RouteMassScan = cub::BlockScan<uint64_t, kRouteThreads, cub::BLOCK_SCAN_WA
 
 struct RouteThresholdShared {
   RouteShared route;
-  typename RouteMassScan::TempStorage scan;
+  alignas(32) typename RouteMassScan::TempStorage scan;  // CUB takes it for aligned so
   unsigned long long histogram[kRouteBins];
   unsigned long long highest, total, need, each;
   int digit;

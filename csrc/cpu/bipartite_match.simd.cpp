@@ -4,6 +4,7 @@
 #include "bipartite_match.simd.h"
 
 #include <cmath>
+#include <utility>
 
 #include "simd/gemm.h"
 
@@ -59,7 +60,7 @@ float inverse_norm(const T* row, int64_t width) {
 // Scratch of a task: panels of a, one block of b, and what is known of each row.
 template <class E>
 struct Work {
-  E *panels, *block, *line;
+  E *panels, *block, *lines;
   float *a_norms, *b_norms, *best;
   int32_t* index;  // within the rows of b of the sequence, or -1
   float* tile;     // [kTileRows, kWidth] similarities
@@ -74,7 +75,7 @@ struct Work {
     };
     take(panels, depth * padded);
     take(block, round_up(depth, kDepth) / kDepth * kBlockRows * kPitch);
-    take(line, depth);
+    take(lines, kLanes * round_up(depth, kLanes));
     take(a_norms, padded);
     take(b_norms, kBlockRows);
     take(best, padded);
@@ -84,20 +85,51 @@ struct Work {
   }
 };
 
+// The lanes of a and b in turn, from lane kFirst on.
+template <int kFirst, int... kLane>
+inline VecI riffle(VecI a, VecI b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes)...);
+}
+
+// Lane j of row i becomes lane i of row j: log2(kLanes) riffles of the first half with the second.
+inline void transpose(VecI (&rows)[kLanes]) {
+  constexpr auto kEvery = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    VecI next[kLanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes / 2; ++r) {
+      next[2 * r] = riffle<0>(rows[r], rows[r + kLanes / 2], kEvery);
+      next[2 * r + 1] = riffle<kLanes / 2>(rows[r], rows[r + kLanes / 2], kEvery);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) rows[r] = next[r];
+  }
+}
+
 template <class T, class E>
 void pack_panels(const BipartiteMatch& m, const MatchTask& task, const Work<E>& work) {
   const int64_t depth = depth_of<E>(m.width), rows = task.a_end - task.a_begin;
-  for (int64_t r = 0; r < round_up(rows, kWidth); ++r) {
-    E* column = work.panels + r / kWidth * depth * kWidth + r % kWidth;
-    work.best[r] = -__builtin_inff();
-    work.index[r] = -1;
-    if (r < rows) {
+  const int64_t padded = round_up(depth, kLanes);
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    for (int64_t r = first; r < first + kLanes; ++r) {
+      E* line = work.lines + (r - first) * padded;
+      std::memset(line, 0, padded * sizeof(E));
+      work.best[r] = -__builtin_inff();
+      work.index[r] = -1;
+      if (r >= rows) continue;
       const T* row = static_cast<const T*>(m.a) + (task.a_begin + r) * m.a_stride;
-      convert(row, 0, m.width, work.line);
+      convert(row, 0, m.width, line);
       work.a_norms[r] = m.cosine ? inverse_norm(row, m.width) : 1;
-      for (int64_t e = 0; e < depth; ++e) column[e * kWidth] = work.line[e];
-    } else {
-      for (int64_t e = 0; e < depth; ++e) column[e * kWidth] = 0;
+    }
+    E* to = work.panels + first / kWidth * depth * kWidth + first % kWidth;
+    for (int64_t e = 0; e < depth; e += kLanes) {
+      VecI part[kLanes];
+      for (int r = 0; r < kLanes; ++r)
+        std::memcpy(&part[r], work.lines + r * padded + e, sizeof part[r]);
+      transpose(part);
+      for (int64_t k = 0; k < kLanes && e + k < depth; ++k)
+        std::memcpy(to + (e + k) * kWidth, &part[k], sizeof part[k]);
     }
   }
 }

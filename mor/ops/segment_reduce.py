@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import FLOATING, check_dim, check_dtype, check_same_device, check_size
-from mor.ops._scatter_tokens_rules import check_rows_like, check_scale
+from mor.ops.segment_reduce_check import check, check_amax_backward
 
 __all__ = ["reference", "segment_reduce"]
 
@@ -81,20 +80,7 @@ def reference(
 def _(
     x: Tensor, segments: Tensor, num_segments: int, reduce: str, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    op = "segment_reduce"
-    check_dim(x, 2, op, "x", "[N, D]")
-    check_dtype(x, FLOATING, "float32, bfloat16, float16 or float64", op, "x")
-    _check_segments(segments, x, op)
-    torch._check(num_segments >= 0, lambda: f"{op}: expected num_segments >= 0, got {num_segments}")
-    torch._check(
-        reduce in ("sum", "mean", "amax"),
-        lambda: f"{op}: expected reduce sum, mean or amax, got {reduce}",
-    )
-    torch._check(
-        reduce != "amax" or weights is None, lambda: f"{op}: expected no weights with amax"
-    )
-    if weights is not None:
-        check_scale(weights, x.shape[0], x, op, "weights", "[N]")
+    check(x, segments, num_segments, reduce, weights)
     total = torch.float64 if x.dtype == torch.float64 else torch.float32
     num_totals = num_segments if reduce == "mean" else 0
     return x.new_empty(num_segments, x.shape[1]), x.new_empty(num_totals, dtype=total)
@@ -102,21 +88,8 @@ def _(
 
 @torch.library.register_fake("mor::segment_reduce_amax_backward")
 def _(grad: Tensor, x: Tensor, out: Tensor, segments: Tensor) -> Tensor:
-    op = "segment_reduce_amax_backward"
-    check_dim(grad, 2, op, "grad", "[S, D]")
-    check_dtype(grad, FLOATING, "float32, bfloat16, float16 or float64", op, "grad")
-    check_rows_like(out, grad.shape[0], grad, op, "out", "[S, D]")
-    check_dim(x, 2, op, "x", "[N, D]")
-    check_rows_like(x, x.shape[0], grad, op, "x", "[N, D]")
-    _check_segments(segments, x, op)
+    check_amax_backward(grad, x, out, segments)
     return x.new_empty(x.shape)
-
-
-def _check_segments(segments: Tensor, x: Tensor, op: str) -> None:
-    check_dim(segments, 1, op, "segments", "[N]")
-    check_dtype(segments, (torch.int64,), "int64", op, "segments")
-    check_same_device(segments, x, op, "segments")
-    check_size(segments, x.shape[0], "the rows of x", op, "segments")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

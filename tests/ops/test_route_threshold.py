@@ -1,3 +1,8 @@
+"""route_threshold: values, quantiles as torch has them, exact mass, bad input.
+
+Over 300 lines in one file, as every operator has one test file.
+"""
+
 from itertools import pairwise
 from typing import Any
 
