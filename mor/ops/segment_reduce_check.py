@@ -42,6 +42,6 @@ def check_amax_backward(grad: Tensor, x: Tensor, out: Tensor, segments: Tensor) 
 
 def _check_segments(segments: Tensor, x: Tensor, op: str) -> None:
     check_dim(segments, 1, op, "segments", "[N]")
-    check_dtype(segments, (torch.int64,), "Long", op, "segments")
+    check_dtype(segments, (torch.int64,), "int64", op, "segments")
     check_same_device(segments, x, op, "segments")
     check_size(segments, x.shape[0], "the rows of x", op, "segments")
