@@ -1,14 +1,11 @@
 #include "kv_append.cuh"
 
 #include "../csrc/ops/kv_append.h"
+#include "../csrc/rows.h"
 #include "glue.h"
 
 namespace mor {
 namespace {
-
-Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
 
 KvAppendSide side(const Tensor& cache, const Tensor& rows) {
   const int64_t item = cache.element_size();
@@ -33,7 +30,7 @@ void kv_append_cuda(const Tensor& k_cache, const Tensor& v_cache, const Tensor& 
                           dims.cache.num_blocks * dims.cache.block_size,
                           dims.cache.block_size,
                           dims.cache.num_kv_heads,
-                          dims.cache.head_dim * k.element_size(),
+                          dims.cache.head_dim * int64_t(k.element_size()),
                           0};
   check_launch(launch_kv_append(args, current_stream(k_cache)), "kv_append");
 }

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> kv_gather_cuda(const Tensor& k_cache, const T
                           dims.cache.block_size,
                           num_rows,
                           dims.cache.num_kv_heads,
-                          dims.cache.head_dim * k.element_size()};
+                          dims.cache.head_dim * int64_t(k.element_size())};
   check_launch(launch_kv_gather(args, current_stream(k_cache)), "kv_gather");
   return {k, v, cu_seqlens};
 }
