@@ -93,6 +93,16 @@ inline void check_same_device(const Tensor& t, const Tensor& reference, const ch
             device_str(reference), ", got ", device_str(t));
 }
 
+// A choice among the rows of scores [N].
+inline void check_row_mask(const Tensor& mask, const Tensor& scores, const char* op,
+                           const char* name) {
+  check_dim(mask, 1, op, name, "[N]");
+  check_dtype(mask, ScalarType::Bool, op, name);
+  check_same_device(mask, scores, op, name);
+  MOR_CHECK(mask.size(0) == scores.size(0), op, ": expected ", name, " of ", scores.size(0),
+            " elements (the rows of scores), got ", shape_str(mask));
+}
+
 // cu_seqlens [B + 1], contiguous, on the CPU: starts at 0, never falls, ends at num_rows. Returns
 // B.
 inline int64_t check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t num_rows, const char* op,

@@ -1,4 +1,4 @@
-// [N, D] operands as both devices read them.
+// [N, D] and [N, H, head_dim] operands as both devices read them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,6 +21,11 @@ inline Rows contiguous_rows(Tensor t) {
   const bool repeated = t.stride(0) == 0 && t.size(0) > 0;
   const Tensor copy = torch::stable::contiguous(repeated ? torch::stable::narrow(t, 0, 0, 1) : t);
   return {copy, copy.const_data_ptr(), repeated ? 0 : copy.stride(0)};
+}
+
+// A [N, H, head_dim] operand whose head rows are contiguous: itself, or a copy.
+inline Tensor last_contiguous(const Tensor& t) {
+  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace mor

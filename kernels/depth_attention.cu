@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../csrc/rows.h"
 #include "depth_attention_backward.cuh"
 #include "depth_attention_forward.cuh"
 #include "glue.h"
@@ -17,10 +18,6 @@ struct Operands {
   Tensor q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k;
   optional<Tensor> q_depths, k_depths, key_bias;
 };
-
-Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
 
 optional<Tensor> contiguous(const optional<Tensor>& t) {
   return t.has_value() ? optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;

@@ -4,16 +4,13 @@
 #include <tuple>
 
 #include "../csrc/ops/paged_depth_attention.h"
+#include "../csrc/rows.h"
 #include "glue.h"
 
 namespace mor {
 namespace {
 
 using std::optional;
-
-Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
 
 // Whether 16-byte accesses of the rows are possible; the last dimension is contiguous.
 bool is_aligned(const Tensor& t) {

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <tuple>
 
+#include "../rows.h"
 #include "depth_attention.scalar.h"
 #include "depth_attention.simd.h"
 #include "results.h"
@@ -16,10 +17,6 @@ namespace mor {
 namespace {
 
 using std::optional;
-
-Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
 
 AttentionOperand operand(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 

@@ -101,6 +101,39 @@ void write_rows(const AttentionProblem& p, const AttentionTask& task, int64_t ro
   }
 }
 
+// One packed block of keys added to the sums of the lanes that see some of them. q and out are
+// those of all lanes, `padded` dimensions each; scores, weights and factor are scratch of kWidth
+// lanes.
+template <class E>
+[[gnu::always_inline]] inline void attend_block(const KeyBlock<E>& block, const RowLimits& limits,
+                                                const RowSums& sums, LaneRange seeing,
+                                                int64_t padded, float log2_scale, const E* q,
+                                                float* scores, E* weights, float* factor,
+                                                float* out) {
+  const int64_t depth = padded / kPerElement<E>;
+  for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
+    const RowSums group{sums.largest + lane, sums.sum + lane};
+    const RowLimits seen = limits.from(lane);
+    const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
+    multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
+        count, depth, block.k_rows, q + lane * depth, scores);
+    const bool plain =
+        all_see(seen, block.first, count) && !block.bias && !block.depths && log2_scale > 0;
+    if (!plain) mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
+    const float scale = plain ? log2_scale : 1.0f;
+    const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
+    const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
+    float* group_out = out + lane * padded;
+    if (shrank) {
+      multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kScaleAndAdd>(
+          padded, reduced, block.v_keys, weights, group_out, factor);
+    } else {
+      multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
+          padded, reduced, block.v_keys, weights, group_out);
+    }
+  }
+}
+
 template <class T, class E>
 int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
   const int64_t padded = round_up(p.dims.head_dim, 16), depth = padded / kPerElement<E>;
@@ -137,28 +170,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
     const LaneRange seeing = lanes_that_see(limits, groups * kWidth, block.first, block.count);
     if (seeing.begin == seeing.end) continue;
     pack_keys<T>(p, task.kv_head, keys, padded, block);
-    for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
-      const RowSums group{sums.largest + lane, sums.sum + lane};
-      const RowLimits seen = limits.from(lane);
-      const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
-      multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
-          count, depth, block.k_rows, q + lane * depth, scores);
-      const bool plain =
-          all_see(seen, block.first, count) && !block.bias && !block.depths && log2_scale > 0;
-      if (!plain)
-        mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
-      const float scale = plain ? log2_scale : 1.0f;
-      const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
-      const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
-      float* group_out = out + lane * padded;
-      if (shrank) {
-        multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kScaleAndAdd>(
-            padded, reduced, block.v_keys, weights, group_out, factor);
-      } else {
-        multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
-            padded, reduced, block.v_keys, weights, group_out);
-      }
-    }
+    attend_block(block, limits, sums, seeing, padded, log2_scale, q, scores, weights, factor, out);
   }
   for (int64_t lane = 0; lane < rows; lane += kWidth) {
     write_rows<T>(p, task, task.row_begin + lane, min(kWidth, rows - lane),

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../rows.h"
+
 namespace mor {
 namespace {
 
@@ -18,10 +20,6 @@ struct Side {
   const char* rows;
   int64_t block_stride, offset_stride, cache_head_stride, row_stride, head_stride;
 };
-
-Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
 
 Side side(const Tensor& cache, const Tensor& rows) {
   const int64_t item = cache.element_size();

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../rows.h"
 #include "paged_depth_attention.simd.h"
 #include "results.h"
 #include "scratch.h"
@@ -19,10 +20,6 @@ namespace mor {
 namespace {
 
 using std::optional;
-
-Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
 
 PagedCache paged_cache(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};

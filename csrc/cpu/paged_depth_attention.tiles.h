@@ -71,26 +71,7 @@ int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, ch
     find_offsets(p, task.rows.sequence, block.first, block.count, offsets);
     find_pointers(p, offsets, block.count, task.rows.kv_head, pointers);
     pack_paged_keys(pointers, hd, padded, block);
-    for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
-      const RowSums group{sums.largest + lane, sums.sum + lane};
-      const RowLimits seen = limits.from(lane);
-      const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
-      multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
-          count, depth, block.k_rows, q + lane * depth, scores);
-      const bool plain = all_see(seen, block.first, count) && log2_scale > 0;
-      if (!plain) mask_scores(scores, count, block.first, log2_scale, nullptr, nullptr, seen);
-      const float scale = plain ? log2_scale : 1.0f;
-      const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
-      const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
-      float* group_out = out + lane * padded;
-      if (shrank) {
-        multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kScaleAndAdd>(
-            padded, reduced, block.v_keys, weights, group_out, factor);
-      } else {
-        multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
-            padded, reduced, block.v_keys, weights, group_out);
-      }
-    }
+    attend_block(block, limits, sums, seeing, padded, log2_scale, q, scores, weights, factor, out);
   }
   for (int64_t lane = 0; lane < rows; lane += kWidth) {
     write_part({sums.largest + lane, sums.sum + lane}, out + lane * padded,

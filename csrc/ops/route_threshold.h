@@ -86,13 +86,7 @@ inline RouteThresholdDims check_route_threshold(const Tensor& scores, double thr
   MOR_CHECK(min_k >= 0, op, ": expected min_k >= 0, got ", min_k);
   MOR_CHECK(max_k == -1 || max_k >= min_k, op, ": expected max_k >= min_k = ", min_k, ", got ",
             max_k);
-  if (candidates.has_value()) {
-    check_dim(*candidates, 1, op, "candidates", "[N]");
-    check_dtype(*candidates, ScalarType::Bool, op, "candidates");
-    check_same_device(*candidates, scores, op, "candidates");
-    MOR_CHECK(candidates->size(0) == dims.num_rows, op, ": expected candidates of ", dims.num_rows,
-              " elements (the rows of scores), got ", shape_str(*candidates));
-  }
+  if (candidates.has_value()) check_row_mask(*candidates, scores, op, "candidates");
   MOR_CHECK(!max_rows.has_value() || *max_rows >= 0, op, ": expected max_rows >= 0, got ",
             max_rows.value_or(0));
   return dims;

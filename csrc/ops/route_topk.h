@@ -50,16 +50,8 @@ inline RouteTopkDims check_route_topk(const Tensor& scores, int64_t k,
               " elements (one for each sequence), got ", shape_str(*k_each));
   }
   MOR_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
-  const auto check_mask = [&](const std::optional<Tensor>& mask, const char* name) {
-    if (!mask.has_value()) return;
-    check_dim(*mask, 1, op, name, "[N]");
-    check_dtype(*mask, ScalarType::Bool, op, name);
-    check_same_device(*mask, scores, op, name);
-    MOR_CHECK(mask->size(0) == dims.num_rows, op, ": expected ", name, " of ", dims.num_rows,
-              " elements (the rows of scores), got ", shape_str(*mask));
-  };
-  check_mask(candidates, "candidates");
-  check_mask(protected_rows, "protected_rows");
+  if (candidates.has_value()) check_row_mask(*candidates, scores, op, "candidates");
+  if (protected_rows.has_value()) check_row_mask(*protected_rows, scores, op, "protected_rows");
   return dims;
 }
 

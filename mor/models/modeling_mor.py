@@ -496,7 +496,7 @@ def _checked_tokens(input_ids: Any, vocab_size: int) -> Tensor:
             f"input_ids: expected integers [B, S], got {input_ids.dtype} {list(input_ids.shape)}"
         )
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
-        for token in (int(input_ids.min()), int(input_ids.max())):
+        for token in map(int, torch.aminmax(input_ids)):
             if not 0 <= token < vocab_size:
                 raise ValueError(f"input_ids: expected tokens in [0, {vocab_size}), got {token}")
     tokens: Tensor = input_ids

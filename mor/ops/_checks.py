@@ -11,6 +11,7 @@ __all__ = [
     "check_dtype",
     "check_int_vector",
     "check_kv_cache",
+    "check_row_mask",
     "check_rows_index",
     "check_same_device",
     "check_size",
@@ -66,6 +67,14 @@ def check_cu_seqlens(t: Tensor, reference: Tensor, op: str, name: str = "cu_seql
     check_same_device(t, reference, op, name)
     torch._check(t.shape[0] >= 1, lambda: f"{op}: expected {name} of at least one element, got [0]")
     return t.shape[0] - 1
+
+
+def check_row_mask(t: Tensor, scores: Tensor, op: str, name: str) -> None:
+    """Shape [N] bool on the device of scores [N]."""
+    check_dim(t, 1, op, name, "[N]")
+    check_dtype(t, (torch.bool,), "bool", op, name)
+    check_same_device(t, scores, op, name)
+    check_size(t, scores.shape[0], "the rows of scores", op, name)
 
 
 def check_rows_index(t: Tensor, reference: Tensor, op: str) -> None:

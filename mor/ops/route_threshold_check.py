@@ -8,6 +8,7 @@ from mor.ops._checks import (
     check_cu_seqlens,
     check_dim,
     check_dtype,
+    check_row_mask,
     check_same_device,
     check_size,
 )
@@ -59,10 +60,7 @@ def check(
         lambda: f"{op}: expected max_k >= min_k = {min_k}, got {max_k}",
     )
     if candidates is not None:
-        check_dim(candidates, 1, op, "candidates", "[N]")
-        check_dtype(candidates, (torch.bool,), "bool", op, "candidates")
-        check_same_device(candidates, scores, op, "candidates")
-        check_size(candidates, scores.shape[0], "the rows of scores", op, "candidates")
+        check_row_mask(candidates, scores, op, "candidates")
     torch._check(
         max_rows is None or max_rows >= 0, lambda: f"{op}: expected max_rows >= 0, got {max_rows}"
     )

@@ -8,6 +8,7 @@ from mor.ops._checks import (
     check_cu_seqlens,
     check_dim,
     check_dtype,
+    check_row_mask,
     check_same_device,
     check_size,
 )
@@ -124,8 +125,5 @@ def _(
     torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows >= 0, got {num_rows}")
     for name, mask in (("candidates", candidates), ("protected_rows", protected_rows)):
         if mask is not None:
-            check_dim(mask, 1, op, name, "[N]")
-            check_dtype(mask, (torch.bool,), "bool", op, name)
-            check_same_device(mask, scores, op, name)
-            check_size(mask, scores.shape[0], "the rows of scores", op, name)
+            check_row_mask(mask, scores, op, name)
     return scores.new_empty(num_rows, dtype=torch.int64)

@@ -153,14 +153,6 @@ def test_bad_input_of_backward() -> None:
     check_bad_input(rf"{name}: .*\[0, 3\), got rows\[1\] = 3", op, grad, rows, 3, fake=False)
 
 
-@pytest.mark.skipif(
-    not torch.ops.mor.cuda_architectures(), reason="built without CUDA (MOR_CUDA=OFF)"
-)
-def test_cuda_kernels_are_registered() -> None:
-    for name in ("gather_tokens", "gather_tokens_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mor::{name}", "CUDA")
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -164,9 +164,3 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         args = torch.rand(sum(lengths)), packed(lengths)
         for got, want in zip(compiled(*args), split(*args), strict=True):
             assert torch.equal(got, want)
-
-
-def test_cuda_kernel_is_registered() -> None:
-    if not torch.ops.mor.cuda_architectures():
-        pytest.skip("built without CUDA")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("mor::group_rows", "CUDA")

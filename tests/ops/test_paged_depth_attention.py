@@ -372,13 +372,6 @@ def test_bad_device(name: str) -> None:
     check_bad_input(f"{name} on cpu, got meta", paged_depth_attention, fake=False, **bad)
 
 
-@pytest.mark.skipif(
-    not torch.ops.mor.cuda_architectures(), reason="built without CUDA (MOR_CUDA=OFF)"
-)
-def test_cuda_kernel_is_registered() -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("mor::paged_depth_attention", "CUDA")
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

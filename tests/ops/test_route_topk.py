@@ -273,9 +273,3 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         scores, candidates = torch.randn(24), torch.arange(24) % 3 > 0
         args = scores, packed([12, 12]), k, candidates
         assert torch.equal(compiled(*args), select(*args))
-
-
-def test_cuda_kernel_is_registered() -> None:
-    if not torch.ops.mor.cuda_architectures():
-        pytest.skip("built without CUDA")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("mor::route_topk", "CUDA")

@@ -276,14 +276,6 @@ def test_bad_input_of_backward(message: str, change: dict[str, Any]) -> None:
     check_bad_input("segment_reduce_amax_backward: expected " + message, op, **inputs, fake=fake)
 
 
-@pytest.mark.skipif(
-    not torch.ops.mor.cuda_architectures(), reason="built without CUDA (MOR_CUDA=OFF)"
-)
-def test_cuda_kernels_are_registered() -> None:
-    for name in ("segment_reduce", "segment_reduce_amax_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mor::{name}", "CUDA")
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
