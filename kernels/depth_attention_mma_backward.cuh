@@ -27,7 +27,7 @@ struct QueryFacts {
 // Turns score and d_weight (<grad_out, v>) of one query and key into weight and d_score.
 __device__ __forceinline__ void finish_score(float& score, float& d_weight, float scale, float bias,
                                              float lse, float delta, bool visible) {
-  const float weight = visible ? exp2f(score * scale + bias - lse) : 0.f;
+  const float weight = visible ? exp2_acc(score * scale + bias - lse) : 0.f;
   score = weight;
   d_weight = visible ? weight * (d_weight - delta) : 0.f;
 }

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
     for (int half = 0; half < 2; ++half) {
       highest[half] = row_max(highest[half]);
       reference[half] = highest[half] == -INFINITY ? 0.f : highest[half];
-      const float shrink = exp2f(top[half] - reference[half]);
+      const float shrink = exp2_acc(top[half] - reference[half]);
       top[half] = highest[half];
       total[half] *= shrink;
 #pragma unroll
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        scores[n][r] = exp2f(scores[n][r] - reference[r / 2]);
+        scores[n][r] = exp2_acc(scores[n][r] - reference[r / 2]);
         total[r / 2] += scores[n][r];  // of this lane's keys only, until the end
       }
     add_rows<T, kKeys, HEAD_DIM, HEAD_DIM>(sums, scores, stage.v, 0);

@@ -24,10 +24,12 @@ struct KvAppendArgs {
   int64_t num_tokens, num_slots, block_size;
   int64_t num_heads, head_bytes;
   int tokens_per_block;
+  int64_t num_groups;  // of tokens_per_block tokens
 };
 
 struct KvAppendShared {
-  int64_t slots[kAppendTokens];
+  int64_t slots[kAppendTokens];  // below 0: the token writes nothing
+  int64_t blocks[kAppendTokens], offsets[kAppendTokens];
   unsigned hidden;  // a bit for each token that writes nothing
 };
 
@@ -36,14 +38,20 @@ template <class Chunk>
 __global__ void __launch_bounds__(kAppendThreads) kv_append_kernel(KvAppendArgs args) {
   MOR_DYN_SMEM(raw);
   KvAppendShared& shared = *reinterpret_cast<KvAppendShared*>(raw);
-  const int64_t chunks = args.head_bytes / int64_t(sizeof(Chunk));
-  const int64_t groups = (args.num_tokens + args.tokens_per_block - 1) / args.tokens_per_block;
-  for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
+  // Of 32 bits: the division of 64-bit numbers is a call, around which registers spill.
+  const unsigned chunks = unsigned(args.head_bytes / int64_t(sizeof(Chunk)));
+  const unsigned row_chunks = unsigned(args.num_heads) * chunks;
+  for (int64_t group = blockIdx.x; group < args.num_groups; group += gridDim.x) {
     const int64_t first = group * args.tokens_per_block;
     const int count = int(min(int64_t(args.tokens_per_block), args.num_tokens - first));
     __syncthreads();  // the group before is done with
     if (threadIdx.x == 0) shared.hidden = 0;
-    if (int(threadIdx.x) < count) shared.slots[threadIdx.x] = args.slots[first + threadIdx.x];
+    if (int(threadIdx.x) < count) {
+      const int64_t slot = args.slots[first + threadIdx.x];
+      shared.slots[threadIdx.x] = slot < args.num_slots ? slot : -1;
+      shared.blocks[threadIdx.x] = slot / args.block_size;
+      shared.offsets[threadIdx.x] = slot % args.block_size;
+    }
     __syncthreads();
     for (int64_t j = first + 1 + threadIdx.x; j < args.num_tokens; j += kAppendThreads) {
       const int64_t slot = args.slots[j];
@@ -53,16 +61,15 @@ __global__ void __launch_bounds__(kAppendThreads) kv_append_kernel(KvAppendArgs 
     }
     __syncthreads();
     for (int t = int(threadIdx.x) / 32; t < count; t += kAppendThreads / 32) {
-      const int64_t slot = shared.slots[t];
-      if (slot < 0 || slot >= args.num_slots || (shared.hidden >> t & 1) != 0) continue;
-      const int64_t block = slot / args.block_size, offset = slot % args.block_size;
+      if (shared.slots[t] < 0 || (shared.hidden >> t & 1) != 0) continue;
 #pragma unroll 1
       for (int s = 0; s < 2; ++s) {
         const KvAppendSide& side = args.sides[s];
-        char* to = side.cache + block * side.block_stride + offset * side.offset_stride;
+        char* to = side.cache + shared.blocks[t] * side.block_stride +
+                   shared.offsets[t] * side.offset_stride;
         const char* from = side.rows + (first + t) * side.row_stride;
-        for (int64_t c = threadIdx.x % 32; c < args.num_heads * chunks; c += 32) {
-          const int64_t head = c / chunks, at = (c - head * chunks) * int64_t(sizeof(Chunk));
+        for (unsigned c = threadIdx.x % 32; c < row_chunks; c += 32) {
+          const int64_t head = c / chunks, at = c % chunks * int64_t(sizeof(Chunk));
           *reinterpret_cast<Chunk*>(to + head * side.cache_head_stride + at) =
               *reinterpret_cast<const Chunk*>(from + head * side.head_stride + at);
         }
@@ -80,6 +87,7 @@ inline uintptr_t address_bits(const KvAppendSide& side) {
 inline cudaError_t launch_kv_append(KvAppendArgs args, cudaStream_t stream) {
   if (args.num_tokens == 0 || args.num_heads == 0 || args.head_bytes == 0) return cudaSuccess;
   args.tokens_per_block = args.num_tokens <= 1024 ? 8 : kAppendTokens;
+  args.num_groups = (args.num_tokens + args.tokens_per_block - 1) / args.tokens_per_block;
   const uintptr_t bits =
       address_bits(args.sides[0]) | address_bits(args.sides[1]) | uintptr_t(args.head_bytes);
   const auto launch = [&](auto chunk) {

@@ -54,8 +54,8 @@ static __global__ void __launch_bounds__(kGatherScanThreads)
 // A warp owns a packed row of both caches at a time, a lane every 32nd chunk of it.
 template <class Chunk>
 __global__ void __launch_bounds__(kRowThreads) kv_gather_kernel(KvGatherArgs args) {
-  const int64_t chunks = args.head_bytes / int64_t(sizeof(Chunk));
-  const int64_t row_chunks = args.num_heads * chunks;
+  const unsigned chunks = unsigned(args.head_bytes / int64_t(sizeof(Chunk)));
+  const unsigned row_chunks = unsigned(args.num_heads) * chunks;
   for (int64_t row = row_item(); row < args.num_rows; row += row_item_step()) {
     int64_t low = 0, high = args.num_entries;  // the first entry that ends after the row
     while (low < high) {
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kRowThreads) kv_gather_kernel(KvGatherArgs arg
       const char* from =
           side.cache + block * side.block_stride + i % args.block_size * side.offset_stride;
       Chunk* to = reinterpret_cast<Chunk*>(side.out) + row * row_chunks;
-      for (int64_t c = threadIdx.x % 32; c < row_chunks; c += 32) {
-        const int64_t head = c / chunks, at = (c - head * chunks) * int64_t(sizeof(Chunk));
+      for (unsigned c = threadIdx.x % 32; c < row_chunks; c += 32) {
+        const int64_t head = c / chunks, at = c % chunks * int64_t(sizeof(Chunk));
         to[c] =
             found ? *reinterpret_cast<const Chunk*>(from + head * side.head_stride + at) : Chunk{};
       }

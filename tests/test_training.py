@@ -148,7 +148,8 @@ def test_a_plain_trainer_sends_routing_to_tensorboard(kind, metrics, logs, block
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir()))).Reload()
     ours, _ = logs[kind]
     for prefix, key in (("train/", "loss"), ("eval/", "eval_loss")):
-        for name in metrics:
+        # How the threshold agrees with the selection by rank is a question of training alone.
+        for name in metrics - ({"sampling_accuracy"} if prefix == "eval/" else set()):
             values = {event.step: event.value for event in events.Scalars(prefix + name)}
             own = ("eval_" if prefix == "eval/" else "") + name
             expected = {line["step"]: line[own] for line in _lines(ours, key)}
