@@ -101,6 +101,16 @@ __device__ __forceinline__ void add_rows(float (&sums)[WIDTH / 8][4],
   }
 }
 
+// Calls body(n, r, half, column) for every scores[n][r] of the lane, of a tile of N columns: it
+// stands in row g + 8 * half.
+template <int N, class Body>
+__device__ __forceinline__ void for_each_score(Body&& body) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) body(n, r, r / 2, 8 * n + 2 * int(threadIdx.x % 4) + r % 2);
+}
+
 // Writes what the lane holds of one row (half 0: row g, 1: row g + 8), times `factor`, to the head
 // dimensions from first_dim on.
 template <class T, int WIDTH>

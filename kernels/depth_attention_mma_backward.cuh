@@ -25,11 +25,10 @@ struct QueryFacts {
 };
 
 // Turns score and d_weight (<grad_out, v>) of one query and key into weight and d_score.
-__device__ __forceinline__ void finish_score(float& score, float& d_weight, float scale, float bias,
-                                             float lse, float delta, bool visible) {
-  const float weight = visible ? exp2_acc(score * scale + bias - lse) : 0.f;
-  score = weight;
-  d_weight = visible ? weight * (d_weight - delta) : 0.f;
+__device__ __forceinline__ void finish_score(float& score, float& d_weight, float unit, float lse,
+                                             float delta) {
+  score = exp2_acc(score * unit - lse);
+  d_weight = score * (d_weight - delta);
 }
 
 template <class T, int HEAD_DIM>
@@ -63,6 +62,8 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   s.queries.load(p, tile);
   __syncthreads();
   const unsigned key_end = s.queries.mask.keys[num_rows - 1].end();
+  const unsigned all_see_from = s.queries.mask.keys[num_rows - 1].begin;
+  const unsigned all_see_until = s.queries.mask.keys[0].end();
   const int least_depth = s.queries.mask.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
@@ -76,8 +77,11 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
     stage.keys.load(p, begin, key_end, kLog2E<float>);
   };
 
+  const int my_row = warp_row + lane / 4;
+  const float my_lse[2] = {s.queries.lse[my_row], s.queries.lse[my_row + 8]};
+  const float my_delta[2] = {s.queries.delta[my_row], s.queries.delta[my_row + 8]};
   float sums[HEAD_DIM / 8][4] = {};
-  const float scale = p.scale * kLog2E<float>;
+  const float scale = p.scale * kLog2E<float>, unit = p.key_bias != nullptr ? 1.f : scale;
   unsigned begin = next(s.queries.mask.keys[0].begin);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[0]);
@@ -92,16 +96,23 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
     float scores[kKeys / 8][4], d_scores[kKeys / 8][4];
     dot_rows(scores, s.q, warp_row, stage.k);
     dot_rows(d_scores, s.grad_out, warp_row, stage.v);
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int key = 8 * n + lane % 4 * 2 + r % 2, row = warp_row + lane / 4 + r / 2 * 8;
-        const bool visible = s.queries.mask.keys[row].has(begin + key) &&
-                             stage.keys.depth[key] >= s.queries.mask.depth[row];
-        finish_score(scores[n][r], d_scores[n][r], scale, stage.keys.bias[key], s.queries.lse[row],
-                     s.queries.delta[row], visible);
-      }
+    // Branches of the whole block, as in the forward.
+    if (p.key_bias != nullptr) {
+      for_each_score<kKeys>([&](int n, int r, int, int key) {
+        scores[n][r] = scores[n][r] * scale + stage.keys.bias[key];
+      });
+    }
+    for_each_score<kKeys>([&](int n, int r, int half, int) {
+      finish_score(scores[n][r], d_scores[n][r], unit, my_lse[half], my_delta[half]);
+    });
+    if (p.k_depths != nullptr || begin < all_see_from || begin + kKeys > all_see_until) {
+      for_each_score<kKeys>([&](int n, int r, int half, int key) {
+        const int row = my_row + 8 * half;
+        const bool visible = s.queries.mask.keys[row].has(begin + key) &
+                             (stage.keys.depth[key] >= s.queries.mask.depth[row]);
+        if (!visible) d_scores[n][r] = 0;
+      });
+    }
     add_rows<T, kKeys, HEAD_DIM, HEAD_DIM>(sums, d_scores, stage.k, 0);
     __syncthreads();  // the stage may be filled again
     if (Tile::kStages == 1 && following < key_end) {
@@ -172,7 +183,7 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   };
 
   float sums_k[kWidth / 8][4] = {}, sums_v[kWidth / 8][4] = {}, sums_bias[2] = {};
-  const float scale = p.scale * kLog2E<float>;
+  const float scale = p.scale * kLog2E<float>, unit = p.key_bias != nullptr ? 1.f : scale;
   int turn = 0;
   tile.move_to(next(rows.first));
   bool more = tile.first < rows.end;
@@ -189,17 +200,28 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
     float scores[kQueries / 8][4], d_scores[kQueries / 8][4];
     dot_rows(scores, s.k, warp_key, stage.q);
     dot_rows(d_scores, s.v, warp_key, stage.grad_out);
-#pragma unroll
-    for (int n = 0; n < kQueries / 8; ++n)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int row = 8 * n + lane % 4 * 2 + r % 2, key = warp_key + lane / 4 + r / 2 * 8;
-        const bool visible = stage.queries.mask.keys[row].has(begin + key) &&
-                             s.keys.depth[key] >= stage.queries.mask.depth[row];
-        finish_score(scores[n][r], d_scores[n][r], scale, s.keys.bias[key], stage.queries.lse[row],
-                     stage.queries.delta[row], visible);
-        sums_bias[r / 2] += d_scores[n][r];
-      }
+    const auto& seen = stage.queries.mask.keys;
+    if (p.key_bias != nullptr) {
+      for_each_score<kQueries>([&](int n, int r, int half, int) {
+        scores[n][r] = scores[n][r] * scale + s.keys.bias[warp_key + lane / 4 + 8 * half];
+      });
+    }
+    for_each_score<kQueries>([&](int n, int r, int, int row) {
+      finish_score(scores[n][r], d_scores[n][r], unit, stage.queries.lse[row],
+                   stage.queries.delta[row]);
+    });
+    // The last row sees nothing if there are fewer.
+    if (p.k_depths != nullptr || min(seen[0].end(), seen[kQueries - 1].end()) < end ||
+        seen[kQueries - 1].begin > begin) {
+      for_each_score<kQueries>([&](int n, int r, int half, int row) {
+        const int key = warp_key + lane / 4 + 8 * half;
+        const bool visible =
+            seen[row].has(begin + key) & (s.keys.depth[key] >= stage.queries.mask.depth[row]);
+        if (!visible) scores[n][r] = d_scores[n][r] = 0;
+      });
+    }
+    for_each_score<kQueries>(
+        [&](int n, int r, int half, int) { sums_bias[half] += d_scores[n][r]; });
     add_rows<T, kQueries, HEAD_DIM, kWidth>(sums_v, scores, stage.grad_out, first_dim);
     add_rows<T, kQueries, HEAD_DIM, kWidth>(sums_k, d_scores, stage.q, first_dim);
     __syncthreads();  // the stage may be filled again

@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
     my_depth[half] = s.queries.depth[warp_row + lane / 4 + 8 * half];
   }
   const float scale = p.scale * kLog2E<float>;
+  // Without a bias scores stay unscaled until the exponential, which then scales for nothing.
+  const bool folded = p.key_bias == nullptr && scale > 0;
+  const float unit = folded ? scale : 1.f;
   unsigned begin = next(s.queries.keys[0].begin);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[turn]);
@@ -75,29 +78,29 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
     const auto& stage = s.stages[turn];
     float scores[kKeys / 8][4];
     dot_rows(scores, s.q, warp_row, stage.k);
-    const bool masked =
-        p.k_depths != nullptr || begin < all_see_from || begin + kKeys > all_see_until;
+    // Biases and masks are branches of the whole block: most tiles have neither, and instructions,
+    // not products, are what the scores cost most.
+    if (!folded) {
+      for_each_score<kKeys>([&](int n, int r, int, int key) {
+        scores[n][r] = scores[n][r] * scale + stage.keys.bias[key];
+      });
+    }
+    if (p.k_depths != nullptr || begin < all_see_from || begin + kKeys > all_see_until) {
+      for_each_score<kKeys>([&](int n, int r, int half, int key) {
+        const bool visible =
+            my_keys[half].has(begin + key) & (stage.keys.depth[key] >= my_depth[half]);
+        if (!visible) scores[n][r] = -INFINITY;
+      });
+    }
     float highest[2] = {top[0], top[1]};
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int key = 8 * n + lane % 4 * 2 + r % 2, half = r / 2;
-        float score = scores[n][r] * scale;
-        if (p.key_bias != nullptr) score += stage.keys.bias[key];
-        if (masked &&
-            !(my_keys[half].has(begin + key) && stage.keys.depth[key] >= my_depth[half])) {
-          score = -INFINITY;
-        }
-        scores[n][r] = score;
-        highest[half] = fmaxf(highest[half], score);
-      }
+    for_each_score<kKeys>(
+        [&](int n, int r, int half, int) { highest[half] = fmaxf(highest[half], scores[n][r]); });
     float reference[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       highest[half] = row_max(highest[half]);
-      reference[half] = highest[half] == -INFINITY ? 0.f : highest[half];
-      const float shrink = exp2_acc(top[half] - reference[half]);
+      reference[half] = highest[half] == -INFINITY ? 0.f : highest[half] * unit;
+      const float shrink = exp2_acc(top[half] * unit - reference[half]);
       top[half] = highest[half];
       total[half] *= shrink;
 #pragma unroll
@@ -106,13 +109,10 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
         sums[d][2 * half + 1] *= shrink;
       }
     }
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        scores[n][r] = exp2_acc(scores[n][r] - reference[r / 2]);
-        total[r / 2] += scores[n][r];  // of this lane's keys only, until the end
-      }
+    for_each_score<kKeys>([&](int n, int r, int half, int) {
+      scores[n][r] = exp2_acc(scores[n][r] * unit - reference[half]);
+      total[half] += scores[n][r];  // of this lane's keys only, until the end
+    });
     add_rows<T, kKeys, HEAD_DIM, HEAD_DIM>(sums, scores, stage.v, 0);
     __syncthreads();  // the stage may be filled again
     begin = following;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
                            sees ? 1.f / total[half] : 0.f, 0, p.head_dim);
     if (lane % 4 == 0) {
       p.lse[head * p.num_queries + query] =
-          sees ? top[half] * kLn2<float> + logf(total[half]) : -INFINITY;
+          sees ? top[half] * unit * kLn2<float> + logf(total[half]) : -INFINITY;
     }
   }
 }
