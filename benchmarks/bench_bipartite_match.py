@@ -1,7 +1,7 @@
 """bipartite_match against ToMe's search: normalise, batched product, max; eager and compiled.
 
-`x limit mm` is the share of the GFLOP/s of torch.mm that is reached. A ratio above 1 means that ours
-is faster.
+`x limit mm` is the share of torch.mm's GFLOP/s that is reached. A ratio above 1 means that ours is
+faster.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """What a call costs at the smallest size, in inference mode, against torch.mm of 2 x 2.
 
-Nothing is computed there to speak of: the time is that of Python, the dispatcher, the checks and the
-results. The aim is at most twice torch.mm, an `x limit mm` of 0.5. On CUDA, whose launches events do
-not see, it is the time of the smallest kernels.
+Nothing is computed to speak of: the time is that of Python, the dispatcher, the checks and the
+results. The aim is at most twice torch.mm, an `x limit mm` of 0.5. On CUDA, whose launches events
+do not see, it is the time of the smallest kernels.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,9 @@ def main() -> None:
     a = torch.ones(2, 2)
     with torch.inference_mode():
         lines = [
-            line({"operator": name}, {"ours": call, "limit mm": lambda: torch.mm(a, a)}, args.repeats)
+            line(
+                {"operator": name}, {"ours": call, "limit mm": lambda: torch.mm(a, a)}, args.repeats
+            )
             for name, call in calls().items()
         ]
     report("dispatch", lines, args)

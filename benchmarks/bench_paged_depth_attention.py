@@ -84,9 +84,7 @@ def rotating(form: Callable[..., Tensor], q: Tensor, layers: list[Any]) -> Calla
     return lambda: form(q, *next(turn))
 
 
-def measure(
-    case: str, lengths: list[int], dtype: torch.dtype, repeats: int
-) -> dict[str, Any]:
+def measure(case: str, lengths: list[int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     what = {"case": case, "dtype": dtype_name(dtype)}
     if not wanted(what):
         return {}

@@ -1,8 +1,8 @@
 """route_threshold against nonzero for each sequence (the authors' form), and plain PyTorch.
 
 The plain forms: a mask, nonzero and the counts (absolute), torch.quantile and the same (quantile),
-sort, cumsum and a scatter back (mass: top-p); eager and compiled. A ratio above 1 means that ours is
-faster.
+sort, cumsum and a scatter back (mass: top-p); eager and compiled. A ratio above 1 means that ours
+is faster.
 """
 
 from collections.abc import Callable
