@@ -60,7 +60,7 @@ def main() -> None:
     shares, lines = {}, []
 
     def step(name: str) -> Callable[[], None]:
-        model = found[name].train()
+        model = found[name].to(tokens.device).train()
         call = torch.compile(model, dynamic=False) if args.compile else model
 
         def run() -> None:
