@@ -11,8 +11,8 @@ installed := $(VENV)/.installed
 built := $(VENV)/.built
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-slow fuzz mutation-test sanitize build lint format typecheck docs-test bench-smoke cuda-check \
-  wheel-check clean
+.PHONY: help demo test test-slow fuzz mutation-test sanitize build lint format typecheck docs-test bench-smoke bench-check \
+  cuda-check wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make typecheck    mypy --strict"
 	@echo "make docs-test    run the examples in docstrings, README and docs"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
+	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
 	@echo "make cuda-check   compile the CUDA operators, warnings as errors (needs nvcc)"
 	@echo "make wheel-check  build sdist and wheel, try the wheel in an empty environment"
 	@echo "make clean        delete build results, not .venv"
@@ -83,6 +84,9 @@ docs-test: $(built)
 
 bench-smoke: $(built)
 	@set -e; for benchmark in benchmarks/bench_*.py; do $(bin)/python $$benchmark --smoke; done
+
+bench-check: $(built)
+	$(bin)/python benchmarks/check.py
 
 cuda-check: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOR_CUDA=ON \

@@ -1,208 +1,214 @@
-"""depth_attention against SDPA, FlexAttention and matmul; GFLOP/s count visible pairs only."""
+"""depth_attention against SDPA, FlexAttention and varlen_attn, forward and backward.
+
+causal: every row is a query and a key; ragged: the same for sequences of several lengths; sharing:
+half the rows are queries on all keys (recursive KV sharing); depths: the same, and keys have left
+at depths of their own; window: causal, 256 keys back. The peers get [B, H, S, head_dim], padded to
+the longest; `each` calls SDPA for every sequence; varlen_attn is CUDA's and bfloat16's alone. The
+authors repeat keys and values for every query head and, where half the rows are queries, compute
+all and take these afterwards. `x limit mm` is the share of the GFLOP/s of torch.mm that is reached
+on visible pairs. Decoding is the matter of bench_paged_depth_attention.
+"""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
-from harness import interleave, parse_args, report
+from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from mor.ops import depth_attention
 
-HEADS = ((9, 9), (9, 3))
-DTYPES = (torch.float32, torch.bfloat16)
+HEADS = ((9, 3), (15, 5))
+HEAD_DIM = 64
+#: Lengths of the sequences, and what else differs from causal attention among all rows.
+CASES: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "causal 8x512": ([512] * 8, {}),
+    "causal 2x2048": ([2048] * 2, {}),
+    "causal 1x8192": ([8192], {}),
+    "ragged 128..2048": ([2048, 1536, 1024, 512, 256, 128], {}),
+    "sharing 1024 of 2x2048": ([2048] * 2, {"share": 2}),
+    "depths 1024 of 2x2048": ([2048] * 2, {"share": 2, "depths": True}),
+    "window 256 of 2x2048": ([2048] * 2, {"window": 256}),
+}
+SMOKE = {
+    "ragged 8..40": ([40, 8, 24], {}),
+    "depths 32 of 2x64": ([64] * 2, {"share": 2, "depths": True}),
+}
+
+sdpa = partial(scaled_dot_product_attention, enable_gqa=True)
 
 
 class Problem:
-    """One batch of equal sequences, packed for us and [B, H, S, hd] for the others."""
+    """Queries, keys and values packed for us and padded for the others, and what is visible."""
 
     def __init__(
         self,
-        batch: int,
-        queries: int,
-        keys: int,
+        lengths: list[int],
         heads: tuple[int, int],
-        depths: bool,
+        dtype: torch.dtype,
+        share: int = 1,
+        depths: bool = False,
         window: int | None = None,
-        **to: Any,
     ) -> None:
-        """Queries stand at a sorted random choice of the keys' positions."""
-        generator = torch.Generator().manual_seed(0)
-        head_dim = 64
-        chosen = [
-            torch.randperm(keys, generator=generator)[:queries].sort().values for _ in range(batch)
+        """One row of `share`, in ascending order, is a query, at depth 2 if `depths`."""
+        random, self.lengths, self.window = generator(), lengths, window
+        self.queries = [n // share for n in lengths]
+        self.chosen = [
+            torch.randperm(n, generator=random)[:k].sort().values
+            for n, k in zip(lengths, self.queries, strict=True)
         ]
-        self.k_pos, self.q_pos = torch.arange(keys).repeat(batch, 1), torch.stack(chosen)
-        self.q_depths = torch.full((batch, queries), 2, dtype=torch.int32)
-        self.k_depths = torch.randint(1, 4, (batch, keys), generator=generator, dtype=torch.int32)
-        self.visible = self.q_pos[:, :, None] >= self.k_pos[:, None]
-        if window is not None:
-            self.visible &= self.q_pos[:, :, None] - self.k_pos[:, None] < window
-        if depths:
-            self.visible &= self.k_depths[:, None] >= self.q_depths[:, :, None]
-        self.q, self.grad = (
-            torch.randn(batch * queries, heads[0], head_dim, generator=generator).to(**to)
-            for _ in "qg"
-        )
-        self.k, self.v = (
-            torch.randn(batch * keys, heads[1], head_dim, generator=generator).to(**to)
-            for _ in "kv"
-        )
-        self.shape, self.head_dim, self.depths = (batch, queries, keys, heads), head_dim, depths
-        self.window = window
-        self.flop = 4 * head_dim * heads[0] * int(self.visible.sum())
+        left = [torch.randint(1, 4, (n,), generator=random, dtype=torch.int32) for n in lengths]
+        for depth, chosen in zip(left, self.chosen, strict=True):
+            depth[chosen] = depth[chosen].clamp(min=2)
+        self.left = left if depths else None
+        self.plainly_causal = share == 1 and not depths and window is None
+        shape = (sum(self.queries), heads[0], HEAD_DIM)
+        self.q, self.grad = (torch.randn(shape, generator=random).to(dtype) for _ in "qg")
+        shape = (sum(lengths), heads[1], HEAD_DIM)
+        self.k, self.v = (torch.randn(shape, generator=random).to(dtype) for _ in "kv")
+        # A query of the padding stands at position 0 and sees a key: SDPA has no empty rows then.
+        self.q_pos, k_depths = pad_sequence(self.chosen, True), pad_sequence(left, True)
 
-    def ours(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """depth_attention on packed rows."""
-        batch, queries, keys, _ = self.shape
-        q_pos, k_pos = self.q_pos.flatten(), self.k_pos.flatten()
-        cu_q = torch.arange(batch + 1, dtype=torch.int32) * queries
-        cu_k = torch.arange(batch + 1, dtype=torch.int32) * keys
+        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            seen = j <= self.q_pos[b, i]
+            if window is not None:
+                seen = seen & (self.q_pos[b, i] - j < window)
+            return seen & (k_depths[b, j] >= 2) if depths else seen
+
+        self.sees, sequence = sees, torch.arange(len(lengths))[:, None, None]
+        longest = torch.arange(max(self.queries))
+        self.mask = sees(sequence, sequence, longest[:, None], torch.arange(max(lengths)))
+        real = longest < torch.tensor(self.queries)[:, None]
+        self.flop = 4 * HEAD_DIM * heads[0] * int(self.mask[real].sum())
+
+    def ours(self) -> Callable[..., Tensor]:
+        counts = torch.tensor([[0, *self.queries], [0, *self.lengths]])
+        cu_q, cu_k = counts.cumsum(1, dtype=torch.int32)
+        q_pos, k_pos = torch.cat(self.chosen), torch.cat([torch.arange(n) for n in self.lengths])
         options: dict[str, Any] = {"window": self.window}
-        if self.depths:
-            options["q_depths"] = self.q_depths.flatten()
-            options["k_depths"] = self.k_depths.flatten()
+        if self.left:
+            options["k_depths"] = torch.cat(self.left)
+            options["q_depths"] = torch.full_like(q_pos, 2, dtype=torch.int32)
         return lambda q, k, v: depth_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, **options)[0]
 
-    def heads_first(self, t: Tensor) -> Tensor:
-        """[rows, H, hd] as [B, H, S, hd]."""
-        return t.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
+    def authors(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        if self.left or self.window:
+            return sdpa(q, k, v, attn_mask=self.mask[:, None])
+        out = sdpa(q, k, v, is_causal=True)
+        if self.plainly_causal:
+            return out
+        return out.gather(2, self.q_pos[:, None, :, None].expand(-1, q.shape[1], -1, HEAD_DIM))
 
-    def masked(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """SDPA with a bool mask."""
-        mask = self.visible[:, None]
-        gqa = self.shape[3][0] != self.shape[3][1]
-        return lambda q, k, v: sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, attn_mask=self.mask[:, None])
 
-    def causal(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """SDPA causal: the fast form, for queries = keys only."""
-        gqa = self.shape[3][0] != self.shape[3][1]
-        return lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
+    def each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        split = (t.transpose(0, 1).split(self.lengths, dim=1) for t in (q, k, v))
+        outs = [
+            sdpa(*(t[None] for t in qkv), is_causal=True)[0] for qkv in zip(*split, strict=True)
+        ]
+        return torch.cat(outs, dim=1).transpose(0, 1)
 
-    def flex(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """FlexAttention, compiled; no backward on the CPU."""
-        batch, queries, keys, heads = self.shape
-        torch._dynamo.reset()  # else the ninth shape would fall back to the eager form
-        visible, gqa = self.visible, heads[0] != heads[1]
-        mask = create_block_mask(
-            lambda b, h, i, j: visible[b, i, j], batch, None, queries, keys, device="cpu"
-        )
-        compiled = torch.compile(flex_attention)
-        return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=gqa)
+    def flex(self) -> Callable[..., Tensor]:
+        sizes, device = self.mask.shape, torch.get_default_device()
+        block_mask = create_block_mask(self.sees, sizes[0], None, *sizes[1:], device=device)
+        flex = compiled(flex_attention)
+        return lambda q, k, v: flex(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-    def matmul(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Query heads of a group as rows of one product, as a strong user writes decoding."""
-        batch, queries, _, (heads, kv_heads) = self.shape
-        mask = self.visible[:, None].repeat_interleave(heads // kv_heads, dim=2)
+    def varlen(self) -> Callable[..., Tensor]:
+        cu = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
+        options: dict[str, Any] = {"window_size": (-1, 0)}
+        if "enable_gqa" in varlen_attn.__kwdefaults__:  # torch 2.11 takes it as it comes
+            options["enable_gqa"] = True
+        longest = max(self.lengths)
+        return lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest, **options)
 
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = q.reshape(batch, kv_heads, heads // kv_heads * queries, self.head_dim)
-            scores = (q @ k.transpose(2, 3)) * self.head_dim**-0.5
-            out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-            return out.reshape(batch, heads, queries, self.head_dim)
+    def forms(self) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+        """Functions, and the inputs they take."""
+        packed = (self.q, self.k, self.v)
+        padded = (pad(self.q, self.queries), pad(self.k, self.lengths), pad(self.v, self.lengths))
+        forms = {"ours": (self.ours(), packed), "authors": (self.authors, padded)}
+        if not (self.plainly_causal or self.left or self.window):
+            index = self.q_pos[:, None, :, None].expand_as(padded[0])
+            every = padded[0].new_zeros(*padded[0].shape[:2], max(self.lengths), HEAD_DIM)
+            forms["authors"] = (self.authors, (every.scatter(2, index, padded[0]), *padded[1:]))
+        if self.plainly_causal:
+            forms["sdpa"] = (partial(sdpa, is_causal=True), padded)
+        else:
+            forms["sdpa masked"] = (self.masked, padded)
+        ragged = len(set(self.lengths)) > 1
+        if ragged:
+            forms["each"] = (self.each, packed)
+            if self.q.is_cuda and self.q.dtype == torch.bfloat16:
+                forms["varlen_attn"] = (self.varlen(), packed)
+        if ragged or not self.plainly_causal:
+            forms["flex"] = (self.flex(), padded)
+        return forms
 
-        return run
+
+def pad(packed: Tensor, counts: list[int]) -> Tensor:
+    """[N, H, head_dim] as [B, H, S, head_dim]."""
+    return pad_sequence(packed.split(counts), True).transpose(1, 2).contiguous()
 
 
-def forward_backward(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], grad: Tensor
-) -> Callable[[], Any]:
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+def pack(t: Tensor, counts: list[int]) -> Tensor:
+    """The other way; what is packed stays so."""
+    if t.dim() == 3:
+        return t
+    return torch.cat([x[:, :n].transpose(0, 1) for x, n in zip(t, counts, strict=True)])
 
 
 def measure(
-    label: str, problem: Problem, peers: tuple[str, ...], repeats: int
+    case: str, heads: tuple[int, int], dtype: torch.dtype, cases: dict[str, Any], repeats: int
 ) -> list[dict[str, Any]]:
-    """Rows of the table: forward, and backward where the peer has one."""
-    packed = (problem.q, problem.k, problem.v)
-    split = tuple(problem.heads_first(t).contiguous() for t in packed)
-    functions = {name: getattr(problem, name)() for name in peers}
-    ours = problem.ours()
-    want = problem.heads_first(ours(*packed)).float()
-    for name, function in functions.items():
-        error = (function(*split).float() - want).abs().max().item()
-        assert error < 0.03, f"{label}: {name} differs by {error}"
-    rows = []
-    for backward in (False, True):
-        if backward:
-            grad = problem.heads_first(problem.grad).contiguous()
-            candidates = {"ours": forward_backward(ours, packed, problem.grad)}
-            for name, function in functions.items():
-                if name != "flex":
-                    candidates[name] = forward_backward(function, split, grad)
-        else:
-            candidates = {"ours": lambda: ours(*packed)}
-            candidates |= {n: lambda f=f: f(*split) for n, f in functions.items()}
-        side = 1024 if problem.flop > 1e8 else 64
-        a, b = (torch.randn(side, side).to(problem.q.dtype) for _ in "ab")
-        with torch.set_grad_enabled(backward):
-            times = interleave({**candidates, "mm": lambda a=a, b=b: torch.mm(a, b)}, repeats)
-        mm_rate = 2 * side**3 / times.pop("mm") / 1e9
-        flop = problem.flop * (2.5 if backward else 1)
-        rate = flop / times["ours"] / 1e9
-        row = {
-            "case": label,
-            "dtype": str(problem.q.dtype)[6:],
-            "pass": "bwd" if backward else "fwd",
-        }
-        row |= {f"{name} ms": t * 1e3 for name, t in times.items()}
-        row |= {"GFLOP/s": rate, "of mm": rate / mm_rate}
-        best = min(t for name, t in times.items() if name != "ours")
-        rows.append(row | {"x best": best / times["ours"]})
-        if queries_are_few(problem):
-            break
-    return rows
-
-
-def queries_are_few(problem: Problem) -> bool:
-    return problem.shape[1] == 1
+    what = {"case": case, "heads": f"{heads[0]}/{heads[1]}", "dtype": dtype_name(dtype)}
+    whats = [{**what, "pass": name} for name in ("forward", "backward")]
+    if not any(map(wanted, whats)):
+        return []
+    lengths, options = cases[case]
+    problem = Problem(lengths, heads, dtype, **options)
+    forms = problem.forms()
+    near = 1e-3 if dtype == torch.float32 else 0.05
+    side = 4096 if problem.q.is_cuda else 1024
+    a, b = (torch.randn(side, side).to(dtype) for _ in "ab")
+    lines = []
+    for described, backward in zip(whats, (False, True), strict=True):
+        if not wanted(described):
+            continue
+        if backward and not problem.q.is_cuda:
+            forms.pop("flex", None)  # which has no backward on the CPU
+        calls: dict[str, Callable[[], Any]] = {}
+        want: list[Tensor] = []
+        with torch.inference_mode(not backward):
+            for name, (form, inputs) in forms.items():
+                inputs = tuple(t.detach().requires_grad_(backward) for t in inputs)
+                calls[name] = partial(form, *inputs)
+                got = [out := calls[name]()]
+                if backward:
+                    grad = problem.grad if out.dim() == 3 else pad(problem.grad, problem.queries)
+                    calls[name] = partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
+                    got = calls[name]()[1:]
+                got = [pack(t, problem.lengths if backward else problem.queries) for t in got]
+                want = want or got
+                torch.testing.assert_close(got, want, rtol=near, atol=near)
+            calls["limit mm"] = lambda: torch.mm(a, b)
+            work = problem.flop * (2.5 if backward else 1) / (2 * side**3)
+            lines.append(line(described, calls, repeats, work={"limit mm": work}))
+    return lines
 
 
 def main() -> None:
-    args = parse_args(__doc__ or "")
-    repeats = 1 if args.smoke else args.repeats
-    s = 64 if args.smoke else 2048
-    rows = []
-    for heads in HEADS:
-        for dtype in DTYPES:
-            name = f"H{heads[0]}/{heads[1]}"
-            to = {"dtype": dtype}
-            cases = [
-                (f"causal B2 S{s // 2} {name}", (2, s // 2, s // 2, heads, False), ("causal",)),
-                (
-                    f"sharing B2 {s // 2}of{s} {name}",
-                    (2, s // 2, s, heads, False),
-                    ("masked", "flex"),
-                ),
-                (
-                    f"depths B2 {s // 2}of{s} {name}",
-                    (2, s // 2, s, heads, True),
-                    ("masked", "flex"),
-                ),
-                (
-                    f"window{s // 8} B2 S{s} {name}",
-                    (2, s, s, heads, False, s // 8),
-                    ("masked", "flex"),
-                ),
-                (f"decode B8 S{s // 4} {name}", (8, 1, s // 4, heads, False), ("masked", "matmul")),
-                (
-                    f"decode B32 S{s // 4} {name}",
-                    (32, 1, s // 4, heads, False),
-                    ("masked", "matmul"),
-                ),
-            ]
-            for label, shape, peers in cases:
-                problem = Problem(*shape, **to)
-                if shape[1] == 1:  # the newest token sees all keys
-                    problem.q_pos[:] = shape[2] - 1
-                    problem.visible[:] = True
-                    problem.flop = 4 * problem.head_dim * heads[0] * shape[0] * shape[2]
-                rows += measure(label, problem, peers, repeats)
-    report("depth_attention", rows, args)
+    args = parse_args(__doc__)
+    cases, heads = (SMOKE, HEADS[:1]) if args.smoke else (CASES, HEADS)
+    lines = (measure(*what, cases, args.repeats) for what in product(cases, heads, DTYPES))
+    report("depth_attention", list(chain.from_iterable(lines)), args)
 
 
 if __name__ == "__main__":

@@ -1,67 +1,73 @@
-"""kv_append of one decoding step against index_copy_, indexing and torch.cat, as caches grow.
+"""kv_append against torch.cat (the authors' form), index_copy_ and indexing, as caches grow.
 
-`cat` is what Transformers' DynamicCache does: it writes the whole cache anew.
+`cat` is what Transformers' DynamicCache and the authors do: it writes the whole cache anew. The
+last line is a prefill. `x limit copy_` stands against a copy of the rows to the cache's beginning.
 """
 
-from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from harness import interleave, parse_args, report
+from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
+from torch import Tensor
 
 from mor.ops import kv_append
 
 KV_HEADS, HEAD_DIM, BLOCK = 3, 64, 16
+#: Sequences, tokens of each in the cache, new tokens of each.
+SHAPES = ((32, 512, 1), (32, 8192, 1), (4, 0, 512))
 
 
-def measure(tokens: int, context: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    blocks = tokens * -(-context // BLOCK)
-    shape = (blocks, BLOCK, KV_HEADS, HEAD_DIM)
-    k_cache, v_cache = (torch.zeros(shape, dtype=dtype) for _ in "kv")
-    k, v = (torch.randn(tokens, KV_HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in "kv")
-    slots = torch.randperm(blocks * BLOCK, generator=generator)[:tokens]
-    flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    block, offset = slots // BLOCK, slots % BLOCK
-    old_k, old_v = (torch.zeros(tokens, KV_HEADS, context, HEAD_DIM, dtype=dtype) for _ in "kv")
-    new_k, new_v = (t[:, :, None] for t in (k, v))
+def index_copy(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    k_cache.flatten(0, 1).index_copy_(0, slots, k)
+    v_cache.flatten(0, 1).index_copy_(0, slots, v)
 
-    def copied() -> None:
-        flat_k.index_copy_(0, slots, k)
-        flat_v.index_copy_(0, slots, v)
 
-    def indexed() -> None:
-        k_cache[block, offset] = k
-        v_cache[block, offset] = v
+def indexing(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    k_cache.flatten(0, 1)[slots] = k
+    v_cache.flatten(0, 1)[slots] = v
 
-    candidates: dict[str, Callable[[], Any]] = {
-        "ours": lambda: kv_append(k_cache, v_cache, k, v, slots),
-        "index_copy_": copied,
-        "indexing": indexed,
-        "cat": lambda: (torch.cat([old_k, new_k], 2), torch.cat([old_v, new_v], 2)),
-    }
+
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    batch, context, new = shape
+    what = {"sequences": batch, "context": context, "new": new, "dtype": dtype_name(dtype)}
+    if not wanted(what):
+        return {}
+    random, blocks = generator(), -(-(context + new) // BLOCK)
+    cache_shape = (batch * blocks, BLOCK, KV_HEADS, HEAD_DIM)
+    caches = tuple(torch.zeros(cache_shape, dtype=dtype) for _ in "kv")
+    rows = tuple(
+        torch.randn(batch * new, KV_HEADS, HEAD_DIM, generator=random).to(dtype) for _ in "kv"
+    )
+    table = torch.randperm(batch * blocks, generator=random).view(batch, blocks)
+    positions = torch.arange(context, context + new)
+    slots = (table[:, positions // BLOCK] * BLOCK + positions % BLOCK).flatten()
+    forms = {"ours": kv_append, "index_copy_": index_copy, "indexing": indexing}
+    forms["compiled indexing"] = compiled(indexing)
+    calls: dict[str, Any] = {n: partial(f, *caches, *rows, slots) for n, f in forms.items()}
+    old = [torch.zeros(batch, KV_HEADS, context, HEAD_DIM, dtype=dtype) for _ in "kv"]
+    split = [t.unflatten(0, (batch, new)).transpose(1, 2) for t in rows]
+    flat = [t.flatten(0, 1) for t in caches]
     with torch.inference_mode():
-        for name in ("ours", "index_copy_", "indexing"):
-            k_cache.zero_(), v_cache.zero_()
-            candidates[name]()
-            assert torch.equal(flat_k[slots], k), name
-            assert torch.equal(flat_v[slots], v), name
-        times = interleave(candidates, repeats)
-    row = {"tokens": tokens, "context": context, "dtype": str(dtype)[6:]}
-    row |= {f"{name} us": seconds * 1e6 for name, seconds in times.items()}
-    best = min(times["index_copy_"], times["indexing"])
-    return row | {"x best": best / times["ours"], "x cat": times["cat"] / times["ours"]}
+        for name, call in calls.items():
+            for cache in caches:
+                cache.zero_()
+            call()
+            for cache, t in zip(flat, rows, strict=True):
+                assert torch.equal(cache[slots], t), name
+        calls["authors"] = lambda: [torch.cat(pair, 2) for pair in zip(old, split, strict=True)]
+        calls["limit copy_"] = lambda: [
+            cache[: len(t)].copy_(t) for cache, t in zip(flat, rows, strict=True)
+        ]
+        return line(what, calls, repeats)
 
 
 def main() -> None:
     args = parse_args(__doc__)
-    sizes = ((2, 32),) if args.smoke else ((1, 512), (32, 128), (32, 512), (32, 4096), (2048, 512))
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for tokens, context in sizes:
-            # 2048 tokens are a prefill: four sequences, not 2048.
-            rows.append(measure(tokens, 4 if tokens == 2048 else context, dtype, args.repeats))
-    report("kv_append", rows, args)
+    shapes = ((2, 32, 1),) if args.smoke else SHAPES
+    lines = [measure(*what, args.repeats) for what in product(shapes, DTYPES)]
+    report("kv_append", lines, args)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,57 @@
-"""kv_gather against index_select over the slots, and against a copy of the result.
+"""kv_gather against torch.gather over an expanded index (the authors' form) and index_select.
 
-The slots are made beforehand for index_select. A ratio above 1 means that ours is faster.
+The slots are made beforehand for the others. `limit clone` is a copy of the result. A ratio above 1
+means that ours is faster.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
-from harness import parse_args, report
-from routed import line
+from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
 
 from mor.ops import kv_gather
 
 KV_HEADS, HEAD_DIM, BLOCK = 3, 64, 16
 
 
-def measure(lengths: list[int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    blocks = [-(-n // BLOCK) for n in lengths]
-    order = torch.randperm(sum(blocks), generator=generator).int()
-    table = torch.full((len(lengths), max(blocks)), -1, dtype=torch.int32)
-    for b, dealt in enumerate(order.split(blocks)):
-        table[b, : blocks[b]] = dealt
-    shape = (sum(blocks), BLOCK, KV_HEADS, HEAD_DIM)
-    k_cache, v_cache = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
-    flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+def measure(batch: int, dtype: torch.dtype, longest: int, repeats: int) -> dict[str, Any]:
+    lengths = torch.linspace(longest, longest // 32, batch).long().tolist()
+    what = {"sequences": batch, "rows": sum(lengths), "dtype": dtype_name(dtype)}
+    if not wanted(what):
+        return {}
+    random, blocks = generator(), -(-longest // BLOCK)
+    table = torch.randperm(batch * blocks, generator=random).view(batch, blocks)
+    shape = (batch * blocks, BLOCK, KV_HEADS, HEAD_DIM)
+    caches = [torch.randn(shape, generator=random).to(dtype) for _ in "kv"]
+    flat = [t.flatten(0, 1) for t in caches]
+    positions = [torch.arange(n) for n in lengths]
     slots = torch.cat(
-        [
-            table[b, torch.arange(n) // BLOCK].long() * BLOCK + torch.arange(n) % BLOCK
-            for b, n in enumerate(lengths)
-        ]
+        [row[at // BLOCK] * BLOCK + at % BLOCK for row, at in zip(table, positions, strict=True)]
     )
-    candidates = {
-        "ours": lambda: kv_gather(k_cache, v_cache, table, seq_lens, len(slots)),
-        "index_select": lambda: (flat_k.index_select(0, slots), flat_v.index_select(0, slots)),
-        "indexing": lambda: (flat_k[slots], flat_v[slots]),
+    expanded = slots[:, None, None].expand(-1, KV_HEADS, HEAD_DIM)
+    seq_lens, table = torch.tensor(lengths, dtype=torch.int32), table.int()
+    indexing = compiled(lambda: [t[slots] for t in flat])
+    calls = {
+        "ours": lambda: kv_gather(*caches, table, seq_lens, len(slots))[:2],
+        "authors": lambda: [t.gather(0, expanded) for t in flat],
+        "index_select": lambda: [t.index_select(0, slots) for t in flat],
+        "indexing": lambda: [t[slots] for t in flat],
+        "compiled indexing": indexing,
     }
     with torch.inference_mode():
-        k, v, _ = candidates["ours"]()
-        for name in ("index_select", "indexing"):
-            assert all(map(torch.equal, candidates[name](), (k, v))), name
-        candidates["limit clone"] = lambda: (k.clone(), v.clone())
-        what = {"sequences": len(lengths), "rows": len(slots), "dtype": str(dtype)[6:]}
-        return line(what, candidates, repeats)
+        want = calls["ours"]()
+        for name, call in calls.items():
+            assert all(map(torch.equal, call(), want)), name
+        calls["limit clone"] = lambda: [t.clone() for t in want]
+        return line(what, calls, repeats)
 
 
 def main() -> None:
     args = parse_args(__doc__)
-    longest = 64 if args.smoke else 4096
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch in (2,) if args.smoke else (8, 32):
-            lengths = torch.linspace(longest, longest // 32, batch).long().tolist()
-            rows.append(measure(lengths, dtype, args.repeats))
-    report("kv_gather", rows, args)
+    longest, sizes = (64, (2,)) if args.smoke else (4096, (8, 32))
+    lines = [measure(*what, longest, args.repeats) for what in product(sizes, DTYPES)]
+    report("kv_gather", lines, args)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""paged_depth_attention decoding against matmul, SDPA and the memory's read rate.
+"""paged_depth_attention decoding against matmul, SDPA, FlexAttention and the memory's read rate.
 
 The others get caches padded to the longest sequence, [B, Hkv, S, head_dim], laid out as they like
-best, and a mask. As in a model, no call finds its cache where the last one left it: calls go round
-over as many layers as fill 128 MiB. `of read` is the rate at which K and V are read, over that of a
-sum of 256 MiB in the same run; above 1 the cache held a part.
+best, and a mask; the authors repeat keys and values for every query head. As in a model, no call
+finds its cache where the last one left it: calls go round over as many layers as fill 128 MiB.
+`x limit read` is the rate at which K and V are read, over that of a sum of 256 MiB; above 1 the
+cache held a part. `x limit equal` stands against our own time for sequences of one length that hold
+as many keys: near 1, ragged lengths cost their own bytes alone.
 """
 
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import torch
-from harness import interleave, parse_args, report
+from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from mor.ops import paged_depth_attention
 
@@ -26,24 +29,24 @@ class Decoding:
 
     def __init__(self, lengths: list[int], dtype: torch.dtype) -> None:
         """Blocks are dealt in a random order."""
-        generator = torch.Generator().manual_seed(0)
-        self.lengths, self.batch = lengths, len(lengths)
+        random, self.lengths, self.batch = generator(), lengths, len(lengths)
         blocks = [-(-n // BLOCK) for n in lengths]
-        order = torch.randperm(sum(blocks), generator=generator).int()
+        order = torch.randperm(sum(blocks), generator=random).int()
         self.table = torch.full((self.batch, max(blocks)), -1, dtype=torch.int32)
         for b, dealt in enumerate(order.split(blocks)):
             self.table[b, : blocks[b]] = dealt
         self.lens = torch.tensor(lengths, dtype=torch.int32)
         self.cu = torch.arange(self.batch + 1, dtype=torch.int32)
-        self.q = torch.randn(self.batch, HEADS, HEAD_DIM, generator=generator).to(dtype)
+        self.q = torch.randn(self.batch, HEADS, HEAD_DIM, generator=random).to(dtype)
         self.bytes = 2 * sum(lengths) * KV_HEADS * HEAD_DIM * self.q.element_size()
         shape = (sum(blocks), BLOCK, KV_HEADS, HEAD_DIM)
         self.layers = [
-            tuple(torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
+            tuple(torch.randn(shape, generator=random).to(dtype) for _ in "kv")
             for _ in range(max(1, LAYERS_BYTES // self.bytes))
         ]
         hidden = torch.arange(max(lengths)) >= self.lens[:, None]
         self.bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+        self.bias = self.bias[:, None, None]
 
     def padded(self, cache: Tensor) -> Tensor:
         """[B, Hkv, longest, head_dim]."""
@@ -51,60 +54,72 @@ class Decoding:
         return rows.transpose(1, 2).contiguous()
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The operator, on the paged caches."""
         return paged_depth_attention(q, k, v, self.table, self.lens, self.cu)[0]
+
+    def authors(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
+        return scaled_dot_product_attention(q[:, :, None], k, v, self.bias)[:, :, 0]
 
     def matmul(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Query heads of a group as rows of one product, as a strong user writes decoding."""
         q = q.view(self.batch, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
-        scores = (q @ k.transpose(2, 3)) * HEAD_DIM**-0.5 + self.bias[:, None, None]
+        scores = (q @ k.transpose(2, 3)) * HEAD_DIM**-0.5 + self.bias
         return (scores.softmax(-1) @ v).view(self.batch, HEADS, HEAD_DIM)
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """SDPA with a mask."""
-        mask = self.bias[:, None, None]
-        return sdpa(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+        out = scaled_dot_product_attention(q[:, :, None], k, v, self.bias, enable_gqa=True)
+        return out[:, :, 0]
+
+    def flex(self) -> Callable[..., Tensor]:
+        sizes = (self.batch, None, 1, max(self.lengths))
+        device, lens = torch.get_default_device(), self.lens
+        mask = create_block_mask(lambda b, h, i, j: j < lens[b], *sizes, device=device)
+        flex = compiled(flex_attention)
+        return lambda q, k, v: flex(q[:, :, None], k, v, block_mask=mask, enable_gqa=True)[:, :, 0]
 
 
-def measure(label: str, lengths: list[int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def rotating(form: Callable[..., Tensor], q: Tensor, layers: list[Any]) -> Callable[[], Tensor]:
+    """A call without arguments, which takes the next layer every time."""
+    turn = cycle(layers)
+    return lambda: form(q, *next(turn))
+
+
+def measure(case: str, lengths: list[int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    what = {"case": case, "dtype": dtype_name(dtype)}
+    if not wanted(what):
+        return {}
     problem = Decoding(lengths, dtype)
-    padded = [tuple(problem.padded(t) for t in layer) for layer in problem.layers]
-    forms = {
-        "ours": (problem.ours, problem.layers),
-        "matmul": (problem.matmul, padded),
-        "sdpa": (problem.sdpa, padded),
-    }
-    want = problem.matmul(problem.q, *padded[-1]).float()
-    candidates: dict[str, Callable[[], Any]] = {}
-    for name, (form, layers) in forms.items():
-        error = (form(problem.q, *layers[-1]).float() - want).abs().max().item()
-        assert error < 0.03, f"{label}: {name} differs by {error}"
-        turn = cycle(layers)
-        candidates[name] = lambda form=form, turn=turn: form(problem.q, *next(turn))
+    padded = [tuple(map(problem.padded, layer)) for layer in problem.layers]
+    forms = {name: getattr(problem, name) for name in ("authors", "matmul", "sdpa")}
+    forms["flex"] = problem.flex()
+    calls = {"ours": rotating(problem.ours, problem.q, problem.layers)}
+    calls |= {name: rotating(form, problem.q, padded) for name, form in forms.items()}
     large = torch.ones(64 << 20)
-    candidates["read"] = large.sum
     with torch.inference_mode():
-        times = interleave(candidates, repeats, seconds=0.1)
-    rate = problem.bytes / times["ours"] / 1e9
-    read = large.nbytes / times.pop("read") / 1e9
-    row = {"case": label, "dtype": str(dtype)[6:], "MB": problem.bytes / 1e6}
-    row |= {f"{name} ms": seconds * 1e3 for name, seconds in times.items()}
-    row |= {"GB/s": rate, "of read": rate / read}
-    return row | {f"x {name}": times[name] / times["ours"] for name in ("matmul", "sdpa")}
+        want = calls["ours"]()
+        near = 1e-4 if dtype == torch.float32 else 0.03
+        for call in [*calls.values()][1:]:  # each at its first layer
+            torch.testing.assert_close(call(), want, rtol=near, atol=near)
+        calls["limit read"] = large.sum
+        if len(set(lengths)) > 1:
+            equal = Decoding([sum(lengths) // len(lengths)] * len(lengths), dtype)
+            calls["limit equal"] = rotating(equal.ours, equal.q, equal.layers)
+        work = {"limit read": problem.bytes / large.nbytes}
+        return line(what, calls, repeats, seconds=0.1, work=work)
 
 
 def main() -> None:
     args = parse_args(__doc__)
-    longest = 64 if args.smoke else 4096
-    sizes = (2,) if args.smoke else (1, 8, 32)
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch in sizes:
-            lengths = torch.linspace(longest, longest // 32, batch).long().tolist()
-            rows.append(measure(f"ragged B{batch} to {longest}", lengths, dtype, args.repeats))
-        equal = [longest // 8] * sizes[-1]
-        rows.append(measure(f"equal B{sizes[-1]} S{longest // 8}", equal, dtype, args.repeats))
-    report("paged_depth_attention", rows, args)
+    longest, sizes = (64, (2,)) if args.smoke else (4096, (8, 32))
+    cases = {}
+    for batch in sizes:
+        ragged = torch.linspace(longest, longest // 32, batch).long().tolist()
+        cases[f"ragged {batch} x {longest // 32}..{longest}"] = ragged
+        cases[f"equal {batch} x {longest // 8}"] = [longest // 8] * batch
+    lines = [
+        measure(case, cases[case], dtype, args.repeats) for dtype, case in product(DTYPES, cases)
+    ]
+    report("paged_depth_attention", lines, args)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from harness import compiled, line, parse_args, report, wanted
-from routed import DTYPES, SHAPES, dtype_name
+from harness import DTYPES, compiled, dtype_name, line, parse_args, report, wanted
+from routed import SHAPES
 from torch import Tensor
 
 from mor.ops import gather_tokens, route_topk, scatter_tokens, scatter_tokens_

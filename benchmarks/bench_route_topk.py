@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import compiled, line, parse_args, report, wanted
-from routed import DTYPES, dtype_name
+from harness import DTYPES, compiled, dtype_name, line, parse_args, report, wanted
 from torch import Tensor
 
 from mor.ops import gather_tokens, route_topk

@@ -10,8 +10,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from harness import compiled, line, parse_args, report, wanted
-from routed import DTYPES, SHAPES, ascending_rows, dtype_name, packed, shares
+from harness import DTYPES, compiled, dtype_name, line, parse_args, report, wanted
+from routed import SHAPES, ascending_rows, packed, shares
 from torch import Tensor
 
 from mor.ops import scatter_tokens, scatter_tokens_

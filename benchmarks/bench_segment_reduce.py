@@ -6,12 +6,11 @@ is faster.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
-from harness import parse_args, report
-from routed import DTYPES, compiled, line
+from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
 from torch import Tensor
 
 from mor.ops import segment_reduce
@@ -75,13 +74,15 @@ def forms(segments: Tensor, num_segments: int, reduce: str) -> dict[str, Form]:
 def measure(
     shape: tuple[int, int], dtype: torch.dtype, reduce: str, repeats: int
 ) -> list[dict[str, Any]]:
-    n, width = shape
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, width, generator=generator).to(dtype)
-    weights = torch.randint(1, 5, (n,), generator=generator).to(dtype)
-    segments = torch.randint(0, n // 2, (n,), generator=generator)
+    what = {"shape": str(list(shape)), "dtype": dtype_name(dtype), "what": reduce}
+    whats = [{**what, "pass": name} for name in ("forward", "forward + backward")]
+    if not any(map(wanted, whats)):
+        return []
+    (n, width), random = shape, generator()
+    x = torch.randn(n, width, generator=random).to(dtype)
+    weights = torch.randint(1, 5, (n,), generator=random).to(dtype)
+    segments = torch.randint(0, n // 2, (n,), generator=random)
     named = forms(segments, n // 2, reduce)
-    what = {"shape": str(list(shape)), "dtype": str(dtype).removeprefix("torch."), "what": reduce}
     with torch.inference_mode():
         want = named["ours"](x, weights)
         near = 1e-5 if dtype == torch.float32 else 0.1  # the others round after every row
@@ -89,7 +90,7 @@ def measure(
             torch.testing.assert_close(form(x, weights), want, rtol=near, atol=near)
         calls = {name: partial(form, x, weights) for name, form in named.items()}
         calls["limit clone"] = x.clone
-        lines = [line({**what, "pass": "forward"}, calls, repeats)]
+        lines = [line(whats[0], calls, repeats)]
     leaf = x.clone().requires_grad_()
     grad = torch.randn_like(want)
 
@@ -97,14 +98,14 @@ def measure(
         return torch.autograd.grad(form(leaf, weights), leaf, grad)
 
     both = {name: partial(gradients, form) for name, form in named.items()}
-    return [*lines, line({**what, "pass": "forward + backward"}, both, repeats)]
+    return [*lines, line(whats[1], both, repeats)]
 
 
 def main() -> None:
     args = parse_args(__doc__)
     shapes = [SHAPES[name] for name in (("smoke",) if args.smoke else ("small", "large"))]
     kinds = ("sum", "mean", "weighted mean", "amax")
-    lines = (measure(s, d, kind, args.repeats) for s in shapes for d in DTYPES for kind in kinds)
+    lines = (measure(*what, args.repeats) for what in product(shapes, DTYPES, kinds))
     report("segment_reduce", list(chain.from_iterable(lines)), args)
 
 

@@ -15,8 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import compiled, generator, line, parse_args, report, wanted
-from routed import DTYPES, dtype_name
+from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 

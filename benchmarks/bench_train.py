@@ -1,13 +1,16 @@
 """One training step (forward and backward) of MoR against the dense model of the same depth.
 
-Prints the ratio of the times beside the ratio of the FLOPs that mor.analysis predicts, and the
-ratio to the recursive model without a router. Both models run eagerly, or both compiled with
---compile; the dense one is Transformers' Llama with SDPA. Where the authors' ratios were measured:
+`x best` is against the dense model, Transformers' Llama with SDPA, and stands beside the ratio of
+the FLOPs that mor.analysis predicts; `x limit recursive` against the recursive model without a
+router. All models run eagerly, or all compiled with --compile. Where the authors' ratios were
+measured (their code is none of this repository's; docs/performance.md has the figures):
 --hidden-size 384 --block-depth 4 --vocab-size 1024 --seq-len 512 --batch-size 4 --threads 1
 """
 
+from collections.abc import Callable
+
 import torch
-from harness import interleave, parse_args, report
+from harness import line, parse_args, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mor import MoRConfig, MoRForCausalLM, analysis
@@ -27,7 +30,7 @@ def models(hidden_size: int, block_depth: int, vocab_size: int) -> dict[str, tor
     )
     torch.manual_seed(0)
     return {
-        "vanilla": LlamaForCausalLM(base),
+        "dense": LlamaForCausalLM(base),
         "recursive": MoRForCausalLM(MoRConfig(base_config=base, router=None)),
         "MoR expert": MoRForCausalLM(MoRConfig(base_config=base)),
         "MoR token": MoRForCausalLM(MoRConfig(base_config=base, router="token")),
@@ -47,24 +50,22 @@ def main() -> None:
         parser.add_argument("--batch-size", type=int, default=1)
         parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
         parser.add_argument("--compile", action="store_true", help="torch.compile both models")
-        parser.add_argument("--models", nargs="*", help="only these (vanilla is always there)")
 
     args = parse_args(__doc__, options)
     length = 64 if args.smoke else args.seq_len
     if args.smoke:
         args.hidden_size, args.block_depth, args.vocab_size = 192, 2, 512
     found = models(args.hidden_size, args.block_depth, args.vocab_size)
-    chosen = {n: m for n, m in found.items() if n == "vanilla" or n in (args.models or found)}
-    vocab = chosen["vanilla"].config.vocab_size
-    tokens = torch.randint(vocab, (args.batch_size, length))
-    shares = {}
+    tokens = torch.randint(args.vocab_size, (args.batch_size, length))
+    shares, lines = {}, []
 
-    def step(name: str, model: torch.nn.Module):
+    def step(name: str) -> Callable[[], None]:
+        model = found[name].to(tokens.device).train()
         call = torch.compile(model, dynamic=False) if args.compile else model
 
         def run() -> None:
             model.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.bf16):
                 output = call(input_ids=tokens, labels=tokens, use_cache=False)
             output.loss.backward()
             depths = getattr(output, "token_depths", None)
@@ -73,30 +74,19 @@ def main() -> None:
 
         return run
 
-    for model in chosen.values():
-        model.train()
-    times = interleave({n: step(n, m) for n, m in chosen.items()}, args.repeats)
-    rows = []
-    for name, model in chosen.items():
-        capacities = shares.get(name)
-        flops = analysis.flops_per_token(model.config, length, training=True, shares=capacities)
-        rows.append(
-            {
-                "model": name,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "s/step": times[name],
-                "GFLOP/token": flops / 1e9,
-                "GFLOP/s": flops * tokens.numel() / times[name] / 1e9,
-                "time ratio": times[name] / times["vanilla"],
-            }
-        )
-        if "recursive" in times:
-            rows[-1]["x recursive"] = times[name] / times["recursive"]
-        rows[-1]["FLOPs ratio"] = rows[-1]["GFLOP/token"] / rows[0]["GFLOP/token"]
-        rows[-1]["time / FLOPs"] = rows[-1]["time ratio"] / rows[-1]["FLOPs ratio"]
-    report(
-        "train" + ("_bf16" if args.bf16 else "") + ("_compiled" if args.compile else ""), rows, args
-    )
+    def flops(name: str) -> float:
+        given = shares.get(name)
+        return analysis.flops_per_token(found[name].config, length, training=True, shares=given)
+
+    for name in [*found][1:]:
+        what = {"model": name, "parameters": sum(p.numel() for p in found[name].parameters())}
+        calls = {"ours": step(name), "dense": step("dense")}
+        if name != "recursive":
+            calls["limit recursive"] = step("recursive")
+        if row := line(what, calls, args.repeats):
+            lines.append(row | {"FLOPs": flops("dense") / flops(name)})
+    name = "train" + ("_bf16" if args.bf16 else "") + ("_compiled" if args.compile else "")
+    report(name, lines, args)
 
 
 if __name__ == "__main__":

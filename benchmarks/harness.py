@@ -17,8 +17,21 @@ from typing import Any
 import torch
 from timing import at_threads, interleave
 
-__all__ = ["compiled", "generator", "interleave", "label", "line", "parse_args", "report", "wanted"]
+__all__ = [
+    "DTYPES",
+    "compiled",
+    "dtype_name",
+    "generator",
+    "label",
+    "line",
+    "machine",
+    "parse_args",
+    "print_table",
+    "report",
+    "wanted",
+]
 
+DTYPES = (torch.float32, torch.bfloat16)
 RESULTS = Path(__file__).parent / "results"
 _options = argparse.Namespace(only=[], scaling=False, limit=None, begin=0.0, left_out=set())
 
@@ -49,8 +62,10 @@ def parse_args(
         "--scaling", action="store_true", help="instead of peers: ours at 1 thread and at --threads"
     )
     parser.add_argument("--limit", type=float, help="seconds after which no line is begun")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--json", type=Path, help="add the table to this file")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE",
+        help="write the table there, by default to benchmarks/results/NAME.json",
+    )  # fmt: skip
     if add is not None:
         add(parser)
     args = parser.parse_args()
@@ -61,6 +76,11 @@ def parse_args(
         torch.set_default_device(args.device)  # every tensor of a benchmark is made there
     vars(_options).update(vars(args), begin=time.monotonic())
     return args
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -166,9 +186,21 @@ def machine() -> dict[str, Any]:
 
 
 def report(name: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints the rows as an aligned table; writes them with --save and --json."""
+    """Prints the rows as an aligned table; writes them with --json."""
     rows = [row for row in rows if row]
     print(f"{name}: {machine()}")
+    print_table(rows)
+    if _options.left_out:
+        print(f"{name}: {len(_options.left_out)} lines left out after {args.limit:.0f} s")
+    if args.json:
+        path = RESULTS / f"{name}.json" if args.json == RESULTS else args.json
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        print(f"wrote {path}")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Aligned, a column for every key that some row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[_text(row.get(c, "")) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -176,20 +208,6 @@ def report(name: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> N
         print(
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         )
-    if _options.left_out:
-        print(f"{name}: {len(_options.left_out)} lines left out after {args.limit:.0f} s")
-    if args.save:
-        _write(RESULTS / f"{name}.json", {"machine": machine(), "rows": rows})
-    if args.json:
-        known = json.loads(args.json.read_text()) if args.json.exists() else {"tables": {}}
-        tables = known["tables"] | {name: rows}
-        _write(args.json, known | {"machine": machine(), "tables": tables})
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {path}")
 
 
 def _text(value: Any) -> str:

@@ -3,23 +3,13 @@
 import argparse
 
 import torch
-from harness import compiled, generator, line
+from harness import generator
 from torch import Tensor
 
-__all__ = [
-    "DTYPES",
-    "SHAPES",
-    "ascending_rows",
-    "compiled",
-    "dtype_name",
-    "line",
-    "packed",
-    "shares",
-]
+__all__ = ["SHAPES", "ascending_rows", "packed", "shares"]
 
 #: B, S, D.
 SHAPES = {"small": (8, 1024, 576), "large": (8, 2048, 960), "smoke": (2, 36, 65)}
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def shares(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +17,6 @@ def shares(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shares", type=int, nargs="+", default=[2, 3], help="k is S over each (default 2 3)"
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Without "torch."."""
-    return str(dtype).removeprefix("torch.")
 
 
 def ascending_rows(batch: int, length: int, k: int) -> Tensor:

@@ -488,3 +488,11 @@ def test_memory_is_linear_in_the_rows() -> None:
     ]
     assert growth[1] < 192 * 2**20, growth
     assert growth[1] < 3 * growth[0], growth
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op_case", CASES, ids=lambda c: c.id)
+def test_depth_attention_on_cuda(op_case: OpCase, dtype: torch.dtype) -> None:
+    check_op(op_case, dtype, "cuda")

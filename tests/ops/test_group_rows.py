@@ -164,3 +164,10 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         args = torch.rand(sum(lengths)), packed(lengths)
         for got, want in zip(compiled(*args), split(*args), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("op_case", CASES, ids=lambda c: c.id)
+def test_group_rows_on_cuda(op_case: OpCase) -> None:
+    check_op(op_case, torch.float32, "cuda")

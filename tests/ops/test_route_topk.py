@@ -273,3 +273,11 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         scores, candidates = torch.randn(24), torch.arange(24) % 3 > 0
         args = scores, packed([12, 12]), k, candidates
         assert torch.equal(compiled(*args), select(*args))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op_case", {c.id: c for c in CASES}.values(), ids=lambda c: c.id)
+def test_route_topk_on_cuda(op_case: OpCase, dtype: torch.dtype) -> None:
+    check_op(op_case, dtype, "cuda")
