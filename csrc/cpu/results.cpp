@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
+int64_t block_bytes(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
 struct Block {
   void* data;
   int64_t bytes;
@@ -31,7 +33,7 @@ class KeptBlocks {
     if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       auto best = blocks_.end();
       for (auto b = blocks_.begin(); b != blocks_.end(); ++b)
-        if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 &&
+        if (b->bytes >= bytes && b->bytes <= block_bytes(bytes) + bytes / 4 &&
             (best == blocks_.end() || b->bytes <= best->bytes))
           best = b;  // of equals the last one to die: it may still lie in the cache
       if (best != blocks_.end()) {
@@ -56,7 +58,7 @@ class KeptBlocks {
 
  private:
   static Block allocate(int64_t bytes) {
-    const int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const int64_t size = block_bytes(bytes);
     void* data = std::aligned_alloc(kHugePage, size);
     MOR_CHECK(data != nullptr, "mor: no memory for a result of ", bytes, " bytes");
 #if defined(__linux__)

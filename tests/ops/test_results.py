@@ -14,17 +14,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for 
 MIB = 2**20
 
 
-def large(value: float, mib: int = 8) -> Tensor:
+def large(value: float, mib: float = 8) -> Tensor:
     """A result of so many MiB, every element `value`."""
-    rows = torch.zeros(mib * MIB // 4 // 1024, dtype=torch.int64)
+    rows = torch.zeros(int(mib * MIB) // 4 // 1024, dtype=torch.int64)
     return gather_tokens(torch.full((1, 1024), value), rows)
 
 
-def test_memory_of_a_dead_result_serves_the_next() -> None:
-    first = large(1.0)
+@pytest.mark.parametrize("mib", [4.25, 4.5, 7, 8])  # memory comes in units of 2 MiB
+def test_memory_of_a_dead_result_serves_the_next(mib: float) -> None:
+    first = large(1.0, mib)
     address = first.data_ptr()
     del first
-    assert large(2.0).data_ptr() == address
+    assert large(2.0, mib).data_ptr() == address
 
 
 def test_memory_is_not_reused_while_a_view_lives() -> None:
