@@ -10,7 +10,7 @@
 // rows are not rounded again when they are normalised. Of equal similarities the smaller row of b
 // wins, and equal rows of b have equal ones, bit for bit. A NaN never wins. A row of a without a
 // row of b in its sequence (or with NaN alone) has score -inf and index -1. Values whose squares
-// overflow float32 have no meaning for cosine.
+// overflow float32, or vanish in it, have no meaning for cosine.
 // Memory: O(Na) results, on CUDA O(Na + Nb) norms too; no matrix of similarities.
 // The same result for any number of threads. On the CPU cu_seqlens that do not rise from 0 to the
 // number of rows are an error; on CUDA they are clamped.

@@ -80,6 +80,7 @@ def reference(
 def _inverse_norms(x: Tensor) -> Tensor:
     """1 / |x_i|, 0 for rows of zeros, in float32 or float64."""
     total = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x.contiguous()  # the sums of vector_norm depend on strides
     norms = torch.linalg.vector_norm(x, dim=1, dtype=total)
     zero = norms == 0
     return (1 / norms.masked_fill(zero, 1)).masked_fill(zero, 0)

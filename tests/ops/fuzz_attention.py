@@ -147,13 +147,15 @@ def draw_backward(d: Draw) -> Inputs:
 
 
 def falling(name: str, cu: str) -> Any:
+    """Positions that fall inside a sequence."""
+
     def apply(d: Draw, inputs: Inputs) -> Inputs | None:
         bounds = inputs[cu].tolist()
         inner = [i for a, b in pairwise(bounds) for i in range(a + 1, b)]
-        if not inner:
+        if not inner or inputs[name] is None:
             return None
         positions, at = inputs[name].clone(), d.pick(*inner)
-        positions[at] = d.pick(positions[at - 1].item() - 1, -(2**63))
+        positions[at] = d.pick(positions[at - 1].item() - 1, torch.iinfo(positions.dtype).min)
         return {name: positions}
 
     return apply

@@ -1,6 +1,7 @@
 """What test_fuzz.py needs: operands drawn at random and broken at random, and the comparison."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +181,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
+@contextmanager
+def restored(*written: Tensor) -> Iterator[None]:
+    """Operands written in place are as before at the end; writes around them are found."""
+    written = tuple(t for t in written if t.is_cpu and 0 not in t.stride())  # others are refused
+    storages = [torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()) for t in written]
+    before = [(t.clone(), s.clone()) for t, s in zip(written, storages, strict=True)]
+    try:
+        yield
+    finally:
+        for t, (original, _) in zip(written, before, strict=True):
+            t.copy_(original)
+        for storage, (_, whole) in zip(storages, before, strict=True):
+            assert same_bits(storage, whole), "wrote beside an operand"
+
+
 def compare(
     name: str, got: Tensor, low: Tensor, high: Tensor, factor: float, magnitude: Tensor
 ) -> None:
@@ -193,6 +209,48 @@ def compare(
     terms = magnitude[magnitude.isfinite()]
     largest = terms.max().item() if terms.numel() else 0.0
     assert_close_to_reference(name, got, low, want, factor, largest)
+
+
+def changed(d: Draw, t: Tensor, *values: int | float) -> Tensor | None:
+    """A copy with one of `values` somewhere; None where there is no element."""
+    if t.numel() == 0:
+        return None
+    t = t.clone()
+    t[d.integer(0, t.numel() - 1)] = d.pick(*values)
+    return t
+
+
+def broken_cu_seqlens(
+    name: str = "cu_seqlens",
+) -> dict[str, Callable[[Draw, Inputs], Inputs | None]]:
+    """Offsets that start late, fall, or end elsewhere."""
+
+    def change(index: int, by: int) -> Callable[[Draw, Inputs], Inputs | None]:
+        def apply(d: Draw, inputs: Inputs) -> Inputs | None:
+            cu = inputs.get(name)
+            if cu is None or cu.numel() < 2:
+                return None
+            cu = cu.clone()
+            cu[index] += by * d.pick(1, 2, 1000, 2**30)
+            return {name: cu}
+
+        return apply
+
+    def fall(d: Draw, inputs: Inputs) -> Inputs | None:
+        cu = inputs.get(name)
+        if cu is None or cu.numel() < 3:
+            return None
+        cu = cu.clone()
+        inner = d.integer(1, cu.numel() - 2)
+        cu[inner] = d.pick(-1, -(2**31), int(cu[-1]) + 1, 2**31 - 1)
+        return {name: cu}
+
+    return {
+        f"{name} starts": change(0, 1),
+        f"{name} ends high": change(-1, 1),
+        f"{name} ends low": change(-1, -1),
+        f"{name} falls": fall,
+    }
 
 
 def break_operand(d: Draw, op: Operator, inputs: Inputs) -> tuple[str, Inputs] | None:

@@ -195,6 +195,18 @@ def test_one_sided_gradients() -> None:
         inputs[name] = inputs[name].detach()
 
 
+def test_strides_change_no_bit_of_the_gradients() -> None:
+    inputs = make_inputs("tome", 33, "random", torch.float32, torch.Generator().manual_seed(0))
+    strided = {n: torch.zeros(len(inputs[n]), 66)[:, ::2].copy_(inputs[n]) for n in ("a", "b")}
+    grads = []
+    for rows in (strided, {n: inputs[n] for n in strided}):
+        leaves = {n: t.requires_grad_() for n, t in rows.items()}
+        scores, _ = bipartite_match(**inputs | leaves)
+        grads.append(torch.autograd.grad(scores.sum(), list(leaves.values())))
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_memory_is_of_the_order_of_the_rows() -> None:
     a, b = torch.randn(6000, 16), torch.randn(6000, 16)
     args = a, b, packed([6000]), packed([6000])
