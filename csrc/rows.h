@@ -1,9 +1,7 @@
 // [N, D] and [N, H, head_dim] operands as both devices read them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include "checks.h"
+#include "tensors.h"
 
 namespace mor {
 
@@ -19,13 +17,13 @@ struct Rows {
 inline Rows contiguous_rows(Tensor t) {
   if (t.size(1) <= 1 || t.stride(1) == 1) return {t, t.const_data_ptr(), t.stride(0)};
   const bool repeated = t.stride(0) == 0 && t.size(0) > 0;
-  const Tensor copy = torch::stable::contiguous(repeated ? torch::stable::narrow(t, 0, 0, 1) : t);
+  const Tensor copy = as_contiguous(repeated ? torch::stable::narrow(t, 0, 0, 1) : t);
   return {copy, copy.const_data_ptr(), repeated ? 0 : copy.stride(0)};
 }
 
 // A [N, H, head_dim] operand whose head rows are contiguous: itself, or a copy.
 inline Tensor last_contiguous(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(2) <= 1 || t.stride(2) == 1 ? t : as_contiguous(t);
 }
 
 }  // namespace mor

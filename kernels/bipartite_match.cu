@@ -15,13 +15,13 @@ std::tuple<Tensor, Tensor> bipartite_match_cuda(const Tensor& a_in, const Tensor
   const auto dims = check_bipartite_match(a_in, b_in, cu_seqlens_a_in, cu_seqlens_b_in, metric);
   const torch::stable::accelerator::DeviceGuard guard(a_in.get_device_index());
   const Rows a = contiguous_rows(a_in), b = contiguous_rows(b_in);
-  const Tensor cu_seqlens_a = torch::stable::contiguous(cu_seqlens_a_in),
-               cu_seqlens_b = torch::stable::contiguous(cu_seqlens_b_in);
+  const Tensor cu_seqlens_a = as_contiguous(cu_seqlens_a_in),
+               cu_seqlens_b = as_contiguous(cu_seqlens_b_in);
   const auto total =
       a_in.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor scores = torch::stable::new_empty(a_in, {dims.num_a}, total);
-  Tensor index = torch::stable::new_empty(a_in, {dims.num_a}, ScalarType::Long);
-  Tensor norms = torch::stable::new_empty(a_in, {dims.cosine ? dims.num_a + dims.num_b : 0}, total);
+  Tensor scores = new_tensor(a_in, {dims.num_a}, total);
+  Tensor index = new_tensor(a_in, {dims.num_a}, ScalarType::Long);
+  Tensor norms = new_tensor(a_in, {dims.cosine ? dims.num_a + dims.num_b : 0}, total);
   dispatch_floating_cuda(a_in.scalar_type(), [&]<class T>(T) {
     BipartiteMatchArgs<T> args{};
     args.a = static_cast<const T*>(a.data);

@@ -19,25 +19,15 @@ struct Operands {
   optional<Tensor> q_depths, k_depths, key_bias;
 };
 
-optional<Tensor> contiguous(const optional<Tensor>& t) {
-  return t.has_value() ? optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
 Operands kernel_operands(const Tensor& q, const Tensor& k, const Tensor& v,
                          const Tensor& q_positions, const Tensor& k_positions,
                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                          const optional<Tensor>& q_depths, const optional<Tensor>& k_depths,
                          const optional<Tensor>& key_bias) {
-  return {last_contiguous(q),
-          last_contiguous(k),
-          last_contiguous(v),
-          torch::stable::contiguous(q_positions),
-          torch::stable::contiguous(k_positions),
-          torch::stable::contiguous(cu_seqlens_q),
-          torch::stable::contiguous(cu_seqlens_k),
-          contiguous(q_depths),
-          contiguous(k_depths),
-          contiguous(key_bias)};
+  return {last_contiguous(q),          last_contiguous(k),         last_contiguous(v),
+          as_contiguous(q_positions),  as_contiguous(k_positions), as_contiguous(cu_seqlens_q),
+          as_contiguous(cu_seqlens_k), as_contiguous(q_depths),    as_contiguous(k_depths),
+          as_contiguous(key_bias)};
 }
 
 template <class T>
@@ -95,9 +85,9 @@ std::tuple<Tensor, Tensor> depth_attention_cuda(Tensor q, Tensor k, Tensor v, Te
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
                                             cu_seqlens_k, q_depths, k_depths, key_bias);
-  Tensor out = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries}, acc_dtype(q));
-  const Tensor key_ranges = torch::stable::new_empty(q, {dims.num_queries, 2}, ScalarType::Int);
+  Tensor out = new_tensor(q, {dims.num_queries, dims.num_heads, dims.head_dim});
+  Tensor lse = new_tensor(q, {dims.num_heads, dims.num_queries}, acc_dtype(q));
+  const Tensor key_ranges = new_tensor(q, {dims.num_queries, 2}, ScalarType::Int);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
     auto p = problem<T>(dims, operands, causal, scale, window, key_ranges);
     p.out = static_cast<T*>(out.mutable_data_ptr());
@@ -119,19 +109,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
   const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
                                             cu_seqlens_k, q_depths, k_depths, key_bias);
   const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
-  const Tensor lse = torch::stable::contiguous(lse_in);
+  const Tensor lse = as_contiguous(lse_in);
   const ScalarType acc = acc_dtype(q);
   const auto scratch = [&](int64_t rows, int64_t columns) {
-    return torch::stable::new_empty(q, {rows, columns}, acc);
+    return new_tensor(q, {rows, columns}, acc);
   };
   const bool bias = key_bias.has_value();
-  Tensor grad_q = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.head_dim});
-  Tensor grad_k = torch::stable::new_empty(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
-  Tensor grad_v = torch::stable::new_empty(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
-  Tensor grad_key_bias = torch::stable::new_empty(q, {bias ? dims.num_keys : 0}, acc);
+  Tensor grad_q = new_tensor(q, {dims.num_queries, dims.num_heads, dims.head_dim});
+  Tensor grad_k = new_tensor(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
+  Tensor grad_v = new_tensor(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
+  Tensor grad_key_bias = new_tensor(q, {bias ? dims.num_keys : 0}, acc);
   const Tensor delta = scratch(dims.num_heads, dims.num_queries);
   const Tensor parts = scratch(bias ? dims.num_kv_heads : 0, dims.num_keys);
-  const Tensor key_ranges = torch::stable::new_empty(q, {dims.num_queries, 2}, ScalarType::Int);
+  const Tensor key_ranges = new_tensor(q, {dims.num_queries, 2}, ScalarType::Int);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
     using Acc = acc_t<T>;
     auto p = problem<T>(dims, operands, causal, scale, window, key_ranges);

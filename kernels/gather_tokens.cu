@@ -11,8 +11,8 @@ Tensor gather_tokens_cuda(const Tensor& x_in, const Tensor& rows_in) {
   const auto dims = check_gather_tokens(x_in, rows_in);
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
   const Rows x = contiguous_rows(x_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
-  Tensor y = torch::stable::new_empty(x_in, {dims.num_taken, dims.width});
+  const Tensor rows = as_contiguous(rows_in);
+  Tensor y = new_tensor(x_in, {dims.num_taken, dims.width});
   const int64_t item = x_in.element_size();
   check_launch(launch_gather_tokens(x.data, rows.const_data_ptr<int64_t>(), y.mutable_data_ptr(),
                                     dims.num_taken, x.stride * item, dims.width * item,
@@ -25,8 +25,8 @@ Tensor gather_tokens_backward_cuda(const Tensor& grad_in, const Tensor& rows_in,
   const auto dims = check_gather_tokens_backward(grad_in, rows_in, num_rows);
   const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
   const Rows grad = contiguous_rows(grad_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
-  Tensor grad_x = torch::stable::new_empty(grad_in, {dims.num_rows, dims.width});
+  const Tensor rows = as_contiguous(rows_in);
+  Tensor grad_x = new_tensor(grad_in, {dims.num_rows, dims.width});
   Tensor scratch = hit_scratch(rows, dims.num_rows, "gather_tokens_backward");
   dispatch_floating_cuda(grad_in.scalar_type(), [&]<class T>(T) {
     check_launch(launch_gather_tokens_backward(

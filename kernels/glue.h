@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../csrc/checks.h"
+#include "../csrc/tensors.h"
 #include "common.cuh"
 
 // Weak: only a CUDA build of libtorch exports it. With a CPU torch the library still loads and

@@ -12,13 +12,11 @@ std::tuple<Tensor, Tensor> group_rows_cuda(const Tensor& keys_in, int64_t num_ke
                                            const std::optional<Tensor>& cu_seqlens_in) {
   const auto dims = check_group_rows(keys_in, num_keys, cu_seqlens_in);
   const torch::stable::accelerator::DeviceGuard guard(keys_in.get_device_index());
-  const Tensor keys = torch::stable::contiguous(keys_in);
-  std::optional<Tensor> cu_seqlens;
-  if (cu_seqlens_in.has_value()) cu_seqlens = torch::stable::contiguous(*cu_seqlens_in);
+  const Tensor keys = as_contiguous(keys_in);
+  const auto cu_seqlens = as_contiguous(cu_seqlens_in);
   const int64_t num_chunks = (dims.num_rows + kGroupChunk - 1) / kGroupChunk;
-  Tensor rows = torch::stable::new_empty(keys, {dims.num_rows}, ScalarType::Long);
-  Tensor offsets =
-      torch::stable::new_empty(keys, {num_keys * dims.num_sequences + 1}, ScalarType::Long);
+  Tensor rows = new_tensor(keys, {dims.num_rows}, ScalarType::Long);
+  Tensor offsets = new_tensor(keys, {num_keys * dims.num_sequences + 1}, ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(keys, {num_keys * num_chunks + 1}, ScalarType::Long);
   const GroupRowsArgs args{cu_seqlens.has_value() ? cu_seqlens->const_data_ptr<int32_t>() : nullptr,
                            counts.mutable_data_ptr<int64_t>(),

@@ -23,7 +23,7 @@ void kv_append_cuda(const Tensor& k_cache, const Tensor& v_cache, const Tensor& 
   const auto dims = check_kv_append(k_cache, v_cache, k_in, v_in, slot_mapping_in);
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
   const Tensor k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const Tensor slot_mapping = torch::stable::contiguous(slot_mapping_in);
+  const Tensor slot_mapping = as_contiguous(slot_mapping_in);
   const KvAppendArgs args{{side(k_cache, k), side(v_cache, v)},
                           slot_mapping.const_data_ptr<int64_t>(),
                           dims.num_tokens,

@@ -20,14 +20,13 @@ std::tuple<Tensor, Tensor, Tensor> kv_gather_cuda(const Tensor& k_cache, const T
                                                   const Tensor& seq_lens_in, int64_t num_rows) {
   const auto dims = check_kv_gather(k_cache, v_cache, block_table_in, seq_lens_in, num_rows);
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
-  const Tensor block_table = torch::stable::contiguous(block_table_in);
-  const Tensor seq_lens = torch::stable::contiguous(seq_lens_in);
+  const Tensor block_table = as_contiguous(block_table_in);
+  const Tensor seq_lens = as_contiguous(seq_lens_in);
   const auto rows = [&](const Tensor& cache) {
-    return torch::stable::new_empty(cache,
-                                    {num_rows, dims.cache.num_kv_heads, dims.cache.head_dim});
+    return new_tensor(cache, {num_rows, dims.cache.num_kv_heads, dims.cache.head_dim});
   };
   Tensor k = rows(k_cache), v = rows(v_cache);
-  Tensor cu_seqlens = torch::stable::new_empty(seq_lens, {dims.num_entries + 1});
+  Tensor cu_seqlens = new_tensor(seq_lens, {dims.num_entries + 1});
   const KvGatherArgs args{{side(k_cache, k), side(v_cache, v)},
                           block_table.const_data_ptr<int32_t>(),
                           seq_lens.const_data_ptr<int32_t>(),

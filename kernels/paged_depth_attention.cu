@@ -33,23 +33,22 @@ std::tuple<Tensor, Tensor> paged_depth_attention_cuda(
       q_in, k_cache, v_cache, block_table_in, context_lens_in, cu_seqlens_q_in, context_starts_in);
   const torch::stable::accelerator::DeviceGuard guard(q_in.get_device_index());
   const Tensor q = last_contiguous(q_in);
-  const Tensor block_table = torch::stable::contiguous(block_table_in);
-  const Tensor context_lens = torch::stable::contiguous(context_lens_in);
-  const Tensor cu_seqlens_q = torch::stable::contiguous(cu_seqlens_q_in);
-  optional<Tensor> context_starts;
-  if (context_starts_in.has_value()) context_starts = torch::stable::contiguous(*context_starts_in);
+  const Tensor block_table = as_contiguous(block_table_in);
+  const Tensor context_lens = as_contiguous(context_lens_in);
+  const Tensor cu_seqlens_q = as_contiguous(cu_seqlens_q_in);
+  const auto context_starts = as_contiguous(context_starts_in);
   const ScalarType acc =
       q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = dims.num_queries * dims.num_heads;
-  Tensor out = torch::stable::new_empty(q, {dims.num_queries, dims.num_heads, dims.cache.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries}, acc);
+  Tensor out = new_tensor(q, {dims.num_queries, dims.num_heads, dims.cache.head_dim});
+  Tensor lse = new_tensor(q, {dims.num_heads, dims.num_queries}, acc);
   if (rows == 0 || dims.num_entries == 0) return {out, lse};
   const int splits =
       paged_splits(dims.num_queries, int(dims.num_entries), int(dims.num_heads),
                    int(dims.cache.num_kv_heads), dims.max_blocks * dims.cache.block_size);
   const int64_t kept = splits > 1 ? splits * rows : 0;
-  Tensor parts = torch::stable::new_empty(q, {kept, dims.cache.head_dim}, acc);
-  Tensor totals = torch::stable::new_empty(q, {kept, 2}, acc);
+  Tensor parts = new_tensor(q, {kept, dims.cache.head_dim}, acc);
+  Tensor totals = new_tensor(q, {kept, 2}, acc);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
     PagedDepthAttention<T> p{};
     p.q = {static_cast<const T*>(q.const_data_ptr()), q.stride(0), q.stride(1)};

@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor> route_threshold_cuda(const Tensor& scores_in, double 
                                           inclusive, min_k, max_k, candidates_in, max_rows);
   const torch::stable::accelerator::DeviceGuard guard(scores_in.get_device_index());
   const cudaStream_t stream = current_stream(scores_in);
-  const auto contiguous = [](const Tensor& t) { return torch::stable::contiguous(t); };
+  const auto contiguous = [](const Tensor& t) { return as_contiguous(t); };
   const auto new_rows = [&](int64_t size) {
-    return torch::stable::new_empty(scores_in, {size}, ScalarType::Long);
+    return new_tensor(scores_in, {size}, ScalarType::Long);
   };
   const Tensor scores = contiguous(scores_in), cu_seqlens = contiguous(cu_seqlens_in);
   std::optional<Tensor> each, candidates, taken, totals;
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> route_threshold_cuda(const Tensor& scores_in, double 
     totals = new_rows(dims.num_sequences);
   }
   Tensor counts = new_rows(dims.num_sequences);
-  Tensor chosen = torch::stable::new_empty(scores_in, {dims.num_sequences + 1}, ScalarType::Int);
+  Tensor chosen = new_tensor(scores_in, {dims.num_sequences + 1}, ScalarType::Int);
 
   RouteThresholdArgs rule{};
   rule.rule = dims.kind == ThresholdKind::kMass       ? RouteRule::kMass

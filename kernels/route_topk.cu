@@ -14,18 +14,16 @@ Tensor route_topk_cuda(const Tensor& scores_in, int64_t k, const std::optional<T
                                      candidates_in, protected_rows_in);
   const torch::stable::accelerator::DeviceGuard guard(scores_in.get_device_index());
   const auto new_rows = [&](int64_t size) {
-    return torch::stable::new_empty(scores_in, {size}, ScalarType::Long);
+    return new_tensor(scores_in, {size}, ScalarType::Long);
   };
   if (dims.num_sequences == 0)
     return torch::stable::new_zeros(scores_in, {num_rows}, ScalarType::Long);
   Tensor rows = new_rows(num_rows);
   if (num_rows == 0) return rows;
-  const auto contiguous = [](const Tensor& t) { return torch::stable::contiguous(t); };
-  const Tensor scores = contiguous(scores_in), cu_seqlens = contiguous(cu_seqlens_in);
-  std::optional<Tensor> k_each, candidates, protected_rows, taken, totals, ascending, starts;
-  if (k_each_in.has_value()) k_each = contiguous(*k_each_in);
-  if (candidates_in.has_value()) candidates = contiguous(*candidates_in);
-  if (protected_rows_in.has_value()) protected_rows = contiguous(*protected_rows_in);
+  const Tensor scores = as_contiguous(scores_in), cu_seqlens = as_contiguous(cu_seqlens_in);
+  const auto k_each = as_contiguous(k_each_in), candidates = as_contiguous(candidates_in);
+  const auto protected_rows = as_contiguous(protected_rows_in);
+  std::optional<Tensor> taken, totals, ascending, starts;
   if (candidates.has_value() || protected_rows.has_value()) {
     taken = new_rows(dims.num_sequences);
     totals = new_rows(dims.num_sequences);

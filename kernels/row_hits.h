@@ -18,7 +18,7 @@ RowFactor<T> row_factor(const std::optional<Tensor>& t) {
 inline Tensor hit_scratch(const Tensor& rows, int64_t num_rows, const char* op) {
   MOR_CHECK(rows.size(0) <= INT32_MAX, op, ": expected fewer than 2^31 rows on CUDA, got ",
             shape_str(rows));
-  return torch::stable::new_empty(rows, {2 * num_rows}, ScalarType::Int);
+  return new_tensor(rows, {2 * num_rows}, ScalarType::Int);
 }
 
 }  // namespace mor

@@ -16,7 +16,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
                   const Tensor& rows_in, const OptionalTensor& gate,
                   const OptionalTensor& base_scale, const ScatterTokensDims& dims, const char* op) {
   const Rows base = contiguous_rows(base_in), updates = contiguous_rows(updates_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = as_contiguous(rows_in);
   Tensor scratch = hit_scratch(rows, dims.num_rows, op);
   dispatch_floating_cuda(base_in.scalar_type(), [&]<class T>(T) {
     RowSums<T> sums{};
@@ -40,7 +40,7 @@ Tensor scatter_tokens_cuda(const Tensor& base, const Tensor& updates, const Tens
                            const OptionalTensor& gate, const OptionalTensor& base_scale) {
   const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale);
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
-  Tensor out = torch::stable::new_empty(base, {dims.num_rows, dims.width});
+  Tensor out = new_tensor(base, {dims.num_rows, dims.width});
   scatter_into(out, base, updates, rows, gate, base_scale, dims, "scatter_tokens");
   return out;
 }
@@ -52,7 +52,7 @@ void scatter_tokens_in_place_cuda(Tensor base, const Tensor& updates, const Tens
   if (dims.width <= 1 || base.stride(1) == 1) {
     scatter_into(base, base, updates, rows, gate, base_scale, dims, "scatter_tokens_");
   } else {  // rows in pieces: through a contiguous copy
-    Tensor copy = torch::stable::contiguous(base);
+    Tensor copy = as_contiguous(base);
     scatter_into(copy, copy, updates, rows, gate, base_scale, dims, "scatter_tokens_");
     torch::stable::copy_(base, copy);
   }
@@ -66,18 +66,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(
       check_scatter_tokens_backward(grad_in, base_in, updates_in, rows_in, gate, base_scale);
   const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
   need_base = need_base && base_scale.has_value();
-  const auto none = [&] { return torch::stable::new_empty(grad_in, {0}); };
+  const auto none = [&] { return new_tensor(grad_in, {0}); };
   const auto like_grad = [&](int64_t num_rows) {
-    return torch::stable::new_empty(grad_in, {num_rows, dims.width});
+    return new_tensor(grad_in, {num_rows, dims.width});
   };
   Tensor grad_base = need_base ? like_grad(dims.num_rows) : none();
   Tensor grad_updates = need_updates ? like_grad(dims.num_hits) : none();
-  Tensor grad_gate =
-      updates_in.has_value() ? torch::stable::new_empty(*gate, {dims.num_hits}) : none();
-  Tensor grad_base_scale =
-      base_in.has_value() ? torch::stable::new_empty(*base_scale, {dims.num_rows}) : none();
+  Tensor grad_gate = updates_in.has_value() ? new_tensor(*gate, {dims.num_hits}) : none();
+  Tensor grad_base_scale = base_in.has_value() ? new_tensor(*base_scale, {dims.num_rows}) : none();
 
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = as_contiguous(rows_in);
   const Rows grad = contiguous_rows(grad_in);
   std::optional<Rows> base, updates;
   if (base_in.has_value()) base = contiguous_rows(*base_in);

@@ -15,12 +15,12 @@ std::tuple<Tensor, Tensor> segment_reduce_cuda(const Tensor& x_in, const Tensor&
   const auto dims = check_segment_reduce(x_in, segments_in, num_segments, reduce, weights);
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
   const Rows x = contiguous_rows(x_in);
-  const Tensor segments = torch::stable::contiguous(segments_in);
+  const Tensor segments = as_contiguous(segments_in);
   const bool mean = dims.reduce == Reduce::kMean;
   const bool is_double = x_in.scalar_type() == ScalarType::Double;
-  Tensor out = torch::stable::new_empty(x_in, {num_segments, dims.width});
-  Tensor totals = torch::stable::new_empty(x_in, {mean ? num_segments : 0},
-                                           is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor out = new_tensor(x_in, {num_segments, dims.width});
+  Tensor totals = new_tensor(x_in, {mean ? num_segments : 0},
+                             is_double ? ScalarType::Double : ScalarType::Float);
   Tensor scratch = hit_scratch(segments, num_segments, "segment_reduce");
   const int kind = mean ? kSegmentMean : dims.reduce == Reduce::kAmax ? kSegmentAmax : kSegmentSum;
   dispatch_floating_cuda(x_in.scalar_type(), [&]<class T>(T) {
@@ -47,8 +47,8 @@ Tensor segment_reduce_amax_backward_cuda(const Tensor& grad_in, const Tensor& x_
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
   const Rows grad = contiguous_rows(grad_in), x = contiguous_rows(x_in),
              out = contiguous_rows(out_in);
-  const Tensor segments = torch::stable::contiguous(segments_in);
-  Tensor grad_x = torch::stable::new_empty(x_in, {dims.num_rows, dims.width});
+  const Tensor segments = as_contiguous(segments_in);
+  Tensor grad_x = new_tensor(x_in, {dims.num_rows, dims.width});
   Tensor scratch = hit_scratch(segments, dims.num_segments, "segment_reduce_amax_backward");
   dispatch_floating_cuda(x_in.scalar_type(), [&]<class T>(T) {
     SegmentAmaxBackwardArgs<T> args{};

@@ -19,15 +19,15 @@ std::tuple<Tensor, Tensor> bipartite_match_cpu(const Tensor& a_in, const Tensor&
                                                const Tensor& cu_seqlens_b_in, std::string metric) {
   const auto dims = check_bipartite_match(a_in, b_in, cu_seqlens_a_in, cu_seqlens_b_in, metric);
   const char* op = "bipartite_match";
-  const Tensor cu_seqlens_a = torch::stable::contiguous(cu_seqlens_a_in),
-               cu_seqlens_b = torch::stable::contiguous(cu_seqlens_b_in);
+  const Tensor cu_seqlens_a = as_contiguous(cu_seqlens_a_in),
+               cu_seqlens_b = as_contiguous(cu_seqlens_b_in);
   check_cu_seqlens_values(cu_seqlens_a, dims.num_a, op, "cu_seqlens_a");
   check_cu_seqlens_values(cu_seqlens_b, dims.num_b, op, "cu_seqlens_b");
   const Rows a = contiguous_rows(a_in), b = contiguous_rows(b_in);
   const bool is_double = a_in.scalar_type() == ScalarType::Double;
-  Tensor scores = torch::stable::new_empty(a_in, {dims.num_a},
-                                           is_double ? ScalarType::Double : ScalarType::Float);
-  Tensor index = torch::stable::new_empty(a_in, {dims.num_a}, ScalarType::Long);
+  Tensor scores =
+      new_tensor(a_in, {dims.num_a}, is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor index = new_tensor(a_in, {dims.num_a}, ScalarType::Long);
   const BipartiteMatch match{a_in.scalar_type(),
                              dims.width,
                              dims.cosine,

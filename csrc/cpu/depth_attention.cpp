@@ -31,13 +31,13 @@ struct Operands {
       : q(last_contiguous(q_in)),
         k(last_contiguous(k_in)),
         v(last_contiguous(v_in)),
-        q_positions(torch::stable::contiguous(q_positions_in)),
-        k_positions(torch::stable::contiguous(k_positions_in)),
-        cu_q(torch::stable::contiguous(cu_q_in)),
-        cu_k(torch::stable::contiguous(cu_k_in)) {
-    if (q_depths_in.has_value()) q_depths = torch::stable::contiguous(*q_depths_in);
-    if (k_depths_in.has_value()) k_depths = torch::stable::contiguous(*k_depths_in);
-    if (key_bias_in.has_value()) key_bias = torch::stable::contiguous(*key_bias_in);
+        q_positions(as_contiguous(q_positions_in)),
+        k_positions(as_contiguous(k_positions_in)),
+        cu_q(as_contiguous(cu_q_in)),
+        cu_k(as_contiguous(cu_k_in)) {
+    if (q_depths_in.has_value()) q_depths = as_contiguous(*q_depths_in);
+    if (k_depths_in.has_value()) k_depths = as_contiguous(*k_depths_in);
+    if (key_bias_in.has_value()) key_bias = as_contiguous(*key_bias_in);
   }
 
   AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale,
@@ -240,8 +240,8 @@ std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Ten
   check_values(p, operands);
   const bool is_double = q.scalar_type() == ScalarType::Double;
   Tensor out = new_result(q, {dims.num_queries, dims.num_heads, dims.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries},
-                                        is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor lse = new_tensor(q, {dims.num_heads, dims.num_queries},
+                          is_double ? ScalarType::Double : ScalarType::Float);
   p.out_data = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
   if (is_double) scalar_forward(p);
   else tiled_forward(p);
@@ -261,14 +261,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
   AttentionProblem p = operands.problem(dims, causal, scale, window);
   check_values(p, operands);
   const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
-  const Tensor lse = torch::stable::contiguous(lse_in);
+  const Tensor lse = as_contiguous(lse_in);
   p.grad_out = operand(grad_out), p.out = operand(out);
   p.lse = const_cast<void*>(lse.const_data_ptr());
   Tensor grad_q = new_result(q, {dims.num_queries, dims.num_heads, dims.head_dim});
   Tensor grad_k = new_result(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
   Tensor grad_v = new_result(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
   Tensor grad_key_bias =
-      torch::stable::new_empty(q, {key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
+      new_tensor(q, {key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr(), p.grad_key_bias = grad_key_bias.mutable_data_ptr();
   if (q.scalar_type() == ScalarType::Double) scalar_backward(p);

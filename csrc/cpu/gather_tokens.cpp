@@ -12,7 +12,7 @@ namespace {
 Tensor gather_tokens_cpu(const Tensor& x_in, const Tensor& rows_in) {
   const auto dims = check_gather_tokens(x_in, rows_in);
   const Rows x = contiguous_rows(x_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = as_contiguous(rows_in);
   const int64_t* index = rows.const_data_ptr<int64_t>();
   check_row_range(index, dims.num_taken, dims.num_rows, "gather_tokens");
   Tensor y = new_result(x_in, {dims.num_taken, dims.width});
@@ -31,7 +31,7 @@ Tensor gather_tokens_cpu(const Tensor& x_in, const Tensor& rows_in) {
 Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& rows_in, int64_t num_rows) {
   const auto dims = check_gather_tokens_backward(grad_in, rows_in, num_rows);
   const Rows grad = contiguous_rows(grad_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = as_contiguous(rows_in);
   const RowHits hits = sort_hits(rows.const_data_ptr<int64_t>(), dims.num_taken, dims.num_rows,
                                  "gather_tokens_backward");
   Tensor grad_x = new_result(grad_in, {dims.num_rows, dims.width});

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../tensors.h"
 #include "group_rows.simd.h"
 
 namespace mor {
@@ -89,7 +90,7 @@ void group(const Key* keys, const GroupRowsDims& dims, const std::vector<Chunk>&
 std::tuple<Tensor, Tensor> group_rows_cpu(const Tensor& keys_in, int64_t num_keys,
                                           const std::optional<Tensor>& cu_seqlens_in) {
   const auto dims = check_group_rows(keys_in, num_keys, cu_seqlens_in);
-  const Tensor keys = torch::stable::contiguous(keys_in);
+  const Tensor keys = as_contiguous(keys_in);
   // At least num_keys rows a chunk: the counts of all chunks then take O(N + outputs) memory.
   const int64_t chunk_rows = std::max<int64_t>(kChunkRows, num_keys);
   std::vector<Chunk> chunks;
@@ -98,16 +99,15 @@ std::tuple<Tensor, Tensor> group_rows_cpu(const Tensor& keys_in, int64_t num_key
       chunks.push_back({first, std::min(first + chunk_rows, end), sequence});
   };
   if (cu_seqlens_in.has_value()) {
-    const Tensor cu_seqlens = torch::stable::contiguous(*cu_seqlens_in);
+    const Tensor cu_seqlens = as_contiguous(*cu_seqlens_in);
     check_cu_seqlens_values(cu_seqlens, dims.num_rows, "group_rows", "cu_seqlens");
     const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
     for (int64_t b = 0; b < dims.num_sequences; ++b) add_chunks(cu[b], cu[b + 1], b);
   } else {
     add_chunks(0, dims.num_rows, 0);
   }
-  Tensor rows = torch::stable::new_empty(keys, {dims.num_rows}, ScalarType::Long);
-  Tensor offsets =
-      torch::stable::new_empty(keys, {dims.num_keys * dims.num_sequences + 1}, ScalarType::Long);
+  Tensor rows = new_tensor(keys, {dims.num_rows}, ScalarType::Long);
+  Tensor offsets = new_tensor(keys, {dims.num_keys * dims.num_sequences + 1}, ScalarType::Long);
   const auto run = [&]<class Key>(Key) {
     group(static_cast<const Key*>(keys.const_data_ptr()), dims, chunks,
           rows.mutable_data_ptr<int64_t>(), offsets.mutable_data_ptr<int64_t>());

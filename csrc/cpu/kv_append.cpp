@@ -54,7 +54,7 @@ void append_heads(const Side& s, const int64_t* slots, const KvAppendDims& dims,
 void kv_append_cpu(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in,
                    const Tensor& v_in, const Tensor& slot_mapping_in) {
   const auto dims = check_kv_append(k_cache, v_cache, k_in, v_in, slot_mapping_in);
-  const Tensor slot_mapping = torch::stable::contiguous(slot_mapping_in);
+  const Tensor slot_mapping = as_contiguous(slot_mapping_in);
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   const int64_t num_slots = dims.cache.num_blocks * dims.cache.block_size;
   for (int64_t i = 0; i < dims.num_tokens; ++i) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <tuple>
 
+#include "../tensors.h"
 #include "gather_tokens.simd.h"
 #include "results.h"
 #include "row_hits.h"
@@ -68,9 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> kv_gather_cpu(const Tensor& k_cache, const Te
                                                  const Tensor& block_table_in,
                                                  const Tensor& seq_lens_in, int64_t num_rows) {
   const auto dims = check_kv_gather(k_cache, v_cache, block_table_in, seq_lens_in, num_rows);
-  const Tensor block_table = torch::stable::contiguous(block_table_in);
-  const Tensor seq_lens = torch::stable::contiguous(seq_lens_in);
-  Tensor cu_seqlens = torch::stable::new_empty(seq_lens, {dims.num_entries + 1});
+  const Tensor block_table = as_contiguous(block_table_in);
+  const Tensor seq_lens = as_contiguous(seq_lens_in);
+  Tensor cu_seqlens = new_tensor(seq_lens, {dims.num_entries + 1});
   const int32_t* table = block_table.const_data_ptr<int32_t>();
   int32_t* cu = cu_seqlens.mutable_data_ptr<int32_t>();
   fill_cu_seqlens(dims, table, seq_lens.const_data_ptr<int32_t>(), cu);

@@ -214,11 +214,10 @@ std::tuple<Tensor, Tensor> paged_depth_attention_cpu(
   const auto dims = check_paged_depth_attention(
       q_in, k_cache, v_cache, block_table_in, context_lens_in, cu_seqlens_q_in, context_starts_in);
   const Tensor q = last_contiguous(q_in);
-  const Tensor block_table = torch::stable::contiguous(block_table_in);
-  const Tensor context_lens = torch::stable::contiguous(context_lens_in);
-  const Tensor cu_seqlens_q = torch::stable::contiguous(cu_seqlens_q_in);
-  optional<Tensor> context_starts;
-  if (context_starts_in.has_value()) context_starts = torch::stable::contiguous(*context_starts_in);
+  const Tensor block_table = as_contiguous(block_table_in);
+  const Tensor context_lens = as_contiguous(context_lens_in);
+  const Tensor cu_seqlens_q = as_contiguous(cu_seqlens_q_in);
+  const auto context_starts = as_contiguous(context_starts_in);
 
   PagedProblem p{};
   p.queries.dims = {dims.num_queries,        0,
@@ -238,8 +237,8 @@ std::tuple<Tensor, Tensor> paged_depth_attention_cpu(
 
   const bool is_double = q.scalar_type() == ScalarType::Double;
   Tensor out = new_result(q, {dims.num_queries, dims.num_heads, dims.cache.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {dims.num_heads, dims.num_queries},
-                                        is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor lse = new_tensor(q, {dims.num_heads, dims.num_queries},
+                          is_double ? ScalarType::Double : ScalarType::Float);
   p.queries.out_data = out.mutable_data_ptr(), p.queries.lse = lse.mutable_data_ptr();
   if (is_double) scalar_attention(p);
   else tiled_attention(p);

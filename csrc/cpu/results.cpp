@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../checks.h"
+#include "../tensors.h"
 
 namespace mor {
 namespace {
@@ -85,7 +85,7 @@ torch::stable::Tensor new_result(const torch::stable::Tensor& like,
                                  torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   int64_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes < kLargeResult) return torch::stable::new_empty(like, sizes);
+  if (bytes < kLargeResult) return new_tensor(like, sizes);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
   const Block block = kept_blocks().take(bytes);

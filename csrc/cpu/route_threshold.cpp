@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "route_sequences.h"
 #include "route_threshold.short.h"
 #include "route_threshold.simd.h"
@@ -61,7 +62,7 @@ std::vector<double> thresholds(double threshold, const std::optional<Tensor>& ea
                                const RouteThresholdDims& dims) {
   std::vector<double> values(dims.num_sequences, threshold);
   if (!each.has_value()) return values;
-  const Tensor given = torch::stable::contiguous(*each);
+  const Tensor given = as_contiguous(*each);
   for (int64_t b = 0; b < dims.num_sequences; ++b) {
     double& t = values[b];
     t = given.scalar_type() == ScalarType::Double ? given.const_data_ptr<double>()[b]
@@ -83,10 +84,8 @@ std::tuple<Tensor, Tensor> route_threshold_cpu(const Tensor& scores_in, double t
   const auto dims = check_route_threshold(scores_in, threshold, threshold_each, cu_seqlens_in, kind,
                                           inclusive, min_k, max_k, candidates_in, max_rows);
   const char* op = "route_threshold";
-  const Tensor scores = torch::stable::contiguous(scores_in),
-               cu_seqlens = torch::stable::contiguous(cu_seqlens_in);
-  std::optional<Tensor> candidates;
-  if (candidates_in.has_value()) candidates = torch::stable::contiguous(*candidates_in);
+  const Tensor scores = as_contiguous(scores_in), cu_seqlens = as_contiguous(cu_seqlens_in);
+  const auto candidates = as_contiguous(candidates_in);
   check_cu_seqlens_values(cu_seqlens, dims.num_rows, op, "cu_seqlens");
   const std::vector<double> threshold_of = thresholds(threshold, threshold_each, dims);
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
@@ -107,7 +106,7 @@ std::tuple<Tensor, Tensor> route_threshold_cpu(const Tensor& scores_in, double t
     bad[b] = cut_sequence(rule, threshold_of[b], sequences[b], scratch);
   });
 
-  Tensor chosen = torch::stable::new_empty(scores, {dims.num_sequences + 1}, ScalarType::Int);
+  Tensor chosen = new_tensor(scores, {dims.num_sequences + 1}, ScalarType::Int);
   int32_t* starts = chosen.mutable_data_ptr<int32_t>();
   int64_t total = starts[0] = 0;
   for (int64_t b = 0; b < dims.num_sequences; ++b) {
@@ -120,7 +119,7 @@ std::tuple<Tensor, Tensor> route_threshold_cpu(const Tensor& scores_in, double t
   const int64_t size = max_rows.value_or(total);
   MOR_CHECK(total <= size, op, ": expected max_rows of at least ", total,
             " (the rows chosen), got ", size);
-  Tensor rows = torch::stable::new_empty(scores, {size}, ScalarType::Long);
+  Tensor rows = new_tensor(scores, {size}, ScalarType::Long);
   int64_t* out = rows.mutable_data_ptr<int64_t>();
   const auto write = MOR_BEST(route_topk_write);
   for_each_sequence(dims.num_rows, dims.num_sequences, 0, [&](int64_t b, void*) {

@@ -18,7 +18,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
                   const Tensor& rows_in, const OptionalTensor& gate,
                   const OptionalTensor& base_scale, const ScatterTokensDims& dims, const char* op) {
   const Rows base = contiguous_rows(base_in), updates = contiguous_rows(updates_in);
-  const Tensor rows = torch::stable::contiguous(rows_in);
+  const Tensor rows = as_contiguous(rows_in);
   const RowHits hits = sort_hits(rows.const_data_ptr<int64_t>(), dims.num_hits, dims.num_rows, op);
   RowSums sums{};
   sums.dtype = base_in.scalar_type();
@@ -60,7 +60,7 @@ void scatter_tokens_in_place_cpu(Tensor base, const Tensor& updates, const Tenso
   if (dims.width <= 1 || base.stride(1) == 1) {
     scatter_into(base, base, updates, rows, gate, base_scale, dims, "scatter_tokens_");
   } else {  // rows in pieces: through a contiguous copy
-    Tensor copy = torch::stable::contiguous(base);
+    Tensor copy = as_contiguous(base);
     scatter_into(copy, copy, updates, rows, gate, base_scale, dims, "scatter_tokens_");
     torch::stable::copy_(base, copy);
   }
@@ -74,14 +74,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(
       check_scatter_tokens_backward(grad_in, base_in, updates_in, rows_in, gate, base_scale);
   const char* op = "scatter_tokens_backward";
   need_base = need_base && base_scale.has_value();
-  const Tensor rows = torch::stable::contiguous(rows_in);
-  const auto none = [&] { return torch::stable::new_empty(grad_in, {0}); };
+  const Tensor rows = as_contiguous(rows_in);
+  const auto none = [&] { return new_tensor(grad_in, {0}); };
   Tensor grad_base = need_base ? new_result(grad_in, {dims.num_rows, dims.width}) : none();
   Tensor grad_updates = need_updates ? new_result(grad_in, {dims.num_hits, dims.width}) : none();
-  Tensor grad_gate =
-      updates_in.has_value() ? torch::stable::new_empty(*gate, {dims.num_hits}) : none();
-  Tensor grad_base_scale =
-      base_in.has_value() ? torch::stable::new_empty(*base_scale, {dims.num_rows}) : none();
+  Tensor grad_gate = updates_in.has_value() ? new_tensor(*gate, {dims.num_hits}) : none();
+  Tensor grad_base_scale = base_in.has_value() ? new_tensor(*base_scale, {dims.num_rows}) : none();
 
   const Rows grad = contiguous_rows(grad_in);
   ScatterBackward args{};

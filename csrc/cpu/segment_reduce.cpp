@@ -21,13 +21,13 @@ std::tuple<Tensor, Tensor> segment_reduce_cpu(const Tensor& x_in, const Tensor& 
                                               const std::optional<Tensor>& weights) {
   const auto dims = check_segment_reduce(x_in, segments_in, num_segments, reduce, weights);
   const Rows x = contiguous_rows(x_in);
-  const Tensor segments = torch::stable::contiguous(segments_in);
+  const Tensor segments = as_contiguous(segments_in);
   const RowHits hits = sort_hits(segments.const_data_ptr<int64_t>(), dims.num_rows, num_segments,
                                  "segment_reduce", "segments");
   Tensor out = new_result(x_in, {num_segments, dims.width});
   const bool is_double = x_in.scalar_type() == ScalarType::Double;
-  Tensor totals = torch::stable::new_empty(x_in, {dims.reduce == Reduce::kMean ? num_segments : 0},
-                                           is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor totals = new_tensor(x_in, {dims.reduce == Reduce::kMean ? num_segments : 0},
+                             is_double ? ScalarType::Double : ScalarType::Float);
   const int64_t bytes = dims.width * x_in.element_size();
   SegmentReduce args{};
   args.dtype = x_in.scalar_type();
@@ -51,7 +51,7 @@ Tensor segment_reduce_amax_backward_cpu(const Tensor& grad_in, const Tensor& x_i
   const auto dims = check_segment_reduce_amax_backward(grad_in, x_in, out_in, segments_in);
   const Rows grad = contiguous_rows(grad_in), x = contiguous_rows(x_in),
              out = contiguous_rows(out_in);
-  const Tensor segments = torch::stable::contiguous(segments_in);
+  const Tensor segments = as_contiguous(segments_in);
   const RowHits hits = sort_hits(segments.const_data_ptr<int64_t>(), dims.num_rows,
                                  dims.num_segments, "segment_reduce_amax_backward", "segments");
   Tensor grad_x = new_result(x_in, {dims.num_rows, dims.width});

