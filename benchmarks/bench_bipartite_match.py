@@ -31,10 +31,10 @@ def authors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return scores, index
 
 
-def measure(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def measure(name: str, dtype: torch.dtype) -> None:
     what = {"shape": name, "dtype": dtype_name(dtype)}
     if not wanted(what):
-        return {}
+        return
     (batch, num_a, num_b, width), random = SHAPES[name], generator()
     a = torch.randn(batch, num_a, width, generator=random).to(dtype)
     b = torch.randn(batch, num_b, width, generator=random).to(dtype)
@@ -56,15 +56,11 @@ def measure(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
                 forms["ours"]()[0], forms[form]()[0].flatten().float(), rtol=near, atol=near
             )
         work = batch * num_a * num_b * width / 1024**3
-        return line(what, forms, repeats, work={"limit mm": work})
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    names = [n for n in SHAPES if (n == "smoke") == args.smoke]
-    lines = [measure(*what, args.repeats) for what in product(names, DTYPES)]
-    report("bipartite_match", lines, args)
+        line(what, forms, work={"limit mm": work})
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    for what in product([n for n in SHAPES if (n == "smoke") == args.smoke], DTYPES):
+        measure(*what)
+    report("bipartite_match")

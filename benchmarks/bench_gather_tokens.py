@@ -6,12 +6,11 @@ result. A ratio above 1 means that ours is faster.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
-from typing import Any
+from itertools import product
 
 import torch
 from harness import DTYPES, compiled, dtype_name, line, parse_args, report, wanted
-from routed import SHAPES, ascending_rows, packed, shares
+from routed import SHAPES, ascending_rows, both_ways, packed
 from torch import Tensor
 
 from mor.ops import gather_tokens
@@ -34,13 +33,13 @@ def forms(shape: tuple[int, int, int], k: int) -> dict[str, Callable[[Tensor], T
     }
 
 
-def measure(
-    shape: tuple[int, int, int], k: int, dtype: torch.dtype, repeats: int
-) -> list[dict[str, Any]]:
+def measure(size: str, share: int, dtype: torch.dtype) -> None:
+    shape = SHAPES[size]
+    k = shape[1] // share
     what = {"shape": str(list(shape)), "k": k, "dtype": dtype_name(dtype)}
     whats = [{**what, "pass": name} for name in ("forward", "forward + backward")]
     if not any(map(wanted, whats)):
-        return []
+        return
     x = torch.randn(shape[0] * shape[1], shape[2], dtype=dtype)
     candidates = forms(shape, k)
     result = candidates["ours"](x)
@@ -49,31 +48,17 @@ def measure(
     with torch.inference_mode():
         forward = {name: partial(function, x) for name, function in candidates.items()}
         forward["limit clone"] = result.clone
-        lines = [line(whats[0], forward, repeats)]
-    leaf, grad = x.requires_grad_(), torch.randn_like(result)
-
-    def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.autograd.grad(function(leaf), leaf, grad)[0]
-
-    both = {name: partial(gradient, function) for name, function in candidates.items()}
+        line(whats[0], forward)
+    both = both_ways(candidates, (x.requires_grad_(),), torch.randn_like(result))
     if wanted(whats[1]):
         want = both["ours"]()
         for run in both.values():
             torch.testing.assert_close(run(), want)
-    return [*lines, line(whats[1], both, repeats)]
-
-
-def main() -> None:
-    args = parse_args(__doc__, shares)
-    shapes = [SHAPES[name] for name in (("smoke",) if args.smoke else ("small", "large"))]
-    lines = (
-        measure(shape, shape[1] // share, dtype, args.repeats)
-        for shape in shapes
-        for share in args.shares
-        for dtype in DTYPES
-    )
-    report("gather_tokens", list(chain.from_iterable(lines)), args)
+    line(whats[1], both)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    for what in product(["smoke"] if args.smoke else ["small", "large"], (2, 3), DTYPES):
+        measure(*what)
+    report("gather_tokens")

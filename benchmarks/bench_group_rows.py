@@ -42,10 +42,10 @@ def authors(keys: Tensor, num_keys: int, cu_seqlens: Tensor) -> list[Tensor]:
     return [torch.where(row == key)[0] for key in range(num_keys) for row in batch]
 
 
-def measure(n: int, num_sequences: int, num_keys: int, kind: str, repeats: int) -> dict[str, Any]:
+def measure(n: int, num_sequences: int, num_keys: int, kind: str) -> None:
     what = {"N": n, "B": num_sequences, "keys": num_keys, "input": kind}
     if not wanted(what):
-        return {}
+        return
     keys = torch.randint(0, num_keys, (n,))
     given = {"random": keys, "equal": torch.zeros_like(keys), "bool": keys.bool()}[kind]
     cu_seqlens = torch.arange(0, n + 1, n // num_sequences, dtype=torch.int32)
@@ -67,20 +67,13 @@ def measure(n: int, num_sequences: int, num_keys: int, kind: str, repeats: int) 
     assert torch.equal(torch.cat(found), want[0])
     calls["limit argsort"] = lambda: torch.argsort(given, stable=True)
     with torch.inference_mode():
-        return line(what, calls, repeats)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    torch.manual_seed(0)
-    lines = [
-        measure(*case, kind, args.repeats)
-        for case in ([(64, 2, 2)] if args.smoke else CASES)
-        for kind in ("random", "equal", "bool")
-        if kind != "bool" or case[2] == 2
-    ]
-    report("group_rows", lines, args)
+        line(what, calls)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    torch.manual_seed(0)
+    for case in [(64, 2, 2)] if args.smoke else CASES:
+        for kind in ("random", "equal", "bool") if case[2] == 2 else ("random", "equal"):
+            measure(*case, kind)
+    report("group_rows")

@@ -29,11 +29,11 @@ def indexing(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tens
     v_cache.flatten(0, 1)[slots] = v
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     batch, context, new = shape
     what = {"sequences": batch, "context": context, "new": new, "dtype": dtype_name(dtype)}
     if not wanted(what):
-        return {}
+        return
     random, blocks = generator(), -(-(context + new) // BLOCK)
     cache_shape = (batch * blocks, BLOCK, KV_HEADS, HEAD_DIM)
     caches = tuple(torch.zeros(cache_shape, dtype=dtype) for _ in "kv")
@@ -60,15 +60,11 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> di
         calls["limit copy_"] = lambda: [
             cache[: len(t)].copy_(t) for cache, t in zip(flat, rows, strict=True)
         ]
-        return line(what, calls, repeats)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    shapes = ((2, 32, 1),) if args.smoke else SHAPES
-    lines = [measure(*what, args.repeats) for what in product(shapes, DTYPES)]
-    report("kv_append", lines, args)
+        line(what, calls)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    for what in product([(2, 32, 1)] if args.smoke else SHAPES, DTYPES):
+        measure(*what)
+    report("kv_append")

@@ -5,7 +5,6 @@ means that ours is faster.
 """
 
 from itertools import product
-from typing import Any
 
 import torch
 from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
@@ -15,11 +14,12 @@ from mor.ops import kv_gather
 KV_HEADS, HEAD_DIM, BLOCK = 3, 64, 16
 
 
-def measure(batch: int, dtype: torch.dtype, longest: int, repeats: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    batch, longest = shape
     lengths = torch.linspace(longest, longest // 32, batch).long().tolist()
     what = {"sequences": batch, "rows": sum(lengths), "dtype": dtype_name(dtype)}
     if not wanted(what):
-        return {}
+        return
     random, blocks = generator(), -(-longest // BLOCK)
     table = torch.randperm(batch * blocks, generator=random).view(batch, blocks)
     shape = (batch * blocks, BLOCK, KV_HEADS, HEAD_DIM)
@@ -44,15 +44,11 @@ def measure(batch: int, dtype: torch.dtype, longest: int, repeats: int) -> dict[
         for name, call in calls.items():
             assert all(map(torch.equal, call(), want)), name
         calls["limit clone"] = lambda: [t.clone() for t in want]
-        return line(what, calls, repeats)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    longest, sizes = (64, (2,)) if args.smoke else (4096, (8, 32))
-    lines = [measure(*what, longest, args.repeats) for what in product(sizes, DTYPES)]
-    report("kv_gather", lines, args)
+        line(what, calls)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    for what in product([(2, 64)] if args.smoke else [(8, 4096), (32, 4096)], DTYPES):
+        measure(*what)
+    report("kv_gather")

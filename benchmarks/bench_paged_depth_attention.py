@@ -42,7 +42,7 @@ class Decoding:
         shape = (sum(blocks), BLOCK, KV_HEADS, HEAD_DIM)
         self.layers = [
             tuple(torch.randn(shape, generator=random).to(dtype) for _ in "kv")
-            for _ in range(max(1, LAYERS_BYTES // self.bytes))
+            for _ in range(min(max(1, LAYERS_BYTES // self.bytes), 64))
         ]
         hidden = torch.arange(max(lengths)) >= self.lens[:, None]
         self.bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
@@ -84,10 +84,10 @@ def rotating(form: Callable[..., Tensor], q: Tensor, layers: list[Any]) -> Calla
     return lambda: form(q, *next(turn))
 
 
-def measure(case: str, lengths: list[int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def measure(case: str, lengths: list[int], dtype: torch.dtype) -> None:
     what = {"case": case, "dtype": dtype_name(dtype)}
     if not wanted(what):
-        return {}
+        return
     problem = Decoding(lengths, dtype)
     padded = [tuple(map(problem.padded, layer)) for layer in problem.layers]
     forms = {name: getattr(problem, name) for name in ("authors", "matmul", "sdpa")}
@@ -105,22 +105,14 @@ def measure(case: str, lengths: list[int], dtype: torch.dtype, repeats: int) -> 
             equal = Decoding([sum(lengths) // len(lengths)] * len(lengths), dtype)
             calls["limit equal"] = rotating(equal.ours, equal.q, equal.layers)
         work = {"limit read": problem.bytes / large.nbytes}
-        return line(what, calls, repeats, seconds=0.1, work=work)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    longest, sizes = (64, (2,)) if args.smoke else (4096, (8, 32))
-    cases = {}
-    for batch in sizes:
-        ragged = torch.linspace(longest, longest // 32, batch).long().tolist()
-        cases[f"ragged {batch} x {longest // 32}..{longest}"] = ragged
-        cases[f"equal {batch} x {longest // 8}"] = [longest // 8] * batch
-    lines = [
-        measure(case, cases[case], dtype, args.repeats) for dtype, case in product(DTYPES, cases)
-    ]
-    report("paged_depth_attention", lines, args)
+        line(what, calls, seconds=0.1, work=work)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    longest, sizes = (64, (2,)) if args.smoke else (4096, (8, 32))
+    for batch, dtype in product(sizes, DTYPES):
+        ragged = torch.linspace(longest, longest // 32, batch).long().tolist()
+        measure(f"ragged {batch} x {longest // 32}..{longest}", ragged, dtype)
+        measure(f"equal {batch} x {longest // 8}", [longest // 8] * batch, dtype)
+    report("paged_depth_attention")

@@ -10,8 +10,7 @@ new tensor against a new tensor. A ratio above 1 means that ours is faster.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
-from typing import Any
+from itertools import product
 
 import torch
 from harness import DTYPES, compiled, dtype_name, line, parse_args, report, wanted
@@ -74,13 +73,12 @@ def plain(shape: tuple[int, int, int], k: int, in_place: bool, order: str, add: 
     return round_trip
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     k, what = shape[1] // 2, {"shape": str(list(shape)), "dtype": dtype_name(dtype)}
     hidden = torch.randn(shape[0] * shape[1], shape[2]).to(dtype)
     scores = torch.rand(shape[0] * shape[1])
     updates = torch.randn(shape[0] * k, shape[2]).to(dtype)
     small = scores * 1e-4  # hundreds of runs in place stay finite
-    lines = []
     for in_place in (True, False):
         described = {**what, "form": "in place" if in_place else "new tensor"}
         if not wanted(described):
@@ -96,18 +94,14 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int) -> li
                 for a, b in zip(form(hidden.clone(), scores, updates), want, strict=True):
                     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
             candidates = {n: partial(form, hidden, small, updates) for n, form in forms.items()}
-            lines.append(line(described, candidates, repeats))
-    return lines
+            line(described, candidates)
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = parse_args(__doc__)
     shapes = [SHAPES["smoke"]]
     if not args.smoke:
         shapes = [(8, 2048, 576), SHAPES["small"], SHAPES["large"]]
-    lines = (measure(shape, dtype, args.repeats) for shape in shapes for dtype in DTYPES)
-    report("round_trip", list(chain.from_iterable(lines)), args)
-
-
-if __name__ == "__main__":
-    main()
+    for what in product(shapes, DTYPES):
+        measure(*what)
+    report("round_trip")

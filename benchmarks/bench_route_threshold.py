@@ -46,11 +46,11 @@ FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, kind: str, repeats: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
     num_sequences, length = shape
     what = {"shape": f"{num_sequences}x{length}", "dtype": dtype_name(dtype), "kind": kind}
     if not wanted(what):
-        return {}
+        return
     threshold = 1 / length if kind == "absolute" else 0.5
     form = FORMS[kind]
     scores = torch.randn(shape, generator=generator()).mul(2).softmax(-1)
@@ -70,15 +70,11 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, kind: str, repeats: int)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1][1:], want[1])
     with torch.inference_mode():
-        return line(what, candidates, repeats)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    shapes = [(2, 64)] if args.smoke else SHAPES
-    lines = [measure(*what, args.repeats) for what in product(shapes, DTYPES, FORMS)]
-    report("route_threshold", lines, args)
+        line(what, candidates)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    for what in product([(2, 64)] if args.smoke else SHAPES, DTYPES, FORMS):
+        measure(*what)
+    report("route_threshold")

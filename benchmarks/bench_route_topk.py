@@ -6,6 +6,7 @@ too: `x limit random` must stay above 0.5. A ratio above 1 means that ours is fa
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -48,14 +49,12 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     return mask.nonzero()[:, 1].view(len(scores), k)
 
 
-def measure(
-    shape: tuple[int, int], dtype: torch.dtype, kind: str, gates: bool, repeats: int
-) -> dict[str, Any]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, kind: str, gates: bool) -> None:
     num_sequences, length = shape
     what = {"shape": f"{num_sequences}x{length}", "dtype": dtype_name(dtype), "input": kind}
     what["result"] = "rows, gates" if gates else "rows"
     if not wanted(what):
-        return {}
+        return
     k, n = length // 2, num_sequences * length
     cu_seqlens = torch.arange(0, n + 1, length, dtype=torch.int32)
     scores, random = (INPUTS[name](n).to(dtype).view(shape) for name in (kind, "random"))
@@ -83,21 +82,14 @@ def measure(
     if kind != "random":
         candidates["limit random"] = lambda: ours(random)
     with torch.inference_mode():
-        return line(what, candidates, repeats)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    torch.manual_seed(0)
-    cases = [("random", True)] + [(kind, False) for kind in INPUTS]
-    lines = [
-        measure(shape, dtype, *case, args.repeats)
-        for shape in ([(2, 64)] if args.smoke else SHAPES)
-        for dtype in DTYPES
-        for case in cases
-    ]
-    report("route_topk", lines, args)
+        line(what, candidates)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    torch.manual_seed(0)
+    for what in product([(2, 64)] if args.smoke else SHAPES, DTYPES):
+        measure(*what, "random", gates=True)
+        for kind in INPUTS:
+            measure(*what, kind, gates=False)
+    report("route_topk")

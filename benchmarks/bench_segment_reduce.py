@@ -6,17 +6,18 @@ is faster.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, product
-from typing import Any
+from itertools import product
 
 import torch
 from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, report, wanted
+from routed import both_ways
 from torch import Tensor
 
 from mor.ops import segment_reduce
 
 #: N, D: 8 images of 1024 tokens, and 4 of 4096.
 SHAPES = {"small": (8 * 1024, 320), "large": (4 * 4096, 640), "smoke": (64, 65)}
+KINDS = ("sum", "mean", "weighted mean", "amax")
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -71,13 +72,12 @@ def forms(segments: Tensor, num_segments: int, reduce: str) -> dict[str, Form]:
     return named
 
 
-def measure(
-    shape: tuple[int, int], dtype: torch.dtype, reduce: str, repeats: int
-) -> list[dict[str, Any]]:
+def measure(size: str, dtype: torch.dtype, reduce: str) -> None:
+    shape = SHAPES[size]
     what = {"shape": str(list(shape)), "dtype": dtype_name(dtype), "what": reduce}
     whats = [{**what, "pass": name} for name in ("forward", "forward + backward")]
     if not any(map(wanted, whats)):
-        return []
+        return
     (n, width), random = shape, generator()
     x = torch.randn(n, width, generator=random).to(dtype)
     weights = torch.randint(1, 5, (n,), generator=random).to(dtype)
@@ -90,24 +90,12 @@ def measure(
             torch.testing.assert_close(form(x, weights), want, rtol=near, atol=near)
         calls = {name: partial(form, x, weights) for name, form in named.items()}
         calls["limit clone"] = x.clone
-        lines = [line(whats[0], calls, repeats)]
-    leaf = x.clone().requires_grad_()
-    grad = torch.randn_like(want)
-
-    def gradients(form: Form) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(form(leaf, weights), leaf, grad)
-
-    both = {name: partial(gradients, form) for name, form in named.items()}
-    return [*lines, line(whats[1], both, repeats)]
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    shapes = [SHAPES[name] for name in (("smoke",) if args.smoke else ("small", "large"))]
-    kinds = ("sum", "mean", "weighted mean", "amax")
-    lines = (measure(*what, args.repeats) for what in product(shapes, DTYPES, kinds))
-    report("segment_reduce", list(chain.from_iterable(lines)), args)
+        line(whats[0], calls)
+    line(whats[1], both_ways(named, (x.requires_grad_(), weights), torch.randn_like(x[: n // 2])))
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    for what in product(["smoke"] if args.smoke else ["small", "large"], DTYPES, KINDS):
+        measure(*what)
+    report("segment_reduce")

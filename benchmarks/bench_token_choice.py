@@ -12,6 +12,7 @@ faster.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -122,12 +123,10 @@ def plain(choice: Choice, split: str, add: str) -> Form:
     return run
 
 
-def measure(
-    shape: tuple[int, int, int], num_recursions: int, dtype: torch.dtype, repeats: int
-) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], num_recursions: int, dtype: torch.dtype) -> None:
     what = {"shape": str(list(shape)), "N_r": num_recursions, "dtype": dtype_name(dtype)}
     if not wanted(what):
-        return {}
+        return
     batch, length, width = shape
     choice = Choice(batch, length, num_recursions, dtype)
     hidden = torch.randn(batch * length, width).to(dtype)
@@ -154,15 +153,12 @@ def measure(
             name: partial(form, hidden, packed) for name, form in forms.items()
         }
         calls["authors"] = partial(authors(choice), hidden, padded)
-        return line(what, calls, repeats, seconds=0.1)
-
-
-def main() -> None:
-    args = parse_args(__doc__)
-    shape = (2, 36, 65) if args.smoke else (16, 2048, 576)
-    lines = [measure(shape, n, dtype, args.repeats) for n in (3, 4) for dtype in DTYPES]
-    report("token_choice", lines, args)
+        line(what, calls, seconds=0.1)
 
 
 if __name__ == "__main__":
-    main()
+    args = parse_args(__doc__)
+    shape = (2, 36, 65) if args.smoke else (16, 2048, 576)
+    for what in product((3,) if args.smoke else (3, 4), DTYPES):
+        measure(shape, *what)
+    report("token_choice")

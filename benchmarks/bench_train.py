@@ -57,7 +57,7 @@ def main() -> None:
         args.hidden_size, args.block_depth, args.vocab_size = 192, 2, 512
     found = models(args.hidden_size, args.block_depth, args.vocab_size)
     tokens = torch.randint(args.vocab_size, (args.batch_size, length))
-    shares, lines = {}, []
+    shares = {}
 
     def step(name: str) -> Callable[[], None]:
         model = found[name].to(tokens.device).train()
@@ -83,10 +83,10 @@ def main() -> None:
         calls = {"ours": step(name), "dense": step("dense")}
         if name != "recursive":
             calls["limit recursive"] = step("recursive")
-        if row := line(what, calls, args.repeats):
-            lines.append(row | {"FLOPs": flops("dense") / flops(name)})
+        if row := line(what, calls):
+            row["FLOPs"] = flops("dense") / flops(name)
     name = "train" + ("_bf16" if args.bf16 else "") + ("_compiled" if args.compile else "")
-    report(name, lines, args)
+    report(name)
 
 
 if __name__ == "__main__":

@@ -103,14 +103,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", action="store_true", help="write the floors instead")
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(LINES)}; by default all")
+    parser.add_argument("--names", nargs="+", choices=LINES, default=[*LINES], help="only these")
     args = parser.parse_args()
-    names = args.names or [*LINES]
     if args.record:
-        record(names)
+        record(args.names)
     elif not FLOORS.exists():
         sys.exit(f"no {FLOORS}: --record makes it, on an idle machine")
-    elif fell := check(names):
+    elif fell := check(args.names):
         sys.exit("\n  ".join(["below their floors:", *fell]))
 
 

@@ -33,7 +33,7 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 RESULTS = Path(__file__).parent / "results"
-_options = argparse.Namespace(only=[], scaling=False, limit=None, begin=0.0, left_out=set())
+_options = argparse.Namespace(rows=[], left_out=set())  # and what parse_args finds
 
 
 def parse_args(
@@ -89,9 +89,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile, afresh for every shape and dtype as a user's static model would."""
+    """torch.compile, afresh for every shape and dtype as a user's static model would.
+
+    With --smoke the graph runs as it was traced: the minutes of C++ compilers would prove nothing.
+    """
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    backend = "aot_eager" if _options.smoke else "inductor"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -120,44 +124,42 @@ def wanted(what: dict[str, Any]) -> bool:
 def line(
     what: dict[str, Any],
     candidates: dict[str, Callable[[], Any]],
-    repeats: int,
     seconds: float = 0.05,
     work: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """One line of the table; empty if it is not wanted.
+    """Adds a line to the table and returns it; empty if it is not wanted.
 
     Args:
         what: describes the line, as text and integers.
         candidates: "ours"; "authors"; "limit ...", which are no peers; the rest are plain forms, of
             which the best counts.
-        repeats: see `interleave`.
         seconds: see `interleave`.
         work: how much work ours does in units of that of a limit, by the limit's name. Then the
             ratio is the share of the limit's rate that is reached.
     """
     if not wanted(what):
         return {}
+    row = dict(what)
+    _options.rows.append(row)
     if _options.scaling:
-        times_at = at_threads(candidates["ours"], repeats, seconds)
+        times_at = at_threads(candidates["ours"], _options.repeats, seconds)
         one, most = times_at[1], times_at[torch.get_num_threads()]
-        row = {
-            **what,
-            "1 thread ms": one * 1e3,
-            f"{torch.get_num_threads()} threads ms": most * 1e3,
-        }
-        return row | {"x threads": one / most}
-    times = interleave(candidates, repeats, seconds)
+        row |= {"1 thread ms": one * 1e3, f"{torch.get_num_threads()} threads ms": most * 1e3}
+        row["x threads"] = one / most
+        return row
+    times = interleave(candidates, _options.repeats, seconds)
     ours = times.pop("ours")
     limits = {name: times.pop(name) for name in [*times] if name.startswith("limit")}
     plain = {name: seconds for name, seconds in times.items() if name != "authors"}
-    row = {**what, "ours ms": ours * 1e3}
+    row["ours ms"] = ours * 1e3
     if "authors" in times:
         row |= {"authors ms": times["authors"] * 1e3, "x authors": times["authors"] / ours}
     if plain:
         best = min(plain, key=plain.__getitem__)
         row |= {"best ms": plain[best] * 1e3, "x best": plain[best] / ours, "best": best}
-    scale = work or {}
-    return row | {f"x {name}": scale.get(name, 1) * t / ours for name, t in limits.items()}
+    for name, seconds in limits.items():
+        row[f"x {name}"] = (work or {}).get(name, 1) * seconds / ours
+    return row
 
 
 def machine() -> dict[str, Any]:
@@ -185,17 +187,16 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def report(name: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints the rows as an aligned table; writes them with --json."""
-    rows = [row for row in rows if row]
+def report(name: str) -> None:
+    """Prints the lines as an aligned table; writes them with --json."""
     print(f"{name}: {machine()}")
-    print_table(rows)
+    print_table(_options.rows)
     if _options.left_out:
-        print(f"{name}: {len(_options.left_out)} lines left out after {args.limit:.0f} s")
-    if args.json:
-        path = RESULTS / f"{name}.json" if args.json == RESULTS else args.json
+        print(f"{name}: {len(_options.left_out)} lines left out after {_options.limit:.0f} s")
+    if path := _options.json:
+        path = RESULTS / f"{name}.json" if path == RESULTS else path
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(), "rows": _options.rows}, indent=1) + "\n")
         print(f"wrote {path}")
 
 
