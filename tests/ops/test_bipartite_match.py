@@ -207,6 +207,7 @@ def test_strides_change_no_bit_of_the_gradients() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.unsanitized
 def test_memory_is_of_the_order_of_the_rows() -> None:
     a, b = torch.randn(6000, 16), torch.randn(6000, 16)
     args = a, b, packed([6000]), packed([6000])
@@ -216,6 +217,7 @@ def test_memory_is_of_the_order_of_the_rows() -> None:
     assert taken <= 6000 * 12 + 4096  # the results; the matrix would be 144 MB
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("metric", METRICS)
 def test_compiles_forward_and_backward(metric: str) -> None:
     def loss(a: Tensor, b: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ def test_a_gradient_is_refused() -> None:
         kv_append(**inputs)
 
 
+@pytest.mark.unsanitized
 def test_compiles() -> None:
     inputs = make_inputs((6, 5, 3, 8), 11)
 

@@ -200,6 +200,7 @@ def test_opcheck(kind: str, max_rows: int | None) -> None:
     torch.library.opcheck(torch.ops.mor.route_threshold.default, args)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("max_rows", [None, 24])
 def test_compiles_without_a_graph_break(max_rows: int | None) -> None:
     def select(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

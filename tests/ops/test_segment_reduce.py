@@ -206,6 +206,7 @@ def test_opcheck_of_the_backward_of_amax() -> None:
     torch.library.opcheck(torch.ops.mor.segment_reduce_amax_backward.default, args)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("reduce", REDUCES)
 def test_compiles_forward_and_backward(reduce: str) -> None:
     def loss(x: Tensor, weights: Tensor) -> Tensor:

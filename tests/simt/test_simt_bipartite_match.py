@@ -78,6 +78,20 @@ def test_not_a_number_and_zeros(kernels: Kernels) -> None:
     torch.testing.assert_close(scores, torch.tensor([0.0, 1.0, -torch.inf, 0.0]))
 
 
+@pytest.mark.parametrize("operand", ["a", "b"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_strided_rows(kernels: Kernels, operand: str, offset: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = {n: torch.randn(70, 64, generator=generator).bfloat16() for n in ("a", "b")}
+    bounds = packed([70]), packed([70])
+    want = match(kernels, *rows.values(), *bounds, "cosine")
+    memory = torch.zeros(70, 67, dtype=torch.bfloat16)[:, offset : offset + 64]
+    rows[operand] = memory.copy_(rows[operand])
+    got = match(kernels, *rows.values(), *bounds, "cosine")
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0])
+
+
 def test_bounds_that_make_no_sense_read_nothing_outside(kernels: Kernels) -> None:
     a, b = torch.randn(6, 4), torch.randn(5, 4)
     wild = torch.tensor([-3, 4, 90], dtype=torch.int32)

@@ -54,3 +54,23 @@ def test_slots_past_the_cache_are_skipped(kernels: Kernels) -> None:
     before.view(8, 2, 8)[2] = inputs["k"][1]
     run(kernels, **inputs)
     assert torch.equal(inputs["k_cache"], before)
+
+
+def test_neighbours_with_one_slot(kernels: Kernels) -> None:
+    inputs = make_inputs((6, 5, 3, 8), 30)
+    inputs["slot_mapping"] = torch.arange(30) // 2
+    check(kernels, inputs)
+
+
+@pytest.mark.parametrize("operand", ["k_cache", "v_cache", "k", "v"])
+@pytest.mark.parametrize("width", [6, 9])
+def test_an_operand_in_the_middle_of_other_memory(
+    kernels: Kernels, operand: str, width: int
+) -> None:
+    """Its address or strides are odd: the sanitizer sees it if 4-byte chunks are taken for it."""
+    inputs = make_inputs((6, 5, 3, 6), 11, "repeated", torch.bfloat16)
+    t = inputs[operand]
+    strides = [s // 6 * width for s in t.stride()[:-1]]
+    memory = torch.zeros(t.numel() // 6 * width + 1, dtype=t.dtype)
+    inputs[operand] = memory.as_strided(t.shape, (*strides, 1), int(width == 6)).copy_(t)
+    check(kernels, inputs)

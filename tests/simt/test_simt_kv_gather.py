@@ -56,3 +56,15 @@ def test_wrong_lengths_and_sums_stay_in_bounds(kernels: Kernels) -> None:
     k, _, cu_seqlens = run(kernels, **inputs)
     assert torch.equal(k, want[0][:7])
     assert cu_seqlens.tolist() == [0, 5, 7]
+
+
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("width", [6, 9])
+def test_a_cache_in_the_middle_of_other_memory(kernels: Kernels, cache: str, width: int) -> None:
+    """Its address or strides are odd: the sanitizer sees it if 4-byte chunks are taken for it."""
+    inputs = make_inputs([5, 12, 0, 20], (5, 3, 6), dtype=torch.bfloat16)
+    t = inputs[cache]
+    strides = [s // 6 * width for s in t.stride()[:-1]]
+    memory = torch.zeros(t.numel() // 6 * width + 1, dtype=t.dtype)
+    inputs[cache] = memory.as_strided(t.shape, (*strides, 1), int(width == 6)).copy_(t)
+    check(kernels, inputs)

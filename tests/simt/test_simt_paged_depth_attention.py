@@ -116,3 +116,9 @@ def test_slices_of_a_pool(kernels: Kernels) -> None:
     inputs["k_cache"], inputs["v_cache"] = pool.transpose(2, 3).unbind(1)
     got = run(kernels, inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_caches_of_different_layouts(kernels: Kernels) -> None:
+    inputs = make_inputs(torch.bfloat16, **MIXED, **GQA, block_size=5)
+    inputs["k_cache"] = inputs["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    check(kernels, inputs)

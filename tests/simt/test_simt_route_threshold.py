@@ -130,3 +130,19 @@ def test_what_is_no_number_ranks_lowest_and_weighs_nothing(kernels: Kernels) -> 
     assert select(kernels, scores, 1.0, bounds, 3, "mass")[0].tolist() == [1, 4, -1]
     nothing = torch.tensor([-1.0, torch.nan])
     assert select(kernels, nothing, 1.0, packed([2]), 1, "mass")[0].tolist() == [-1]
+    infinite = torch.tensor([1.0, torch.inf, 2.0])  # ranks highest all the same
+    assert select(kernels, infinite, 0.5, packed([3]), 3, "mass")[0].tolist() == [1, 2, -1]
+
+
+@pytest.mark.parametrize("kind", ["quantile", "mass"])
+def test_shares_out_of_range_are_clamped(kernels: Kernels, kind: str) -> None:
+    scores, cu_seqlens = torch.rand(20), packed([12, 8])
+    wild, clamped = torch.tensor([-0.5, 1.5]), torch.tensor([0.0, 1.0])
+    got, want = (select(kernels, scores, each, cu_seqlens, 20, kind) for each in (wild, clamped))
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+def test_more_sequences_than_a_scan_takes(kernels: Kernels) -> None:
+    lengths = [b % 4 for b in range(1100)]
+    check(kernels, torch.rand(sum(lengths)), 0.4, packed(lengths))

@@ -36,6 +36,26 @@ def make(
     return (x.round() if rounded else x).to(dtype), segments, weights.to(dtype)
 
 
+def reduced(
+    kernels: Kernels,
+    x: Tensor,
+    segments: Tensor,
+    num_segments: int,
+    reduce: str,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    total = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.full((num_segments, x.shape[1]), float("nan"), dtype=x.dtype)
+    totals = torch.full((num_segments,), float("nan"), dtype=total)
+    is_float = weights is not None and weights.dtype == torch.float32
+    kernels.call(
+        "segment_reduce", x.dtype, REDUCES.index(reduce), out, totals, x, x.stride(0), segments,
+        weights, int(is_float), torch.empty(2 * num_segments, dtype=torch.int32), len(x),
+        num_segments, x.shape[1],
+    )  # fmt: skip
+    return out, totals
+
+
 @pytest.mark.parametrize(
     ("reduce", "weighted"),
     [(r, w) for r in REDUCES for w in ("", "same", "float32") if not (r == "amax" and w)],
@@ -44,24 +64,33 @@ def make(
 def test_segment_reduce(
     kernels: Kernels, sizes: tuple[int, int, int], dtype: torch.dtype, reduce: str, weighted: str
 ) -> None:
-    num_rows, num_segments, width = sizes
+    num_rows, num_segments, _ = sizes
     x, segments, weight = make(sizes, dtype)
     weights = None if not weighted else weight.float() if weighted == "float32" else weight
-    total = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.full((num_segments, width), float("nan"), dtype=dtype)
-    totals = torch.full((num_segments,), float("nan"), dtype=total)
-    kernels.call(
-        "segment_reduce", dtype, REDUCES.index(reduce), out, totals, x, x.stride(0), segments,
-        weights, int(weighted == "float32"), torch.empty(2 * num_segments, dtype=torch.int32),
-        num_rows, num_segments, width,
-    )  # fmt: skip
+    out, totals = reduced(kernels, x, segments, num_segments, reduce, weights)
     wide = None if weights is None else weights.double()
     exact = reference(x.double(), segments, num_segments, reduce, wide)
     assert_close_to_reference("out", out, exact.to(dtype), exact, factor=3.0)
     if reduce == "mean":
         ones = torch.ones(num_rows, dtype=torch.float64) if wide is None else wide
         want = torch.zeros(num_segments, dtype=torch.float64).index_add(0, segments, ones)
-        torch.testing.assert_close(totals, want.to(total))
+        torch.testing.assert_close(totals, want.to(totals.dtype))
+
+
+def test_not_a_number_is_the_largest(kernels: Kernels) -> None:
+    x = torch.tensor([[1.0], [torch.nan], [2.0], [-3.0], [-2.0]])
+    out, _ = reduced(kernels, x, torch.tensor([0, 0, 0, 1, 1]), 2, "amax")
+    assert out[0].isnan()
+    assert out[1] == -2
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_strided_rows(kernels: Kernels, reduce: str, offset: int) -> None:
+    x, segments, _ = make(SIZES["16-byte"], torch.bfloat16)
+    strided = torch.zeros(len(x), 67, dtype=x.dtype)[:, offset : offset + 64].copy_(x)
+    got, want = (reduced(kernels, t, segments, 25, reduce)[0] for t in (strided, x))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("expanded", [False, True])

@@ -51,14 +51,14 @@ MUTATIONS = [
     ),
     Mutation(
         "warps start at the same row",
-        "row_hits.cuh",
+        "rows.cuh",
         "return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32;",
         "return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 64;",
         "wide",
     ),
     Mutation(
         "the grid takes rows only once",
-        "row_hits.cuh",
+        "rows.cuh",
         "return int64_t(gridDim.x) * (kRowThreads / 32);",
         "return int64_t(65535) * (kRowThreads / 32);",
         "wide",

@@ -65,7 +65,7 @@ MUTATIONS = [
     ),
     Mutation(
         "whole vectors of rows of another width",
-        HITS,
+        "rows.cuh",
         "(bits | uintptr_t(width) * sizeof(T)) % 16 == 0",
         "bits % 16 == 0",
         "test_scatter_tokens and odd",

@@ -1,0 +1,86 @@
+"""Seeded bugs of kv_append."""
+
+from mutations import Mutation
+
+APPEND = "kv_append.cuh"
+MUTATIONS = [
+    Mutation(
+        "no barrier before the slots are overwritten",
+        APPEND,
+        "    __syncthreads();  // the group before is done with\n",
+        "",
+        "many_tokens",
+        build="race",
+    ),
+    Mutation(
+        "no barrier after the slots are read",
+        APPEND,
+        "    __syncthreads();\n    for (int64_t j = first + 1",
+        "    for (int64_t j = first + 1",
+        "repeated",
+        build="race",
+        sample=True,
+    ),
+    Mutation(
+        "no barrier before the hidden tokens are known",
+        APPEND,
+        "    __syncthreads();\n    for (int t = int(threadIdx.x) / 32",
+        "    for (int t = int(threadIdx.x) / 32",
+        "repeated",
+        build="race",
+    ),
+    Mutation(
+        "the next token is not compared",
+        APPEND,
+        "j = first + 1 + threadIdx.x",
+        "j = first + 2 + threadIdx.x",
+        "neighbours",
+    ),
+    Mutation(
+        "a token is hidden by itself",
+        APPEND,
+        "j > first + t)",
+        "j >= first + t)",
+        "once",
+    ),
+    Mutation("padding is written", APPEND, "slot < 0 || ", "", "once", build="asan"),
+    Mutation(
+        "a slot past the cache is written",
+        APPEND,
+        "slot >= args.num_slots || ",
+        "",
+        "past_the_cache",
+        build="asan",
+    ),
+    Mutation(
+        "chunks beyond the first of each lane are lost",
+        APPEND,
+        "c < args.num_heads * chunks; c += 32",
+        "c < min(args.num_heads * chunks, int64_t{32}); c += 32",
+        "test_kv_append",
+    ),
+    Mutation(
+        "heads of the rows lie as those of the cache",
+        APPEND,
+        "from + head * side.head_stride + at",
+        "from + head * side.cache_head_stride + at",
+        "strided",
+    ),
+    Mutation(
+        "strides that allow no large access",
+        APPEND,
+        " |\n         uintptr_t(side.block_stride | side.offset_stride | side.cache_head_stride |\n"
+        "                   side.row_stride | side.head_stride);",
+        ";",
+        "middle",
+        build="asan",
+    ),
+    Mutation(
+        "the values decide nothing about accesses",
+        APPEND,
+        "address_bits(args.sides[0]) | address_bits(args.sides[1])",
+        "address_bits(args.sides[0])",
+        "middle",
+        build="asan",
+    ),
+]

@@ -1,0 +1,80 @@
+"""Seeded bugs of segment_reduce and the backward of its amax."""
+
+from typing import Any
+
+from mutations import Mutation
+
+REDUCE = "segment_reduce.cuh"
+
+
+def reduce(
+    name: str, old: str, new: str, tests: str, build: str = "plain", **options: Any
+) -> Mutation:
+    return Mutation(name, REDUCE, old, new, tests, build, **{"dtype": "float32", **options})
+
+
+MUTATIONS = [
+    reduce(
+        "a maximum is never below 0",
+        "is_first || v > acc[k]",
+        "v > acc[k]",
+        "segment_reduce and odd",
+        sample=True,
+    ),
+    reduce("a NaN is no maximum", " || v != v ? v", " ? v", "largest"),
+    reduce("weights are ignored", "acc[k] += weight * v;", "acc[k] += v;", "segment_reduce"),
+    reduce(
+        "an empty segment divides by 0",
+        "factor = total == 0 ? 0 : 1 / total;",
+        "factor = 1 / total;",
+        "empty",
+    ),
+    reduce(
+        "the mean divides by the last weight",
+        "total += a.weights.at(i);",
+        "total = a.weights.at(i);",
+        "segment_reduce and odd",
+    ),
+    reduce(
+        "columns beyond the first pass are lost",
+        "begin < a.width; begin += 32 * kPack) {\n      const int64_t d = begin + lane * kPack;\n"
+        "      const bool active = d < a.width;\n      acc_t<T>",
+        "begin < min(a.width, int64_t{32} * kPack); begin += 32 * kPack) {\n"
+        "      const int64_t d = begin + lane * kPack;\n"
+        "      const bool active = d < a.width;\n      acc_t<T>",
+        "wide",
+    ),
+    reduce(
+        "lanes write past the row",
+        "const bool active = d < a.width;\n      acc_t<T>",
+        "const bool active = true;\n      acc_t<T>",
+        "segment_reduce and odd",
+        build="asan",
+    ),
+    reduce(
+        "rows are taken to be packed",
+        "a.x + i * a.x_stride + d);\n  const acc_t<T> weight",
+        "a.x + i * a.width + d);\n  const acc_t<T> weight",
+        "strided_rows",
+        dtype="bfloat16",
+    ),
+    reduce(
+        "every equal row gets the gradient",
+        "if (largest) rest.v[k] = from_acc<T>(0);",
+        "",
+        "amax_backward",
+    ),
+    reduce(
+        "a NaN gets no gradient",
+        "v == top || (v != v && top != top)",
+        "v == top",
+        "amax_backward",
+    ),
+    reduce(
+        "gradients are packed",
+        "a.grad + s * a.grad_stride + d",
+        "a.grad + s * a.width + d",
+        "amax_backward",
+        build="asan",
+    ),
+]
