@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
-from mor.modules.recursion import Block, RecursionOutput, RecursionStep, check_capacities
+from mor.modules.recursion import (
+    Block,
+    RecursionOutput,
+    RecursionStep,
+    add_rows,
+    check_capacities,
+)
 from mor.modules.routers import (
     GATINGS,
     RandomRouter,
@@ -22,7 +28,6 @@ from mor.modules.routers import (
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.group_rows import group_rows
 from mor.ops.route_topk import route_topk
-from mor.ops.scatter_tokens import scatter_tokens
 
 __all__ = ["ExpertChoice"]
 
@@ -153,7 +158,7 @@ class ExpertChoice(nn.Module):
             y = block(x, current, step, rows)
             y, gate = apply_gate(self.gating, x, y, gates)
             before = hidden
-            hidden = scatter_tokens(hidden, y, rows, gate)
+            hidden = add_rows(step, hidden, y, rows, gate, keep_states)
             depths = depths.index_fill(0, rows, step + 1)
             gates = gates if gate is not None else torch.ones_like(gates)
             states = (before, hidden) if keep_states else (None, None)

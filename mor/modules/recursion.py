@@ -8,14 +8,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
 from mor.modules.packing import Packing
+from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_
 
-__all__ = ["Block", "RecursionOutput", "RecursionStep", "check_capacities", "default_capacities"]
+__all__ = [
+    "Block",
+    "RecursionOutput",
+    "RecursionStep",
+    "add_rows",
+    "check_capacities",
+    "default_capacities",
+]
 
 Block = Callable[[Tensor, Packing, int, Tensor], Tensor]
+
+
+def add_rows(
+    step: int, states: Tensor, updates: Tensor, rows: Tensor, gate: Tensor | None, keep: bool
+) -> Tensor:
+    """`scatter_tokens` of a step's updates into the states [N, D].
+
+    In place where it can be: after the first step the states are the recursion's own, and without
+    gradients nothing but a caller that asked for them (`keep`) needs the older ones.
+    """
+    own = step > 0 and not keep and not torch.is_grad_enabled()
+    return (scatter_tokens_ if own else scatter_tokens)(states, updates, rows, gate)
 
 
 @dataclass(frozen=True)

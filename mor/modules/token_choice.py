@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
-from mor.modules.recursion import Block, RecursionOutput, RecursionStep
+from mor.modules.recursion import Block, RecursionOutput, RecursionStep, add_rows
 from mor.modules.routers import (
     GATINGS,
     RandomRouter,
@@ -22,7 +22,6 @@ from mor.modules.routers import (
 )
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.group_rows import group_rows
-from mor.ops.scatter_tokens import scatter_tokens
 
 __all__ = ["TokenChoice"]
 
@@ -132,7 +131,7 @@ class TokenChoice(nn.Module):
             # A token that leaves still shows, in `out`, what went into the first recursion.
             entered = gather_tokens(out, done) if self.gating == "residual" else done_x
             done_x, _ = apply_gate(self.gating, entered, done_x, done_gates)
-            out = scatter_tokens(out, done_x, done, done_gates)
+            out = add_rows(step, out, done_x, done, done_gates, keep_states)
         return RecursionOutput(
             out,
             depths,
