@@ -50,7 +50,7 @@ done
 benchmarks+=(paged_depth_attention depth_attention)
 for i in "${!benchmarks[@]}"; do
   name=${benchmarks[i]} only=(--only bfloat16)
-  case $name in dispatch | group_rows | train) only=() ;; esac
+  case $name in dispatch | group_rows) only=() ;; train) only=(--bf16) ;; esac
   step "$name" "$python" "benchmarks/bench_$name.py" --device cuda "${only[@]}" \
     --limit $(($(left) / (${#benchmarks[@]} - i) * 3 / 4)) --json "benchmarks/results/gpu-$name.json"
 done

@@ -26,6 +26,8 @@ inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& t) {
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          ScalarType dtype) {
   std::array<int64_t, 4> strides{1, 1, 1, 1};
+  MOR_CHECK(sizes.size() <= strides.size(), "new_tensor: expected at most 4 dimensions, got ",
+            sizes.size());
   for (size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
   const auto device = like.device();

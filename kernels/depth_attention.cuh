@@ -188,6 +188,13 @@ __device__ __forceinline__ double exp2_acc(double x) { return exp2(x); }
 __device__ __forceinline__ float log_acc(float x) { return logf(x); }
 __device__ __forceinline__ double log_acc(double x) { return log(x); }
 
+// softmax_lse as the backward subtracts it: a row that sees nothing, or only keys whose bias is
+// -inf, has weights of 0 instead of NaN.
+template <class Acc>
+__device__ __forceinline__ Acc backward_lse(Acc lse) {
+  return lse == Acc(-INFINITY) ? Acc(INFINITY) : lse;
+}
+
 template <class Acc>
 inline constexpr Acc kLog2E = Acc(1.4426950408889634074);
 template <class Acc>

@@ -23,7 +23,7 @@ struct AttentionBackwardSmem {
     queries.load(p, tile);
     for (int r = threadIdx.x; r < kQueries; r += blockDim.x) {
       const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
-      lse[r] = p.lse[at];
+      lse[r] = backward_lse(p.lse[at]);
       delta[r] = p.delta[at];
     }
     load_rows(q, p, [&](int r) { return tile.row(p.q, r); });

@@ -18,7 +18,7 @@ struct QueryFacts {
     mask.load(p, tile);
     for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
       const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
-      lse[r] = p.lse[at] * kLog2E<float>;
+      lse[r] = backward_lse(p.lse[at]) * kLog2E<float>;
       delta[r] = p.delta[at];
     }
   }

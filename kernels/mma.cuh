@@ -1,5 +1,5 @@
-// The instructions of the tensor-core kernels: the only inline PTX of mor. The SIMT harness runs
-// its own version of each (tests/simt/harness/tensor_core.h).
+// The instructions of the tensor-core kernels; with exp2_acc (depth_attention.cuh) the only inline
+// PTX of mor. The SIMT harness runs its own version of each (tests/simt/harness/tensor_core.h).
 #pragma once
 
 #include "common.cuh"

@@ -27,15 +27,13 @@ std::tuple<Tensor, Tensor> route_threshold_cuda(const Tensor& scores_in, double 
                                           inclusive, min_k, max_k, candidates_in, max_rows);
   const torch::stable::accelerator::DeviceGuard guard(scores_in.get_device_index());
   const cudaStream_t stream = current_stream(scores_in);
-  const auto contiguous = [](const Tensor& t) { return as_contiguous(t); };
   const auto new_rows = [&](int64_t size) {
     return new_tensor(scores_in, {size}, ScalarType::Long);
   };
-  const Tensor scores = contiguous(scores_in), cu_seqlens = contiguous(cu_seqlens_in);
-  std::optional<Tensor> each, candidates, taken, totals;
-  if (threshold_each.has_value()) each = contiguous(*threshold_each);
-  if (candidates_in.has_value()) {
-    candidates = contiguous(*candidates_in);
+  const Tensor scores = as_contiguous(scores_in), cu_seqlens = as_contiguous(cu_seqlens_in);
+  const auto each = as_contiguous(threshold_each), candidates = as_contiguous(candidates_in);
+  std::optional<Tensor> taken, totals;
+  if (candidates.has_value()) {
     taken = new_rows(dims.num_sequences);
     totals = new_rows(dims.num_sequences);
   }

@@ -128,10 +128,14 @@ void fill_row_gradients(const AttentionProblem& p, const AttentionTask& step, in
   pack_lanes<T>(p.out, p, step, padded, out_lanes);
   for (int64_t row = 0; row < round_up(rows, kWidth); row += kLanes) {
     const int64_t first = row / kWidth * kWidth * depth + row % kWidth;
-    VecF sum{};
-    for (int64_t e = 0; e < depth; ++e)
-      sum = multiply_add(sum, grad_lanes + first + e * kWidth, out_lanes + first + e * kWidth);
-    store(to.delta + row, sum);
+    VecF total{};
+    for (int64_t begin = 0; begin < depth; begin += kLongestSum) {
+      VecF sum{};
+      for (int64_t e = begin; e < min(begin + kLongestSum, depth); ++e)
+        sum = multiply_add(sum, grad_lanes + first + e * kWidth, out_lanes + first + e * kWidth);
+      total += sum;
+    }
+    store(to.delta + row, total);
   }
   for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
     to.lse[row] = kInfinity;  // a weight of 0

@@ -22,7 +22,8 @@ AttentionOperand operand(const Tensor& t) { return {t.const_data_ptr(), t.stride
 
 // The operands with the layout the kernels need; owns what had to be copied.
 struct Operands {
-  Tensor q, k, v, q_positions, k_positions, cu_q, cu_k, q_depths, k_depths, key_bias;
+  Tensor q, k, v, q_positions, k_positions, cu_q, cu_k;
+  optional<Tensor> q_depths, k_depths, key_bias;
 
   Operands(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& q_positions_in,
            const Tensor& k_positions_in, const Tensor& cu_q_in, const Tensor& cu_k_in,
@@ -34,11 +35,10 @@ struct Operands {
         q_positions(as_contiguous(q_positions_in)),
         k_positions(as_contiguous(k_positions_in)),
         cu_q(as_contiguous(cu_q_in)),
-        cu_k(as_contiguous(cu_k_in)) {
-    if (q_depths_in.has_value()) q_depths = as_contiguous(*q_depths_in);
-    if (k_depths_in.has_value()) k_depths = as_contiguous(*k_depths_in);
-    if (key_bias_in.has_value()) key_bias = as_contiguous(*key_bias_in);
-  }
+        cu_k(as_contiguous(cu_k_in)),
+        q_depths(as_contiguous(q_depths_in)),
+        k_depths(as_contiguous(k_depths_in)),
+        key_bias(as_contiguous(key_bias_in)) {}
 
   AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale,
                            const optional<int64_t>& window) const {
@@ -50,11 +50,11 @@ struct Operands {
     p.q_positions = q_positions.const_data_ptr<int64_t>();
     p.k_positions = k_positions.const_data_ptr<int64_t>();
     p.cu_q = cu_q.const_data_ptr<int32_t>(), p.cu_k = cu_k.const_data_ptr<int32_t>();
-    if (q_depths.defined()) {
-      p.q_depths = q_depths.const_data_ptr<int32_t>();
-      p.k_depths = k_depths.const_data_ptr<int32_t>();
+    if (q_depths.has_value()) {
+      p.q_depths = q_depths->const_data_ptr<int32_t>();
+      p.k_depths = k_depths->const_data_ptr<int32_t>();
     }
-    if (key_bias.defined()) p.key_bias = key_bias.const_data_ptr();
+    if (key_bias.has_value()) p.key_bias = key_bias->const_data_ptr();
     p.causal = causal, p.scale = scale, p.window = window.value_or(0);
     return p;
   }

@@ -13,11 +13,12 @@
 //   out [Nq, H, hd]: softmax over the visible keys of scale * <q_i, k_j> + key_bias_j, applied to v
 //   softmax_lse [H, Nq]: float32 (float64 for float64), log of the sum of exponentials; -inf for a
 //     query that sees no key, whose out is 0
-// Sums run in float32 (float64 for float64). Memory beyond the outputs is O(rows), never O(Nq *
-// Nk). The result is the same for any number of threads. The backward gives the gradients of q, k,
-// v and key_bias; softmax_lse is not differentiable. Values checked on the CPU only (on CUDA
-// undefined): cu_seqlens rise from 0 to the row count, positions do not fall. MoR paper,
-// section 2.2.2 (recursion-wise caching, recursive sharing).
+// A key whose bias is -inf counts as invisible. Sums run in float32 (float64 for float64); on CUDA
+// exponentials of float32 are those of ex2.approx: 2 ulp, and 0 below 2^-126. Memory beyond the
+// outputs is O(rows), never O(Nq * Nk). The result is the same for any number of threads. The
+// backward gives the gradients of q, k, v and key_bias; softmax_lse is not differentiable. Values
+// checked on the CPU only (on CUDA undefined): cu_seqlens rise from 0 to the row count, positions
+// do not fall. MoR paper, section 2.2.2 (recursion-wise caching, recursive sharing).
 #pragma once
 
 #include <optional>

@@ -9,7 +9,7 @@ from mor.ops.depth_attention_check import check, check_backward
 
 __all__ = ["depth_attention", "reference"]
 
-_operator = torch.ops.mor.depth_attention.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.depth_attention.default
 
 
 def depth_attention(
@@ -102,6 +102,8 @@ def reference(
         visible = visible & (k_positions > q_positions[:, None] - window)
     if q_depths is not None and k_depths is not None:
         visible = visible & (k_depths >= q_depths[:, None])
+    if key_bias is not None:
+        visible = visible & (key_bias > -torch.inf)
     scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~visible, 0).to(q.dtype)
     return torch.einsum("hij,jhd->ihd", weights, v), scores.detach().logsumexp(-1)

@@ -9,7 +9,7 @@ from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index
 
 __all__ = ["gather_tokens", "reference"]
 
-_operator = torch.ops.mor.gather_tokens.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.gather_tokens.default
 
 
 def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:

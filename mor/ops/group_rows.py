@@ -7,7 +7,7 @@ from mor.ops._checks import check_cu_seqlens, check_dim, check_dtype
 
 __all__ = ["group_rows", "reference"]
 
-_operator = torch.ops.mor.group_rows.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.group_rows.default
 
 
 def group_rows(

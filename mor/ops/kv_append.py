@@ -14,7 +14,7 @@ from mor.ops._checks import (
 
 __all__ = ["kv_append", "reference"]
 
-_operator = torch.ops.mor.kv_append.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.kv_append.default
 
 
 def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

@@ -7,7 +7,7 @@ from mor.ops._checks import check_block_table, check_int_vector, check_kv_cache,
 
 __all__ = ["kv_gather", "reference"]
 
-_operator = torch.ops.mor.kv_gather.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.kv_gather.default
 
 
 def kv_gather(

@@ -16,7 +16,7 @@ from mor.ops._checks import (
 
 __all__ = ["paged_depth_attention", "reference"]
 
-_operator = torch.ops.mor.paged_depth_attention.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.paged_depth_attention.default
 
 
 def paged_depth_attention(

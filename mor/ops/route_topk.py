@@ -15,7 +15,7 @@ from mor.ops._checks import (
 
 __all__ = ["reference", "route_topk"]
 
-_operator = torch.ops.mor.route_topk.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.route_topk.default
 
 
 def route_topk(

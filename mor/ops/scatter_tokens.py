@@ -8,7 +8,7 @@ from mor.ops._checks import refuse_gradients
 
 __all__ = ["reference", "scatter_tokens", "scatter_tokens_"]
 
-_operator = torch.ops.mor.scatter_tokens.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.scatter_tokens.default
 _operator_ = torch.ops.mor.scatter_tokens_.default
 
 

@@ -9,7 +9,7 @@ from mor.ops.segment_reduce_check import check, check_amax_backward
 
 __all__ = ["reference", "segment_reduce"]
 
-_operator = torch.ops.mor.segment_reduce.default  # looked up once: each time costs 0.4 us
+_operator = torch.ops.mor.segment_reduce.default
 
 
 def segment_reduce(

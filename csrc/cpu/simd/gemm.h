@@ -35,6 +35,9 @@ inline VecF multiply_add(VecF sum, const uint32_t* a, const uint32_t* b) {
 
 enum class Into { kOverwrite, kAdd, kScaleAndAdd };  // C = AB, C + AB, C * scale[column] + AB
 
+// Longer sums are made of parts, whose rounding errors are smaller.
+constexpr int64_t kLongestSum = 128;
+
 // C [kTileRows, kVectors * kLanes]; element (m, r) of A at a[m * kRowA + r * kDepthA], row r of B
 // at b + r * kRowB, row m of C at c + m * kRowC. Strides are constants: they become displacements.
 template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, Into kInto>
@@ -44,9 +47,7 @@ inline void multiply_tile(int64_t depth, const E* a, const E* b, float* c, const
   for (int m = 0; m < kTileRows; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
-      if constexpr (kInto == Into::kOverwrite) sum[m][n] = VecF{};
-      else sum[m][n] = load(c + m * kRowC + n * kLanes);
-      if constexpr (kInto == Into::kScaleAndAdd) sum[m][n] *= load(scale + n * kLanes);
+      sum[m][n] = VecF{};
     }
   }
   for (int64_t r = 0; r < depth; ++r, a += kDepthA, b += kRowB) {
@@ -60,7 +61,12 @@ inline void multiply_tile(int64_t depth, const E* a, const E* b, float* c, const
 #pragma GCC unroll 8
   for (int m = 0; m < kTileRows; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) store(c + m * kRowC + n * kLanes, sum[m][n]);
+    for (int n = 0; n < kVectors; ++n) {
+      float* to = c + m * kRowC + n * kLanes;
+      if constexpr (kInto == Into::kAdd) sum[m][n] += load(to);
+      if constexpr (kInto == Into::kScaleAndAdd) sum[m][n] += load(to) * load(scale + n * kLanes);
+      store(to, sum[m][n]);
+    }
   }
 }
 
@@ -69,8 +75,14 @@ template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, I
 void multiply(int64_t rows, int64_t depth, const E* a, const E* b, float* c,
               const float* scale = nullptr) {
   for (int64_t m = 0; m < rows; m += kTileRows) {
-    multiply_tile<E, kVectors, kRowA, kDepthA, kRowB, kRowC, kInto>(depth, a + m * kRowA, b,
-                                                                    c + m * kRowC, scale);
+    const E* tile = a + m * kRowA;
+    multiply_tile<E, kVectors, kRowA, kDepthA, kRowB, kRowC, kInto>(
+        depth < kLongestSum ? depth : kLongestSum, tile, b, c + m * kRowC, scale);
+    for (int64_t r = kLongestSum; r < depth; r += kLongestSum) {
+      multiply_tile<E, kVectors, kRowA, kDepthA, kRowB, kRowC, Into::kAdd>(
+          depth - r < kLongestSum ? depth - r : kLongestSum, tile + r * kDepthA, b + r * kRowB,
+          c + m * kRowC, nullptr);
+    }
   }
 }
 

@@ -139,7 +139,7 @@ MUTATIONS = [
         "window"),
     mma("the depths of unmasked tiles are forgotten", MMA_FORWARD,
         "if (p.k_depths != nullptr || begin", "if (begin", "depths"),
-    mma("a negative scale turns the maximum round", MMA_FORWARD,
+    mma("hidden scores of a scale of 0 are NaN", MMA_FORWARD,
         "p.key_bias == nullptr && scale > 0;", "p.key_bias == nullptr;", "zero-scale"),
     mma("a bias is added to scores that are scaled again", MMA_FORWARD,
         "unit = folded ? scale : 1.f;", "unit = scale;", "bias"),
