@@ -1,13 +1,13 @@
 """Token-choice dispatch and combine: which rows go on, which leave and are added, all recursions.
 
-The depths, gates and the number of rows of each step are given; the block is left out: its input
-is returned, and its output is a given tensor, so this is routing alone and nothing can be optimised
+The depths, gates and the number of rows of each step are given; the block is left out: its input is
+returned, and its output is a given tensor, so this is routing alone and nothing can be optimised
 away. Ours calls the operators as mor/modules/token_choice.py does without gradients. The authors'
-form loops over sequences: nonzero, gather and padding before the block, two more nonzero with scatter_add and
-scatter after it; their loops over masks, positions and RoPE are left out. The plain forms know the
-packed rows and split them by nonzero or by a stable argsort; adding is index_add, or, as no row
-repeats, index_copy; into a copy made once and then in place. A ratio above 1 means that ours is
-faster.
+form loops over sequences: nonzero, gather and padding before the block, two more nonzero with
+scatter_add and scatter after it; their loops over masks, positions and RoPE are left out. The plain
+forms know the packed rows and split them by nonzero or by a stable argsort; adding is index_add,
+or, as no row repeats, index_copy; into a copy made once and then in place. A ratio above 1 means
+that ours is faster.
 """
 
 from collections.abc import Callable

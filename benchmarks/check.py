@@ -21,7 +21,7 @@ import mor.ops  # noqa: F401 - loads the library
 
 HERE = Path(__file__).parent
 FLOORS = HERE / "floors.json"
-TRIES, RUNS, MARGIN, REPEATS = 3, 3, 0.85, 5
+TRIES, RUNS, MARGIN, REPEATS = 3, 2, 0.8, 5
 #: What of each benchmark is measured, as its --only.
 LINES = {
     "bipartite_match": ["ViT-B", "SD 64x64"],
