@@ -141,6 +141,7 @@ CASES = [
     case("window-gqa-head-24", **RAGGED, heads=(4, 2), head_dim=24, bias=True, window=9),
     case("window-larger-than-all", **RAGGED, depths=True, window=2**63 - 1),
     case("window-many-tiles", queries=[300, 40], keys=[530, 200], heads=(2, 1), **BOTH, window=90),
+    case("window-wider-than-a-tile", queries=[100], keys=[400], heads=(2, 1), window=300),
     case("window-gaps", queries=[100, 60], keys=[700, 9], heads=(3, 1), window=20, head_dim=64),
     case("window-before-any-key", queries=[40, 9], keys=[20, 3], positions="free", window=4),
     case("window-far-positions", queries=[40], keys=[20], positions="far", window=7),
