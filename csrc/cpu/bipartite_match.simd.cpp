@@ -38,7 +38,7 @@ void convert(const T* row, int64_t begin, int64_t end, float* to) {
 template <class T>
 void convert(const T* row, int64_t begin, int64_t end, uint32_t* to) {
   if ((end - begin) % 2 != 0) to[(end - begin) / 2] = 0;
-  std::memcpy(to, row + begin, (end - begin) * sizeof(T));
+  if (end > begin) std::memcpy(to, row + begin, (end - begin) * sizeof(T));  // else row may be null
 }
 
 // 1 / |row|, 0 for a row of zeros.
