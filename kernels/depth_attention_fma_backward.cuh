@@ -14,18 +14,12 @@ struct AttentionBackwardSmem {
   RowTile<Acc, kQueries, HEAD_DIM> q, grad_out;
   RowTile<Acc, kKeys, HEAD_DIM> k, v;
   RowTile<Acc, kQueries, kKeys> weights, d_scores;
-  QueryMask<kQueries> queries;
+  QueryFacts<Acc, kQueries> queries;
   KeyFacts<Acc, kKeys> keys;
-  Acc lse[kQueries], delta[kQueries];
 
   __device__ __forceinline__ void load_queries(const DepthAttention<T>& p,
                                                const QueryTile<T>& tile) {
     queries.load(p, tile);
-    for (int r = threadIdx.x; r < kQueries; r += blockDim.x) {
-      const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
-      lse[r] = backward_lse(p.lse[at]);
-      delta[r] = p.delta[at];
-    }
     load_rows(q, p, [&](int r) { return tile.row(p.q, r); });
     load_rows(grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
   }
@@ -48,11 +42,12 @@ struct AttentionBackwardSmem {
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
         const int r = down + 16 * i, n = across + 8 * j;
-        const bool visible = queries.keys[r].has(begin + n) && keys.depth[n] >= queries.depth[r];
-        const Acc score = scores[i][j] * p.scale + keys.bias[n] - lse[r];
+        const bool visible =
+            queries.mask.keys[r].has(begin + n) && keys.depth[n] >= queries.mask.depth[r];
+        const Acc score = scores[i][j] * p.scale + keys.bias[n] - queries.lse[r];
         const Acc weight = visible ? exp2_acc(score * kLog2E<Acc>) : Acc(0);
         weights.data[r][n] = weight;
-        d_scores.data[r][n] = visible ? weight * (d_weights[i][j] - delta[r]) : Acc(0);
+        d_scores.data[r][n] = visible ? weight * (d_weights[i][j] - queries.delta[r]) : Acc(0);
       }
   }
 };
@@ -74,14 +69,14 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAtt
   const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
   s.load_queries(p, tile);
   __syncthreads();
-  const unsigned key_end = s.queries.keys[num_rows - 1].end();
-  const int least_depth = s.queries.least_depth();
+  const unsigned key_end = s.queries.mask.keys[num_rows - 1].end();
+  const int least_depth = s.queries.mask.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
   };
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {};
-  for (unsigned begin = next(s.queries.keys[0].begin); begin < key_end;
+  for (unsigned begin = next(s.queries.mask.keys[0].begin); begin < key_end;
        begin = next(begin + kKeys)) {
     s.load_keys(p, tile.kv_head, begin, key_end);
     __syncthreads();

@@ -84,6 +84,25 @@ struct QueryMask {
   }
 };
 
+// What the backward knows of the rows of a query tile: what they may see, their log-sum-exp times
+// `factor`, and <grad_out, out>.
+template <class Acc, int ROWS>
+struct QueryFacts {
+  QueryMask<ROWS> mask;
+  Acc lse[ROWS], delta[ROWS];
+
+  template <class T>
+  __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile,
+                                       Acc factor = Acc(1)) {
+    mask.load(p, tile);
+    for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
+      const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
+      lse[r] = backward_lse(p.lse[at]) * factor;
+      delta[r] = p.delta[at];
+    }
+  }
+};
+
 // Depth and bias of the keys of a tile, the bias times `factor`.
 template <class Acc, int KEYS>
 struct KeyFacts {

@@ -7,23 +7,6 @@
 
 namespace mor {
 
-// What the scores of query rows need beside q and grad_out.
-template <int ROWS>
-struct QueryFacts {
-  QueryMask<ROWS> mask;
-  float lse[ROWS], delta[ROWS];  // lse in powers of two
-
-  template <class T>
-  __device__ __forceinline__ void load(const DepthAttention<T>& p, const QueryTile<T>& tile) {
-    mask.load(p, tile);
-    for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
-      const int64_t at = tile.has(r) ? int64_t(tile.head(r)) * p.num_queries + tile.query(r) : 0;
-      lse[r] = backward_lse(p.lse[at]) * kLog2E<float>;
-      delta[r] = p.delta[at];
-    }
-  }
-};
-
 // Turns score and d_weight (<grad_out, v>) of one query and key into weight and d_score.
 __device__ __forceinline__ void finish_score(float& score, float& d_weight, float unit, float lse,
                                              float delta) {
@@ -39,7 +22,7 @@ struct AttentionMmaGradQSmem {
     MmaTile<T, Tile::kStreamed, HEAD_DIM> k, v;
     KeyFacts<float, Tile::kStreamed> keys;
   } stages[Tile::kStages];
-  QueryFacts<Tile::kRows> queries;
+  QueryFacts<float, Tile::kRows> queries;
 };
 
 // One block: one tile of packed query rows for one key head, over all its keys. A warp: 16 rows.
@@ -59,7 +42,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
   load_rows_async(s.q, p, [&](int r) { return tile.row(p.q, r); });
   load_rows_async(s.grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
-  s.queries.load(p, tile);
+  s.queries.load(p, tile, kLog2E<float>);
   __syncthreads();
   const unsigned key_end = s.queries.mask.keys[num_rows - 1].end();
   const unsigned all_see_from = s.queries.mask.keys[num_rows - 1].begin;
@@ -138,7 +121,7 @@ struct AttentionMmaGradKvSmem {
   MmaTile<T, Tile::kRows, HEAD_DIM> k, v;
   struct Stage {
     MmaTile<T, Tile::kStreamed, HEAD_DIM> q, grad_out;
-    QueryFacts<Tile::kStreamed> queries;
+    QueryFacts<float, Tile::kStreamed> queries;
   } stages[Tile::kStages];
   KeyFacts<float, Tile::kRows> keys;
 };
@@ -179,7 +162,7 @@ __global__ void __launch_bounds__(AttentionMmaTile<HEAD_DIM>::kGradKvThreads)
   const auto fetch = [&](typename Smem::Stage& stage) {  // the tile
     load_rows_async(stage.q, p, [&](int r) { return tile.row(p.q, r); });
     load_rows_async(stage.grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
-    stage.queries.load(p, tile);
+    stage.queries.load(p, tile, kLog2E<float>);
   };
 
   float sums_k[kWidth / 8][4] = {}, sums_v[kWidth / 8][4] = {}, sums_bias[2] = {};
