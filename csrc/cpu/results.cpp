@@ -30,10 +30,11 @@ class KeptBlocks {
   // A kept block of at least `bytes` and little more, or a new one. The lock is never waited for:
   // in a forked child it may be held by a thread that does not exist there.
   Block take(int64_t bytes) {
+    const int64_t size = block_bytes(bytes);
     if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       auto best = blocks_.end();
       for (auto b = blocks_.begin(); b != blocks_.end(); ++b)
-        if (b->bytes >= bytes && b->bytes <= block_bytes(bytes) + bytes / 4 &&
+        if (b->bytes >= bytes && b->bytes <= size + bytes / 4 &&
             (best == blocks_.end() || b->bytes <= best->bytes))
           best = b;  // of equals the last one to die: it may still lie in the cache
       if (best != blocks_.end()) {
@@ -43,7 +44,7 @@ class KeptBlocks {
         return block;
       }
     }
-    return allocate(bytes);
+    return allocate(bytes, size);
   }
 
   void give(Block block) {
@@ -57,8 +58,7 @@ class KeptBlocks {
   }
 
  private:
-  static Block allocate(int64_t bytes) {
-    const int64_t size = block_bytes(bytes);
+  static Block allocate(int64_t bytes, int64_t size) {
     void* data = std::aligned_alloc(kHugePage, size);
     MOR_CHECK(data != nullptr, "mor: no memory for a result of ", bytes, " bytes");
 #if defined(__linux__)
