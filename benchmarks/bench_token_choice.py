@@ -20,7 +20,8 @@ from harness import DTYPES, compiled, dtype_name, generator, line, parse_args, r
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mor.ops import gather_tokens, group_rows, scatter_tokens, scatter_tokens_
+from mor.modules.recursion import add_rows
+from mor.ops import gather_tokens, group_rows
 
 # hidden [N, D], output of the block in each step -> hidden with all added, inputs of the block
 Form = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -57,8 +58,8 @@ def ours(choice: Choice) -> Form:
                 done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
                 inputs.append(gather_tokens(x, stay))
                 rows = gather_tokens(rows, stay)
-            add = scatter_tokens if step == 0 else scatter_tokens_
-            out = add(out, done_x, done, gather_tokens(choice.gates, done))
+            gate = gather_tokens(choice.gates, done)
+            out = add_rows(step, out, done_x, done, gate, keep=False)
         return out, [*inputs, positions, cu_seqlens]
 
     return run
