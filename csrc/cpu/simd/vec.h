@@ -30,7 +30,8 @@ constexpr int kLanes = 4;
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 
-inline VecF splat(float x) { return VecF{} + x; }
+// Minus nothing and not plus: -0 + 0 is 0, so that a compiler would have to add.
+inline VecF splat(float x) { return x - VecF{}; }
 
 inline VecF load(const float* p) {
   VecF v;
