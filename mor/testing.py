@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 #: Levels of the CPU kernels, each including the ones before it.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 #: Error allowed whatever the reference in the same dtype does, relative to the largest value.
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -81,7 +81,7 @@ def test_info_of_the_module_names_what_a_bug_report_needs():
     values = {name: value.strip() for name, value in lines.items()}
     assert values["mor"] == mor.__version__
     assert values["torch"] == torch.__version__
-    assert values["instruction set"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert values["instruction set"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     architectures = torch.ops.mor.cuda_architectures()
     assert values["CUDA operators"] == (
         f"yes, for {architectures}" if architectures else "no (built without nvcc)"

@@ -114,28 +114,27 @@ void pack_rows(const AttentionOperand& x, const AttentionProblem& p, const Atten
   for (int64_t row = 0; row < round_up(rows, kWidth); row += kPerElement<E>) {
     E* line = to + row / kPerElement<E> * kKeyStride;
     if (row < rows)
-      copy_keys(at(row), row + 1 < rows ? at(row + 1) : nullptr, p.dims.head_dim, padded, line);
+      copy_rows(at(row), row + 1 < rows ? at(row + 1) : nullptr, p.dims.head_dim, padded, line);
     else std::memset(line, 0, padded * sizeof(E));
   }
 }
 
-// <dO, out> is summed as `multiply` sums dP = <dO, v>: a row that sees one key, whose out is its v,
-// gets gradients of exactly 0. `out_lanes` is scratch.
+// <dO, out> is the diagonal of a product that is summed as dP = <dO, v>: a row that sees one key,
+// whose out is its v, gets gradients of exactly 0. `out_rows` and `products` are scratch of kWidth
+// rows.
 template <class T, class E>
 void fill_row_gradients(const AttentionProblem& p, const AttentionTask& step, int64_t padded,
-                        const E* grad_lanes, E* out_lanes, const RowGradients& to) {
+                        const E* grad_lanes, E* out_rows, float* products, const RowGradients& to) {
   const int64_t rows = step.row_end - step.row_begin, depth = padded / kPerElement<E>;
-  pack_lanes<T>(p.out, p, step, padded, out_lanes);
-  for (int64_t row = 0; row < round_up(rows, kWidth); row += kLanes) {
-    const int64_t first = row / kWidth * kWidth * depth + row % kWidth;
-    VecF total{};
-    for (int64_t begin = 0; begin < depth; begin += kLongestSum) {
-      VecF sum{};
-      for (int64_t e = begin; e < min(begin + kLongestSum, depth); ++e)
-        sum = multiply_add(sum, grad_lanes + first + e * kWidth, out_lanes + first + e * kWidth);
-      total += sum;
+  for (int64_t lane = 0; lane < rows; lane += kWidth) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const RowIndex at = row_index(p, step, step.row_begin + min(lane + i, rows - 1));
+      copy_row(p.out.at<T>(at.query, at.head), p.dims.head_dim, padded,
+               out_rows + i * kRowStride<E>);
     }
-    store(to.delta + row, total);
+    multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
+        kWidth, depth, out_rows, grad_lanes + lane * depth, products);
+    for (int64_t i = 0; i < kWidth; ++i) to.delta[lane + i] = products[i * kWidth + i];
   }
   for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
     to.lse[row] = kInfinity;  // a weight of 0
@@ -183,7 +182,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   KeyBlock<E> block{};
   block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
   block.v_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
-  block.k_keys = kPairs ? arena.take<E>(kBlockKeys / 2 * kKeyStride) : block.k_rows;
+  block.k_keys = kPairs ? arena.take<E>(kKeysElements<E>) : block.k_rows;
   float* bias = arena.take<float>(kBlockKeys);
   float* bias_sums = arena.take<float>(p.key_bias ? kBlockKeys * kLanes : 0);
   int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
@@ -194,6 +193,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   std::memset(sums.v, 0, sequence_keys * padded * sizeof(float));
   if (p.key_bias) std::memset(sums.bias, 0, sequence_keys * sizeof(float));
   const float log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
+  const Tiles tiles;
   AttentionTask step = task;
   for (; step.row_begin < task.row_end; step.row_begin = step.row_end) {
     step.row_end = min(step.row_begin + kBackwardRows, task.row_end);
@@ -205,7 +205,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
     pack_lanes<T>(p.grad_out, p, step, padded, grad_lanes);
     pack_rows<T>(p.q, p, step, padded, q_rows);
     pack_rows<T>(p.grad_out, p, step, padded, grad_rows);
-    fill_row_gradients<T>(p, step, padded, grad_lanes, reinterpret_cast<E*>(dq), rows);
+    fill_row_gradients<T>(p, step, padded, grad_lanes, block.k_rows, scores, rows);
     fill_limits(p, step, keys, limits);
     std::memset(dq, 0, lanes * padded * sizeof(float));
 
@@ -230,7 +230,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
                       p.key_bias ? bias_sums : nullptr);
         const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
         if constexpr (kPairs) {
-          multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
+          multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kAdd>(
               padded, reduced, block.k_keys, gradients.ds_lanes, dq + lane * padded);
         } else {
           multiply<E, kVectors, 1, kKeyStride, kLaneStride<E>, kWidth, Into::kAdd>(

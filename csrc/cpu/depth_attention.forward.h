@@ -111,24 +111,32 @@ template <class E>
                                                 float* scores, E* weights, float* factor,
                                                 float* out) {
   const int64_t depth = padded / kPerElement<E>;
+  const auto count_of = [&](int64_t lane) {
+    return min(block.count, limits.limit[lane + kWidth - 1] - block.first);
+  };
+  const auto score = [&](int64_t lane) {
+    multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
+        count_of(lane), depth, block.k_rows, q + lane * depth, scores);
+  };
+  score(seeing.begin);
   for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
     const RowSums group{sums.largest + lane, sums.sum + lane};
     const RowLimits seen = limits.from(lane);
-    const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
-    multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
-        count, depth, block.k_rows, q + lane * depth, scores);
+    const int64_t count = count_of(lane);
     const bool plain =
         all_see(seen, block.first, count) && !block.bias && !block.depths && log2_scale > 0;
     if (!plain) mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
     const float scale = plain ? log2_scale : 1.0f;
     const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
+    // Now, that the weights may reach the cache before a tile of AMX loads them.
+    if (lane + kWidth < seeing.end) score(lane + kWidth);
     const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
     float* group_out = out + lane * padded;
     if (shrank) {
-      multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kScaleAndAdd>(
+      multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kScaleAndAdd>(
           padded, reduced, block.v_keys, weights, group_out, factor);
     } else {
-      multiply<E, kVectors, 1, kKeyStride, kWidth, kWidth, Into::kAdd>(
+      multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kAdd>(
           padded, reduced, block.v_keys, weights, group_out);
     }
   }
@@ -148,7 +156,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
   float* factor = arena.take<float>(kWidth);
   KeyBlock<E> block{};
   block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
-  block.v_keys = arena.take<E>(kBlockKeys / kPerElement<E> * kKeyStride);
+  block.v_keys = arena.take<E>(kKeysElements<E>);
   float* bias = arena.take<float>(kBlockKeys);
   int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
   const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
@@ -164,6 +172,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
   std::memset(sums.sum, 0, groups * kWidth * sizeof(float));
   std::memset(out, 0, groups * padded * kWidth * sizeof(float));
   const float log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
+  const Tiles tiles;
 
   for (; block.first < keys.count; block.first += kBlockKeys) {
     block.count = min(kBlockKeys, keys.count - block.first);

@@ -24,6 +24,19 @@ inline constexpr int kPerElement<uint32_t> = 2;
 template <class E>
 constexpr int kRowStride = kMaxHeadDim / kPerElement<E> + 16;
 constexpr int kKeyStride = kMaxHeadDim + 16;
+// Where element (d, keys) of a block's k_keys and v_keys is: d * kKeysRow + keys * kKeysDepth.
+// Pairs of keys are neighbours, as a tile of AMX wants them; that costs a transposition.
+template <class E>
+constexpr int kKeysRow = 1;
+template <class E>
+constexpr int kKeysDepth = kKeyStride;
+template <>
+inline constexpr int kKeysRow<uint32_t> = kBlockKeys / 2 + 16;
+template <>
+inline constexpr int kKeysDepth<uint32_t> = 1;
+template <class E>
+constexpr int64_t kKeysElements =
+    kPerElement<E> == 1 ? kBlockKeys * kKeyStride : kMaxHeadDim * kKeysRow<E>;
 
 // softmax_lse of a row with its largest score in units of log2.
 inline float log_sum(float largest, float sum) {
@@ -57,24 +70,44 @@ inline void store_row(const float* line, int64_t head_dim, T* to) {
   for (; d < head_dim; ++d) to[d] = static_cast<T>(line[d]);
 }
 
-// For a reduction along the keys: the row of a key, or for pairs the interleaved rows of two keys
-// (`next` null: zeros).
+// For a reduction along the rows: a row, or for pairs the interleaved rows of two (`next` null:
+// zeros).
 template <class T>
-inline void copy_keys(const T* row, const T*, int64_t head_dim, int64_t padded, float* to) {
+inline void copy_rows(const T* row, const T*, int64_t head_dim, int64_t padded, float* to) {
   copy_row(row, head_dim, padded, to);
 }
 #if defined(__AVX512BF16__)
 inline __m512i load_u16(const void* p, __mmask16 mask) {
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
 }
-inline void copy_keys(const BFloat16* row, const BFloat16* next, int64_t head_dim, int64_t padded,
+// Elements d ... of two rows side by side, of one (`next` null: with zeros), of none (both null).
+inline __m512i interleave(const BFloat16* row, const BFloat16* next, int64_t d, int64_t head_dim) {
+  const __mmask16 mask = static_cast<__mmask16>(first_lanes(head_dim - d));
+  if (!row) return __m512i{};
+  const __m512i low = load_u16(row + d, mask);
+  return next ? _mm512_or_si512(low, _mm512_slli_epi32(load_u16(next + d, mask), 16)) : low;
+}
+inline void copy_rows(const BFloat16* row, const BFloat16* next, int64_t head_dim, int64_t padded,
                       uint32_t* to) {
-  for (int64_t d = 0; d < padded; d += 16) {
-    const __mmask16 mask = static_cast<__mmask16>(first_lanes(head_dim - d));
-    __m512i pair = load_u16(row + d, mask);
-    if (next) pair = _mm512_or_si512(pair, _mm512_slli_epi32(load_u16(next + d, mask), 16));
-    _mm512_storeu_si512(to + d, pair);
+  for (int64_t d = 0; d < padded; d += 16)
+    _mm512_storeu_si512(to + d, interleave(row, next, d, head_dim));
+}
+// Swaps lane l of v[i] with lane i of v[l].
+template <int kBit = 8>
+inline void transpose(VecI (&v)[16]) {
+  VecI lane;
+  for (int i = 0; i < 16; ++i) lane[i] = i;
+  const VecI upper = (lane & kBit) != 0 ? lane * 0 + 16 : lane * 0, other = lane ^ kBit;
+  const VecI first = upper + ((lane & kBit) != 0 ? other : lane);
+  const VecI second = upper + ((lane & kBit) != 0 ? lane : other);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i & kBit) continue;
+    const VecI a = v[i], b = v[i + kBit];
+    v[i] = __builtin_shuffle(a, b, first);
+    v[i + kBit] = __builtin_shuffle(a, b, second);
   }
+  if constexpr (kBit > 1) transpose<kBit / 2>(v);
 }
 // The two bfloat16 roundings of each lane, a in the low half.
 inline __m512i round_pairs(VecF a, VecF b) {
@@ -113,30 +146,48 @@ struct KeyBlock {
   int32_t* depths;
 };
 
+// Rows of a block's keys for a reduction along the keys.
+template <class T>
+void pack_along_keys(const T* const* rows, int64_t count, int64_t head_dim, int64_t padded,
+                     float* to) {
+  for (int64_t j = 0; j < count; ++j)
+    copy_row(rows[j], head_dim, padded, to + j * kKeysDepth<float>);
+}
+#if defined(__AVX512BF16__)
+inline void pack_along_keys(const BFloat16* const* rows, int64_t count, int64_t head_dim,
+                            int64_t padded, uint32_t* to) {
+  const auto row = [&](int64_t j) { return j < count ? rows[j] : nullptr; };
+  for (int64_t j = 0; j < count; j += 32) {
+    for (int64_t d = 0; d < padded; d += 16) {
+      VecI pairs[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        pairs[i] = (VecI)interleave(row(j + 2 * i), row(j + 2 * i + 1), d, head_dim);
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        std::memcpy(to + (d + i) * kKeysRow<uint32_t> + j / 2, &pairs[i], sizeof pairs[i]);
+    }
+  }
+}
+#endif
+
 template <class T, class E>
 void pack_keys(const AttentionProblem& p, int64_t head, const KeyList& keys, int64_t padded,
                const KeyBlock<E>& block) {
   const int64_t hd = p.dims.head_dim;
+  const T *k[kBlockKeys], *v[kBlockKeys];
   for (int64_t j = 0; j < block.count; ++j) {
     const int64_t row = keys.row(block.first + j);
-    const T *k = p.k.at<T>(row, head), *v = p.v.at<T>(row, head);
-    copy_row(k, hd, padded, block.k_rows + j * kRowStride<E>);
-    if (block.v_rows) copy_row(v, hd, padded, block.v_rows + j * kRowStride<E>);
-    if (j % kPerElement<E> == 0) {
-      const bool pair = kPerElement<E> == 2 && j + 1 < block.count;
-      const int64_t next = pair ? keys.row(block.first + j + 1) : 0, at = j / kPerElement<E>;
-      if (block.k_keys && block.k_keys != block.k_rows) {
-        copy_keys(k, pair ? p.k.at<T>(next, head) : nullptr, hd, padded,
-                  block.k_keys + at * kKeyStride);
-      }
-      if (block.v_keys) {
-        copy_keys(v, pair ? p.v.at<T>(next, head) : nullptr, hd, padded,
-                  block.v_keys + at * kKeyStride);
-      }
-    }
+    k[j] = p.k.at<T>(row, head), v[j] = p.v.at<T>(row, head);
+    copy_row(k[j], hd, padded, block.k_rows + j * kRowStride<E>);
+    if (block.v_rows) copy_row(v[j], hd, padded, block.v_rows + j * kRowStride<E>);
     if (block.bias) block.bias[j] = static_cast<const float*>(p.key_bias)[row] * kLog2e;
     if (block.depths) block.depths[j] = p.k_depths[row];
   }
+  if (block.k_keys && block.k_keys != block.k_rows)
+    pack_along_keys(k, block.count, hd, padded, block.k_keys);
+  if (block.v_keys) pack_along_keys(v, block.count, hd, padded, block.v_keys);
 }
 
 }  // namespace MOR_ISA

@@ -11,13 +11,9 @@ namespace MOR_ISA {
 template <class T, class E>
 void pack_paged_keys(const KeyPointers<T, T>& keys, int64_t head_dim, int64_t padded,
                      const KeyBlock<E>& block) {
-  for (int64_t j = 0; j < block.count; ++j) {
+  for (int64_t j = 0; j < block.count; ++j)
     copy_row(keys.k[j], head_dim, padded, block.k_rows + j * kRowStride<E>);
-    if (j % kPerElement<E> != 0) continue;
-    const bool pair = kPerElement<E> == 2 && j + 1 < block.count;
-    copy_keys(keys.v[j], pair ? keys.v[j + 1] : nullptr, head_dim, padded,
-              block.v_keys + j / kPerElement<E> * kKeyStride);
-  }
+  pack_along_keys(keys.v, block.count, head_dim, padded, block.v_keys);
 }
 
 // Rows from lanes; `out` is [d][lane].
@@ -47,7 +43,7 @@ int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, ch
   float* factor = arena.take<float>(kWidth);
   KeyBlock<E> block{};
   block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
-  block.v_keys = arena.take<E>(kBlockKeys / kPerElement<E> * kKeyStride);
+  block.v_keys = arena.take<E>(kKeysElements<E>);
   if (!scratch) return arena.used;
 
   pack_lanes<T>(p.queries.q, p.queries, task.rows, padded, q);
@@ -60,6 +56,7 @@ int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, ch
   }
   std::memset(sums.sum, 0, lanes * sizeof(float));
   std::memset(out, 0, lanes * padded * sizeof(float));
+  const Tiles tiles;
   const float log2_scale = static_cast<float>(p.queries.scale * 1.4426950408889634);
   KeyOffsets offsets;
   KeyPointers<T, T> pointers;

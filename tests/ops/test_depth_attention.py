@@ -194,6 +194,7 @@ VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "dec
 LEVELS = [  # the others ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
     ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx512", torch.bfloat16),
+    ("avx512_bf16", torch.bfloat16),
 ]  # fmt: skip
 
 
@@ -204,6 +205,16 @@ def test_every_instruction_set(
 ) -> None:
     instruction_set(level)
     check_op(replace(op_case, raw=None), dtype)
+
+
+def test_other_products_on_tiles_stay_right() -> None:
+    """Where the machine has AMX, torch's products use its tiles too, in the same threads."""
+    inputs = example(torch.bfloat16, queries=[300], keys=[300], head_dim=64)
+    a = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    product, attended = a @ a, depth_attention(**inputs)[0]
+    for _ in range(3):
+        assert torch.equal(a @ a, product)
+        assert torch.equal(depth_attention(**inputs)[0], attended)
 
 
 def example(dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:

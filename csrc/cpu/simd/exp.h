@@ -22,11 +22,12 @@ inline VecF exp2_vec(VecF x) {
     return p;
   };
   const VecF lowest = splat(-150.0f);
-  x = x < lowest ? lowest : x;
 #if defined(__AVX512F__)
+  x = _mm512_max_ps(lowest, x);  // of a NaN the second
   const VecF n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_scalef_ps(polynomial(x - n), n);
 #else
+  x = x < lowest ? lowest : x;
   const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecF shifted = x + magic;
   VecI bits;

@@ -7,6 +7,9 @@
 #pragma once
 
 #include "vec.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace mor {
 namespace MOR_ISA {
@@ -70,10 +73,35 @@ inline void multiply_tile(int64_t depth, const E* a, const E* b, float* c, const
   }
 }
 
-// As multiply_tile for `rows` rows, rounded up to a multiple of kTileRows.
+#if !defined(__AMX_BF16__)
+struct Tiles {
+  Tiles() {}  // not trivial, or it were an unused variable
+};
+#endif
+
+// As multiply_tile for `rows` rows, rounded up to a multiple of kTileRows, with AMX (which needs
+// Tiles) of 16.
 template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, Into kInto>
 void multiply(int64_t rows, int64_t depth, const E* a, const E* b, float* c,
               const float* scale = nullptr) {
+#if defined(__AMX_BF16__)
+  if constexpr (!std::is_same_v<E, float> && kDepthA == 1) {
+    const int64_t whole = depth / kTile * kTile;
+    if (whole > 0 && isa() == Isa::kAmxBf16) {
+      for (int64_t m = 0; kInto == Into::kScaleAndAdd && m < rows; ++m) {
+        for (int n = 0; n < kVectors * kLanes; n += kLanes)
+          store(c + m * kRowC + n, load(c + m * kRowC + n) * load(scale + n));
+      }
+      multiply_on_tiles<kVectors, kRowA, kRowB, kRowC, kInto != Into::kOverwrite>(rows, whole, a, b,
+                                                                                  c);
+      for (int64_t m = 0; m < rows && whole < depth; m += kTileRows) {
+        multiply_tile<E, kVectors, kRowA, kDepthA, kRowB, kRowC, Into::kAdd>(
+            depth - whole, a + m * kRowA + whole, b + whole * kRowB, c + m * kRowC, nullptr);
+      }
+      return;
+    }
+  }
+#endif
   for (int64_t m = 0; m < rows; m += kTileRows) {
     const E* tile = a + m * kRowA;
     multiply_tile<E, kVectors, kRowA, kDepthA, kRowB, kRowC, kInto>(

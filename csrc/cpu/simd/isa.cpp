@@ -3,14 +3,31 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
+#include <iterator>
 #include <string>
+
+#if defined(MOR_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../../checks.h"
 
 namespace mor {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+// Linux gives a process the memory for tiles when it asks, and says no where they are not.
+bool may_use_amx() {
+#if defined(MOR_X86) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(MOR_X86)
@@ -23,7 +40,8 @@ Isa detect() {
         __builtin_cpu_supports("avx512cd"))) {
     return Isa::kAvx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return may_use_amx() ? Isa::kAmxBf16 : Isa::kAvx512Bf16;
 #else
   return Isa::kPortable;
 #endif
@@ -36,11 +54,13 @@ std::atomic<Isa> current{kDetected};
 std::string instruction_set(std::string force) {
   if (force == "best") current = kDetected;
   else if (!force.empty()) {
-    int level = 0;
-    while (level < 4 && force != kNames[level]) ++level;
-    MOR_CHECK(level < 4,
-              "instruction_set: expected portable, avx2, avx512, avx512_bf16 or best, got ", force);
-    MOR_CHECK(level <= static_cast<int>(kDetected), "instruction_set: this machine has only ",
+    size_t level = 0;
+    while (level < std::size(kNames) && force != kNames[level]) ++level;
+    MOR_CHECK(
+        level < std::size(kNames),
+        "instruction_set: expected portable, avx2, avx512, avx512_bf16, amx_bf16 or best, got ",
+        force);
+    MOR_CHECK(level <= static_cast<size_t>(kDetected), "instruction_set: this machine has only ",
               kNames[static_cast<int>(kDetected)], ", not ", force);
     current = static_cast<Isa>(level);
   }

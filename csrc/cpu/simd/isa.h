@@ -1,11 +1,11 @@
 // Run-time choice of the instruction set. A file NAME.simd.cpp is compiled once per set, its
 // functions in the namespace mor::MOR_ISA; NAME.cpp calls the one for this machine by
-// MOR_BEST(function).
+// MOR_BEST(function). AMX has no kernel text of its own: the kernels of avx512_bf16 ask for it.
 #pragma once
 
 namespace mor {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 Isa isa();  // the best of this machine, unless force_isa chose a lesser one
 
@@ -35,6 +35,7 @@ F best(F portable, F avx2, F avx512, F avx512_bf16) {
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Bf16:
+    case Isa::kAmxBf16:
       return avx512_bf16;
     default:
       return portable;
