@@ -2,7 +2,8 @@
 // depth_attention.simd.cpp only.
 //
 // Everything is transposed: scores [key][lane], out [d][lane], so that the softmax of a row is
-// arithmetic between whole vectors and K and V are only ever broadcast, never transposed.
+// arithmetic between whole vectors and K and V are only ever broadcast; pairs of V in bfloat16 are
+// transposed once for a block.
 #pragma once
 
 #include "depth_attention.pack.h"
@@ -128,7 +129,7 @@ template <class E>
     if (!plain) mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
     const float scale = plain ? log2_scale : 1.0f;
     const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
-    // Now, that the weights may reach the cache before a tile of AMX loads them.
+    // Before the weights are used: a tile of AMX can load them only from the cache.
     if (lane + kWidth < seeing.end) score(lane + kWidth);
     const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
     float* group_out = out + lane * padded;

@@ -20,7 +20,7 @@ constexpr int kPerElement = 1;
 template <>
 inline constexpr int kPerElement<uint32_t> = 2;
 // Elements between packed rows: constant, and an odd number of cache lines. Reduced along the row
-// (head_dim), or along the keys, one row of elements then holding kPerElement keys.
+// (head_dim), or along the rows, kPerElement of which then stand in one.
 template <class E>
 constexpr int kRowStride = kMaxHeadDim / kPerElement<E> + 16;
 constexpr int kKeyStride = kMaxHeadDim + 16;

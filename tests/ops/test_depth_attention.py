@@ -138,6 +138,7 @@ CASES = [
     case("decode-many-head-20", queries=[2] * 9, keys=MANY, heads=(4, 2), head_dim=20, **BOTH),
     case("head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256),
     case("head-96", queries=[70], keys=[70], heads=(3, 1), head_dim=96, depths=True),
+    case("head-80", queries=[70, 9], keys=[110, 40], heads=(4, 2), head_dim=80, bias=True),
     case("head-256-many-rows", queries=[40], keys=[37], heads=(1, 1), head_dim=256),
     case("many-sequences", queries=[1, 2] * 20, keys=[3, 0, 5, 1] * 10, heads=(2, 1)),
     case("padding", queries=[20, 70], keys=[37, 130], heads=(2, 1), bias=True, padding=9),
@@ -189,7 +190,7 @@ def instruction_set() -> Iterator[Callable[[str], None]]:
 
 
 VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles",
-          "decode-many-head-20", "window-many-tiles", "window-gqa-head-24", "window-gaps",
+          "decode-many-head-20", "head-80", "window-many-tiles", "window-gqa-head-24", "window-gaps",
           "window-decode-depths"]  # fmt: skip
 LEVELS = [  # the others ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
@@ -276,10 +277,27 @@ def test_rows_that_see_no_key(window: int | None, dtype: torch.dtype) -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80])
+def test_a_row_that_sees_one_key_has_no_gradient_of_its_score(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    """Its weight is 1 whatever the score: exactly 0, not what two ways of rounding leave."""
+    inputs = example(dtype, queries=[40], keys=[40], head_dim=head_dim, window=1)
+    inputs["q_positions"] = inputs["k_positions"] = torch.arange(40)
+    leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
+    out, _ = depth_attention(**inputs)
+    grads = torch.autograd.grad(out.float().pow(2).sum(), leaves)
+    assert (grads[0] == 0).all()
+    assert (grads[1] == 0).all()
+    assert (grads[2] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("queries", [1, 40])
-def test_hidden_keys_are_not_read_into_the_result(queries: int) -> None:
+def test_hidden_keys_are_not_read_into_the_result(queries: int, dtype: torch.dtype) -> None:
     """NaN in keys that nobody sees (unused slots, too shallow depths) stays where it is."""
-    inputs = example(queries=[queries], keys=[100], depths=True)
+    inputs = example(dtype, queries=[queries], keys=[100], depths=True)
     inputs["k_positions"][80:] = UNUSED
     inputs["q_depths"][:] = 2
     want, _ = depth_attention(**inputs)

@@ -2,9 +2,12 @@
 // float32. Included by *.simd.cpp only.
 //
 // An element E of A and B is a float, or (avx512_bf16) a uint32_t holding two bfloat16 that are
-// neighbours along the reduction, multiplied and added by one vdpbf16ps. A is read by broadcasts,
-// so it may lie in either order; B and C have their columns in vector lanes.
+// neighbours along the reduction, multiplied and added by one vdpbf16ps, or on the tiles of AMX. A
+// is read by broadcasts, so it may lie in either order (not on tiles); B and C have their columns
+// in vector lanes.
 #pragma once
+
+#include <type_traits>
 
 #include "vec.h"
 #if defined(__AMX_BF16__)
@@ -75,12 +78,12 @@ inline void multiply_tile(int64_t depth, const E* a, const E* b, float* c, const
 
 #if !defined(__AMX_BF16__)
 struct Tiles {
-  Tiles() {}  // not trivial, or it were an unused variable
+  Tiles() {}  // not trivial, or it would be an unused variable
 };
 #endif
 
-// As multiply_tile for `rows` rows, rounded up to a multiple of kTileRows, with AMX (which needs
-// Tiles) of 16.
+// As multiply_tile for `rows` rows, rounded up to a multiple of kTileRows; where kDepthA is 1 and
+// the machine has AMX, on Tiles, which the caller has made, and rounded up to 16.
 template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, Into kInto>
 void multiply(int64_t rows, int64_t depth, const E* a, const E* b, float* c,
               const float* scale = nullptr) {

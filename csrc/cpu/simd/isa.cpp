@@ -51,6 +51,7 @@ const Isa kDetected = detect();
 std::atomic<Isa> current{kDetected};
 
 // "" only asks; a name forces that set for the process (tests), "best" returns to the detected one.
+// No operator may be running: it asks more than once.
 std::string instruction_set(std::string force) {
   if (force == "best") current = kDetected;
   else if (!force.empty()) {

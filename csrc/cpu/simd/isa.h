@@ -7,7 +7,7 @@ namespace mor {
 
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
-Isa isa();  // the best of this machine, unless force_isa chose a lesser one
+Isa isa();  // the best of this machine, unless instruction_set chose a lesser one
 
 // Declares RETURN NAME(ARGS...) for every instruction set.
 #if defined(MOR_X86)
