@@ -190,8 +190,8 @@ def instruction_set() -> Iterator[Callable[[str], None]]:
 
 
 VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles",
-          "decode-many-head-20", "head-80", "window-many-tiles", "window-gqa-head-24", "window-gaps",
-          "window-decode-depths"]  # fmt: skip
+          "decode-many-head-20", "head-80", "window-many-tiles", "window-gqa-head-24",
+          "window-gaps", "window-decode-depths"]  # fmt: skip
 LEVELS = [  # the others ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
     ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx512", torch.bfloat16),
