@@ -50,14 +50,13 @@ def ours(choice: Choice) -> Form:
             if step + 1 < choice.num_recursions:
                 stays = gather_tokens(choice.depths, rows) > step + 1
                 grouped, offsets = group_rows(stays, 2, cu_seqlens)
-                leaving = choice.active[step] - choice.active[step + 1]
-                leave, stay = grouped[:leaving], grouped[leaving:]
+                cut = [choice.active[step] - choice.active[step + 1], choice.active[step + 1]]
                 starts = offsets[choice.batch :]
                 cu_seqlens = (starts - starts[0]).to(torch.int32)
-                positions = gather_tokens(positions, stay)
-                done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
-                inputs.append(gather_tokens(x, stay))
-                rows = gather_tokens(rows, stay)
+                positions = gather_tokens(positions, grouped[cut[0] :])
+                done_x, stay_x = gather_tokens(x, grouped).split(cut)
+                done, rows = gather_tokens(rows, grouped).split(cut)
+                inputs.append(stay_x)
             gate = gather_tokens(choice.gates, done)
             out = add_rows(step, out, done_x, done, gate, keep=False)
         return out, [*inputs, positions, cu_seqlens]

@@ -121,12 +121,13 @@ class TokenChoice(nn.Module):
             if step + 1 < self.num_recursions:
                 stays = gather_tokens(depths, rows) > step + 1
                 grouped, offsets = group_rows(stays, 2, current.cu_seqlens)
-                leaving = active[step] - active[step + 1]
-                leave, stay = grouped[:leaving], grouped[leaving:]
+                # One gather for both, cut: backward joins two gradients instead of adding them.
+                cut = [active[step] - active[step + 1], active[step + 1]]
                 starts = offsets[current.num_sequences :]
-                current = current.select(stay, cu_seqlens=(starts - starts[0]).to(torch.int32))
-                done, done_x = gather_tokens(rows, leave), gather_tokens(x, leave)
-                x, rows = gather_tokens(x, stay), gather_tokens(rows, stay)
+                cu_seqlens = (starts - starts[0]).to(torch.int32)
+                current = current.select(grouped[cut[0] :], cu_seqlens=cu_seqlens)
+                done_x, x = gather_tokens(x, grouped).split(cut)
+                done, rows = gather_tokens(rows, grouped).split(cut)
             done_gates = gather_tokens(gates, done)
             # A token that leaves still shows, in `out`, what went into the first recursion.
             entered = gather_tokens(out, done) if self.gating == "residual" else done_x
