@@ -114,7 +114,7 @@ MUTATIONS = [
     mma("padding is copied from the next head", MMA, "from != nullptr && 8 * c < p.head_dim;",
         "from != nullptr;", "gqa-4"),
     mma("an odd head dimension writes into the next head", MMA,
-        "if (d + 1 < head_dim) to[d + 1] =", "to[d + 1] =", "small-bias", "race"),
+        "if (d + 1 < head_dim) to[d + 1] =", "to[d + 1] =", "small-bias", "asan"),
     mma("each lane has a maximum of its own", MMA, "return fmaxf(x, __shfl_xor_sync(~0u, x, 2));",
         "return x;", "ragged"),
     mma("keys are used before they arrive", MMA_FORWARD, "cp_async_wait<1>();",

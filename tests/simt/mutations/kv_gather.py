@@ -19,6 +19,7 @@ MUTATIONS = [
         "length = min(max(length, int64_t{0}), room);",
         "length = max(length, int64_t{0});",
         "wrong_lengths",
+        build="asan",
     ),
     Mutation(
         "entries end past the result",
