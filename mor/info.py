@@ -18,7 +18,7 @@ def describe() -> dict[str, str]:
     from mor import _host
 
     architectures = torch.ops.mor.cuda_architectures()
-    cuda = f"yes, for {architectures}" if architectures else "no (built without nvcc)"
+    cuda = f"yes, for {architectures}" if architectures else "no (no nvcc, or MOR_CUDA=OFF)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     return {
         "mor": mor.__version__,

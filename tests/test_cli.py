@@ -84,7 +84,7 @@ def test_info_of_the_module_names_what_a_bug_report_needs():
     assert values["instruction set"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     architectures = torch.ops.mor.cuda_architectures()
     assert values["CUDA operators"] == (
-        f"yes, for {architectures}" if architectures else "no (built without nvcc)"
+        f"yes, for {architectures}" if architectures else "no (no nvcc, or MOR_CUDA=OFF)"
     )
     assert {"python", "transformers", "compiler", "torch's CUDA"} <= values.keys()
 

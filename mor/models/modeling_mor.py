@@ -429,6 +429,11 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         loss = lm_loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels: expected shape {list(logits.shape[:2])} (one for every token with "
+                    f"logits), got {list(labels.shape)}"
+                )
             lm_loss = self.loss_function(
                 logits=logits,
                 labels=labels,

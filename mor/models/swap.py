@@ -136,7 +136,7 @@ def _span(layers: Any) -> range:
 
 
 def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Loads a model that was swapped and saved with `save_pretrained`.
+    """Loads a model that was swapped and saved with `save_pretrained`, in evaluation mode.
 
     Args:
         path: the directory.
@@ -161,4 +161,4 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"unexpected {unexpected}"
         )
     model.tie_weights()
-    return model
+    return model.eval()

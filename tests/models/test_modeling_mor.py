@@ -407,6 +407,8 @@ def test_bad_inputs():
     for columns in (4, 9):
         with pytest.raises(ValueError, match=f"attention_mask: expected 6 columns, got {columns}"):
             model(tokens, attention_mask=torch.ones(2, columns))
+    with pytest.raises(ValueError, match=r"labels: expected shape \[1, 6\].*got \[1, 5\]"):
+        model(prompts(1, 6), labels=prompts(1, 5))
     with pytest.raises(ValueError, match="attention_mask: expected shape"):
         model(tokens, attention_mask=torch.ones(2, 1, 6, 6))
     with pytest.raises(ValueError, match=r"position_ids: expected shape \[2, 6\], got \[2, 5\]"):

@@ -77,10 +77,12 @@ def test_it_trains_and_the_router_learns(router, tmp_path):
     torch.testing.assert_close(output.loss, lm + extra)
 
 
-def test_saved_and_loaded(tmp_path):
-    model = swapped(router="token").eval()
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_saved_and_loaded(router, tmp_path):
+    model = swapped(router=router).eval()
     model.save_pretrained(tmp_path)
-    loaded = mor.load_swapped(tmp_path).eval()
+    loaded = mor.load_swapped(tmp_path)
+    assert not loaded.training, "as from_pretrained of Transformers"
     tokens = prompts(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
@@ -102,7 +104,7 @@ def test_one_layer_is_used_again_and_again(router, tmp_path):
         torch.testing.assert_close(logits[row], full, atol=1e-4, rtol=0)
     assert depths.unique().numel() > 1  # tokens really differ
     model.save_pretrained(tmp_path)
-    loaded = mor.load_swapped(tmp_path).eval()
+    loaded = mor.load_swapped(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 
@@ -110,7 +112,7 @@ def test_one_layer_is_used_again_and_again(router, tmp_path):
 def test_scores_are_saved_too(tmp_path):
     model = swapped(score=RouterScore("tanh", 0.3)).eval()
     model.save_pretrained(tmp_path)
-    loaded = mor.load_swapped(tmp_path).eval()
+    loaded = mor.load_swapped(tmp_path)
     assert loaded.model.layers[1].recursion.score == RouterScore("tanh", 0.3)
 
 
