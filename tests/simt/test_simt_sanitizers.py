@@ -31,18 +31,19 @@ def sanitizer_environment() -> dict[str, str]:
     pytest.skip("the compiler has no shared AddressSanitizer (Debian: libclang-rt-19-dev)")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, asan_options: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | sanitizer_environment()
+    environment["ASAN_OPTIONS"] += asan_options
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
 
 
 def test_write_past_the_end_is_found() -> None:
-    done = run("-c", PAST_THE_END, str(build("asan")))
+    # A symbolizer, where there is one, would name the source and not the library.
+    done = run("-c", PAST_THE_END, str(build("asan")), asan_options=":symbolize=0")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
-    # Where: by its library, or by its source where there is a symbolizer.
-    assert "libsimt_asan.so" in done.stderr or "selftest.cpp" in done.stderr
+    assert "libsimt_asan.so" in done.stderr
 
 
 def test_everything_under_sanitizers() -> None:
