@@ -27,11 +27,13 @@ template <class V, int kUnroll, bool kStream, class T>
                                             int64_t d) {
   V acc[kUnroll]{};
   if (base != nullptr)
-    for (int u = 0; u < kUnroll; ++u) acc[u] = get<V>(base + d + u * lanes<V>) * scale;
+    for (int u = 0; u < kUnroll; ++u) acc[u] = get<V>(base + d + u * lanes<V>);
+  if (scale != 1)
+    for (int u = 0; u < kUnroll; ++u) acc[u] = acc[u] * scale;
   for (const Hit<T>* hit = hits.begin; hit != hits.end; ++hit)
     for (int u = 0; u < kUnroll; ++u) acc[u] += get<V>(hit->update + d + u * lanes<V>) * hit->gate;
   for (int u = 0; u < kUnroll; ++u) {
-    if constexpr (kStream && std::is_same_v<V, VecF>) stream(out + d + u * lanes<V>, acc[u]);
+    if constexpr (kStream && lanes<V> > 1) stream(out + d + u * lanes<V>, acc[u]);
     else put(out + d + u * lanes<V>, acc[u]);
   }
 }

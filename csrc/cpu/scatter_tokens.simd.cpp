@@ -25,7 +25,7 @@ template <class V, int kUnroll, bool kStream, class T>
     const V g = get<V>(row.grad + e);
     if (row.other != nullptr) dot[u] += g * get<V>(row.other + e);
     if (row.out == nullptr) continue;
-    if constexpr (kStream && std::is_same_v<V, VecF>) stream(row.out + e, g * row.scale);
+    if constexpr (kStream && lanes<V> > 1) stream(row.out + e, g * row.scale);
     else put(row.out + e, g * row.scale);
   }
 }

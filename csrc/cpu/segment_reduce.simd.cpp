@@ -44,14 +44,28 @@ int64_t take_members(const SegmentReduce& a, int64_t s, int64_t first,
 // backward of amax would not find them again.
 template <class V, class T>
 inline void put_exact(T* p, V v) {
-  if constexpr (std::is_same_v<V, VecF> && std::is_same_v<T, BFloat16>) {
-    typedef int16_t Halves __attribute__((vector_size(kLanes * 2)));
-    VecI bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    const Halves high = __builtin_convertvector(bits >> 16, Halves);
-    std::memcpy(p, &high, sizeof high);
+  if constexpr (std::is_same_v<V, VecPair>) store_exact(p, v);
+  else put(p, v);
+}
+
+// The larger; a NaN is larger than all.
+template <class V>
+inline V larger(V a, V b) {
+  if constexpr (std::is_same_v<V, VecPair>) return {larger(a.even, b.even), larger(a.odd, b.odd)};
+  else return (b > a) | (b != b) ? b : a;
+}
+
+// Takes `rest` where x is the largest value, out.
+template <class V>
+inline V take_if_largest(V x, V out, V& rest) {
+  if constexpr (std::is_same_v<V, VecPair>) {
+    return {take_if_largest(x.even, out.even, rest.even),
+            take_if_largest(x.odd, out.odd, rest.odd)};
   } else {
-    put(p, v);
+    const auto largest = (x == out) | ((x != x) & (out != out));
+    const V taken = largest ? rest : V{};
+    rest = largest ? V{} : rest;  // given away: later equals get none
+    return taken;
   }
 }
 
@@ -66,7 +80,7 @@ template <class V, Reduce kReduce, int kUnroll, bool kStream, class T>
       const V v = get<V>(m->row + d + u * lanes<V>);
       if constexpr (kReduce == Reduce::kAmax) {
         if (m == segment.begin) acc[u] = v;
-        else acc[u] = (v > acc[u]) | (v != v) ? v : acc[u];
+        else acc[u] = larger(acc[u], v);
       } else {
         acc[u] += v * m->weight;
       }
@@ -75,7 +89,7 @@ template <class V, Reduce kReduce, int kUnroll, bool kStream, class T>
   for (int u = 0; u < kUnroll; ++u) {
     if constexpr (kReduce == Reduce::kMean) acc[u] /= segment.divisor;
     if constexpr (kReduce == Reduce::kAmax) put_exact(out + d + u * lanes<V>, acc[u]);
-    else if constexpr (kStream && std::is_same_v<V, VecF>) stream(out + d + u * lanes<V>, acc[u]);
+    else if constexpr (kStream && lanes<V> > 1) stream(out + d + u * lanes<V>, acc[u]);
     else put(out + d + u * lanes<V>, acc[u]);
   }
 }
@@ -116,9 +130,7 @@ template <class V, class T>
   for (int64_t j = first; j < last; ++j) {
     const int64_t i = a.hits->order != nullptr ? a.hits->order[j] : j;
     const V x = get<V>(static_cast<const T*>(a.x) + i * a.x_stride + d);
-    const auto largest = (x == out) | ((x != x) & (out != out));
-    put_exact(static_cast<T*>(a.grad_x) + i * a.width + d, largest ? rest : V{});
-    rest = largest ? V{} : rest;  // given away: later equals get none
+    put_exact(static_cast<T*>(a.grad_x) + i * a.width + d, take_if_largest(x, out, rest));
   }
 }
 

@@ -16,28 +16,32 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The widest accumulator of T.
 template <class T>
-using wide_t = std::conditional_t<std::is_same_v<T, double>, double, VecF>;
+using wide_t = std::conditional_t<std::is_same_v<T, double>, double,
+                                  std::conditional_t<std::is_same_v<T, BFloat16>, VecPair, VecF>>;
 
 template <class V>
-constexpr int64_t lanes = std::is_same_v<V, VecF> ? kLanes : 1;
+constexpr int64_t lanes = std::is_same_v<V, VecPair> ? 2 * kLanes
+                          : std::is_same_v<V, VecF>  ? kLanes
+                                                     : 1;
 
 template <class V, class T>
 inline V get(const T* p) {
-  if constexpr (std::is_same_v<V, VecF>) return load(p);
+  if constexpr (std::is_same_v<V, VecPair>) return load_pair(p);
+  else if constexpr (std::is_same_v<V, VecF>) return load(p);
   else return static_cast<V>(*p);
 }
 
 template <class T, class V>
 inline void put(T* p, V v) {
-  if constexpr (std::is_same_v<V, VecF>) store(p, v);
+  if constexpr (lanes<V> > 1) store(p, v);
   else *p = static_cast<T>(v);
 }
 
 // Stores around the cache where the instruction set can; p aligned to the vector.
-template <class T>
-inline void stream(T* p, VecF v) {
-  T part[kLanes];
-  store(part, v);
+template <class T, class V>
+inline void stream(T* p, V v) {
+  T part[lanes<V>];
+  put(part, v);
 #if defined(__AVX512F__)
   if constexpr (sizeof part == 64) {
     __m512i bits;
@@ -105,7 +109,8 @@ inline void copy_row(char* out, const char* in, int64_t bytes, const char* next)
 
 template <class V>
 inline auto total(V v) {
-  if constexpr (std::is_same_v<V, VecF>) return reduce_add(v);
+  if constexpr (std::is_same_v<V, VecPair>) return reduce_add(v.even + v.odd);
+  else if constexpr (std::is_same_v<V, VecF>) return reduce_add(v);
   else return v;
 }
 

@@ -29,6 +29,7 @@ constexpr int kLanes = 4;
 
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 
 // Minus nothing and not plus: -0 + 0 is 0, so that a compiler would have to add.
 inline VecF splat(float x) { return x - VecF{}; }
@@ -54,31 +55,61 @@ inline VecF load(const BFloat16* p) {
 #endif
 }
 
-// Round to nearest even; a NaN stays a NaN.
+// The nearest bfloat16, ties to even, in the upper half of each lane; a NaN stays a NaN.
+inline VecU rounded(VecF v) {
+  const VecU bits = reinterpret_cast<VecU>(v);
+  const VecU nearest = bits + 0x7fff + (bits >> 16 & 1);
+  return v != v ? VecU{} + 0x7fc00000 : nearest;
+}
+
 inline void store(BFloat16* p, VecF v) {
 #if defined(__AVX512BF16__)
   const __m256bh b = _mm512_cvtneps_pbh(v);
-  std::memcpy(p, &b, sizeof b);
-#elif defined(__AVX512F__)
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __m512i result =
-      _mm512_mask_set1_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), 0x7fc0);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
-#elif defined(__AVX2__)
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-  _mm_storeu_si128(
-      reinterpret_cast<__m128i*>(p),
-      _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1)));
 #else
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<BFloat16>(v[i]);
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+  const Halves b = __builtin_convertvector(rounded(v) >> 16, Halves);
+#endif
+  std::memcpy(p, &b, sizeof b);
+}
+
+// 2 * kLanes bfloat16 as floats, those at even places and those at odd ones: a shift and a mask
+// widen them so, where in order each half is a permutation.
+struct VecPair {
+  VecF even, odd;
+};
+
+inline VecPair operator+(VecPair a, VecPair b) { return {a.even + b.even, a.odd + b.odd}; }
+inline VecPair operator*(VecPair a, VecPair b) { return {a.even * b.even, a.odd * b.odd}; }
+inline VecPair operator*(VecPair a, float b) { return {a.even * b, a.odd * b}; }
+inline VecPair& operator+=(VecPair& a, VecPair b) { return a = a + b; }
+inline VecPair& operator/=(VecPair& a, float b) { return a = {a.even / b, a.odd / b}; }
+
+inline VecPair load_pair(const BFloat16* p) {
+  VecU bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return {reinterpret_cast<VecF>(bits << 16), reinterpret_cast<VecF>(bits & 0xffff0000)};
+}
+
+// Of values that are bfloat16 already; keeps subnormals, which the rounding of avx512_bf16 does
+// not.
+inline void store_exact(BFloat16* p, VecPair v) {
+  const VecU bits = reinterpret_cast<VecU>(v.even) >> 16 | reinterpret_cast<VecU>(v.odd);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline void store(BFloat16* p, VecPair v) {
+#if defined(__AVX512BF16__)
+  const __m512bh halves = _mm512_cvtne2ps_pbh(v.odd, v.even);
+  typedef int16_t Places __attribute__((vector_size(64)));
+  const Places in_turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i bits;
+  std::memcpy(&bits, &halves, sizeof bits);
+  bits = _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(in_turn), bits);
+  std::memcpy(p, &bits, sizeof bits);
+#else
+  const VecU bits = rounded(v.even) >> 16 | (rounded(v.odd) & 0xffff0000);
+  std::memcpy(p, &bits, sizeof bits);
 #endif
 }
 
