@@ -84,6 +84,7 @@ docs-test: $(built)
 
 bench-smoke: $(built)
 	@set -e; for benchmark in benchmarks/bench_*.py; do $(bin)/python $$benchmark --smoke; done
+	$(bin)/python benchmarks/bench_token_choice.py --smoke --profile
 
 bench-check: $(built)
 	$(bin)/python benchmarks/check.py

@@ -61,6 +61,9 @@ def parse_args(
     parser.add_argument(
         "--scaling", action="store_true", help="instead of peers: ours at 1 thread and at --threads"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="instead of peers: what ours spends its time on"
+    )
     parser.add_argument("--limit", type=float, help="seconds after which no line is begun")
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE",
@@ -127,7 +130,7 @@ def line(
     seconds: float = 0.05,
     work: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Adds a line to the table and returns it; empty if it is not wanted.
+    """Adds a line to the table and returns it; empty if it is not wanted, or only profiled.
 
     Args:
         what: describes the line, as text and integers.
@@ -140,6 +143,9 @@ def line(
     if not wanted(what):
         return {}
     row = dict(what)
+    if _options.profile:
+        _options.rows += [row | part for part in _profile(candidates["ours"])]
+        return {}
     _options.rows.append(row)
     if _options.scaling:
         times_at = at_threads(candidates["ours"], _options.repeats, seconds)
@@ -160,6 +166,29 @@ def line(
     for name, seconds in limits.items():
         row[f"x {name}"] = (work or {}).get(name, 1) * seconds / ours
     return row
+
+
+def _profile(ours: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
+    """The operators that take most of the time of ours, by PyTorch's profiler."""
+    ours()
+    seconds = 0.1 if _options.smoke else 2
+    calls, begin = 0, time.perf_counter()
+    with torch.profiler.profile() as profiler:
+        while time.perf_counter() - begin < seconds:
+            ours()
+            calls += 1
+    on = "device" if torch.get_default_device().type == "cuda" else "cpu"
+    spent = {e.key: (e.count, getattr(e, f"self_{on}_time_total")) for e in profiler.key_averages()}
+    total = sum(time for _, time in spent.values())
+    return [
+        {
+            "operator": name,
+            "times": f"{count / calls:g}",
+            "ms": time / calls / 1e3,
+            "share": time / total,
+        }
+        for name, (count, time) in sorted(spent.items(), key=lambda item: -item[1][1])[:most]
+    ]
 
 
 def machine() -> dict[str, Any]:
