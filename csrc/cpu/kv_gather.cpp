@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 #include "../tensors.h"
@@ -33,35 +32,45 @@ void fill_cu_seqlens(const KvGatherDims& dims, const int32_t* table, const int32
             " (the sum of seq_lens), got ", dims.num_rows);
 }
 
-// The rows of one cache, in pieces that are contiguous: a row, or the row of one head. The kernel
-// of gather_tokens takes them at byte offsets.
+// The rows of one cache, in runs that are contiguous there: of a block, of a row, or of one head.
 Tensor gather(const Tensor& cache, const KvGatherDims& dims, const int32_t* table,
               const int32_t* cu) {
   const int64_t heads = dims.cache.num_kv_heads, block_size = dims.cache.block_size;
   Tensor out = new_result(cache, {dims.num_rows, heads, dims.cache.head_dim});
   const int64_t item = cache.element_size(), head_bytes = dims.cache.head_dim * item;
-  const bool joined = heads == 1 || cache.stride(2) == dims.cache.head_dim;
-  const int64_t pieces = joined ? 1 : heads, bytes = joined ? heads * head_bytes : head_bytes;
-  const int64_t count = dims.num_rows * pieces;
-  if (count == 0 || bytes == 0) return out;
-  std::unique_ptr<int64_t[]> offsets(new int64_t[count]);
-  int64_t* offset = offsets.get();
-  for (int64_t b = 0; b < dims.num_entries; ++b) {
-    const int32_t* blocks = table + b * dims.max_blocks;
-    for (int64_t i = 0, length = cu[b + 1] - cu[b]; i < length; i += block_size) {
-      const int64_t block = blocks[i / block_size] * cache.stride(0);
-      for (int64_t j = 0; j < std::min(block_size, length - i); ++j)
-        for (int64_t h = 0; h < pieces; ++h)
-          *offset++ = (block + j * cache.stride(1) + h * cache.stride(2)) * item;
-    }
-  }
+  const int64_t row_bytes = heads * head_bytes;
+  if (row_bytes == 0) return out;
+  const bool whole_rows = heads == 1 || cache.stride(2) == dims.cache.head_dim;
+  const bool whole_blocks = whole_rows && cache.stride(1) * item == row_bytes;
   const auto* in = static_cast<const char*>(cache.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   const auto copy = MOR_BEST(copy_rows);
-  const bool stream = streams(to, count, bytes);
-  torch::stable::parallel_for(0, count, rows_per_task(bytes), [&](int64_t begin, int64_t end) {
-    copy(in, 1, offsets.get() + begin, to + begin * bytes, bytes, end - begin, stream);
-  });
+  const bool stream = whole_rows ? streams(to, dims.num_rows, row_bytes)
+                                 : streams(to, dims.num_rows * heads, head_bytes);
+  const auto copy_run = [&](int64_t element, char* run, int64_t bytes) {
+    const int64_t offset = element * item;
+    copy(in, 1, &offset, run, bytes, 1, stream);
+  };
+  const auto rows_at = [&](int64_t begin, int64_t end) {
+    int64_t entry = std::upper_bound(cu, cu + dims.num_entries, begin) - cu - 1;
+    for (int64_t row = begin; row < end;) {
+      while (cu[entry + 1] <= row) ++entry;
+      const int64_t at = row - cu[entry], in_block = at % block_size;
+      const int64_t block = table[entry * dims.max_blocks + at / block_size];
+      const int64_t first = block * cache.stride(0) + in_block * cache.stride(1);
+      const int64_t left = std::min<int64_t>(end, cu[entry + 1]) - row;
+      const int64_t run = whole_blocks ? std::min(left, block_size - in_block) : 1;
+      char* const result = to + row * row_bytes;
+      if (whole_rows) {
+        copy_run(first, result, run * row_bytes);
+      } else {
+        for (int64_t h = 0; h < heads; ++h)
+          copy_run(first + h * cache.stride(2), result + h * head_bytes, head_bytes);
+      }
+      row += run;
+    }
+  };
+  torch::stable::parallel_for(0, dims.num_rows, rows_per_task(row_bytes), rows_at);
   return out;
 }
 
