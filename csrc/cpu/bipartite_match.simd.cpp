@@ -63,7 +63,7 @@ struct Work {
   E *panels, *block, *lines;
   float *a_norms, *b_norms, *best;
   int32_t* index;  // within the rows of b of the sequence, or -1
-  float* tile;     // [kTileRows, kWidth] similarities
+  float* tile;     // [kBlockRows, kWidth] similarities
   int64_t bytes;
 
   Work(void* memory, int64_t width, int64_t rows) {
@@ -80,7 +80,7 @@ struct Work {
     take(b_norms, kBlockRows);
     take(best, padded);
     take(index, padded);
-    take(tile, kTileRows * kWidth);
+    take(tile, kBlockRows * kWidth);
     bytes = next - static_cast<char*>(memory);
   }
 };
@@ -134,11 +134,12 @@ void pack_panels(const BipartiteMatch& m, const MatchTask& task, const Work<E>& 
   }
 }
 
-// Rows first .. first + count - 1 of b, in passes of kDepth elements; zeros fill the last tile.
+// Rows first .. first + count - 1 of b, in passes of kDepth elements; zeros fill the last tile, of
+// whatever kind.
 template <class T, class E>
 void pack_block(const BipartiteMatch& m, int64_t first, int64_t count, const Work<E>& work) {
   const int64_t step = kDepth * kPerElement<E>;
-  for (int64_t r = 0; r < round_up(count, kTileRows); ++r) {
+  for (int64_t r = 0; r < round_up(count, 16); ++r) {
     const T* row = static_cast<const T*>(m.b) + (first + r) * m.b_stride;
     E* to = work.block + r * kPitch;
     for (int64_t d = 0; d < m.width; d += step, to += kBlockRows * kPitch) {
@@ -148,6 +149,25 @@ void pack_block(const BipartiteMatch& m, int64_t first, int64_t count, const Wor
     }
     if (r < count) work.b_norms[r] = m.cosine ? inverse_norm(row, m.width) : 1;
   }
+}
+
+// Whether products are faster on the tiles of AMX.
+template <class E>
+bool on_tiles() {
+  return kPerElement<E> == 2 && isa() == Isa::kAmxBf16;
+}
+
+// Products of `rows` rows of the block, in one pass, with a panel; `rows` as multiply rounds it up
+// on tiles, and kTileRows else.
+template <class E, int kUsed, Into kInto>
+void multiply_panel(int64_t rows, int64_t depth, const E* block, const E* lanes, float* c) {
+  if (!on_tiles<E>())
+    return multiply_tile<E, kUsed, kPitch, 1, kWidth, kWidth, kInto>(depth, block, lanes, c,
+                                                                     nullptr);
+  constexpr int kFirst = kUsed < 2 ? kUsed : 2, kFrom = kFirst * kLanes;
+  multiply<E, kFirst, kPitch, 1, kWidth, kWidth, kInto>(rows, depth, block, lanes, c);
+  if constexpr (kUsed > kFirst)
+    multiply<E, 1, kPitch, 1, kWidth, kWidth, kInto>(rows, depth, block, lanes + kFrom, c + kFrom);
 }
 
 // One panel, of which kUsed vectors hold rows, against the block.
@@ -160,16 +180,16 @@ void match_panel(int64_t depth, int64_t panel, int64_t first, int64_t count, con
     best[n] = load(work.best + panel * kWidth + n * kLanes);
     std::memcpy(&index[n], work.index + panel * kWidth + n * kLanes, sizeof index[n]);
   }
-  for (int64_t row = 0; row < count; row += kTileRows) {
+  const int64_t step = on_tiles<E>() ? kBlockRows : kTileRows;
+  for (int64_t row = 0; row < count; row += step) {
     const E* rows = work.block + row * kPitch;
+    const int64_t valid = count - row < step ? count - row : step;
     for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {
       const int64_t end = depth - d < kDepth ? depth - d : kDepth;
-      const auto product =
-          d == 0 ? multiply_tile<E, kUsed, kPitch, 1, kWidth, kWidth, Into::kOverwrite>
-                 : multiply_tile<E, kUsed, kPitch, 1, kWidth, kWidth, Into::kAdd>;
-      product(end, rows + d / kDepth * kBlockRows * kPitch, lanes + d * kWidth, work.tile, nullptr);
+      const auto product = d == 0 ? multiply_panel<E, kUsed, Into::kOverwrite>
+                                  : multiply_panel<E, kUsed, Into::kAdd>;
+      product(valid, end, rows + d / kDepth * kBlockRows * kPitch, lanes + d * kWidth, work.tile);
     }
-    const int64_t valid = count - row < kTileRows ? count - row : kTileRows;
     for (int64_t r = 0; r < valid; ++r) {
       const VecF norm = splat(work.b_norms[row + r]);
       const VecI here = VecI{} + static_cast<int32_t>(first + row + r);
@@ -191,6 +211,7 @@ template <class T, class E>
 void match(const BipartiteMatch& m, const MatchTask& task, void* scratch) {
   const int64_t rows = task.a_end - task.a_begin, depth = depth_of<E>(m.width);
   const Work<E> work(scratch, m.width, rows);
+  const Tiles tiles;
   pack_panels<T>(m, task, work);
   for (int64_t first = task.b_begin; first < task.b_end; first += kBlockRows) {
     const int64_t count = task.b_end - first < kBlockRows ? task.b_end - first : kBlockRows;
