@@ -6,6 +6,7 @@ briefly show how the parts work, not which architecture wins at scale.
 
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def run_demo(
             save_every=0,
             report_to=["tensorboard"],
             seed=seed,
+            disable_tqdm=not sys.stderr.isatty(),  # no bars into a log
         )
         trainer = MoRTrainer(
             model,

@@ -146,4 +146,4 @@ class RunOptions:
         str,
         _option("Where to log besides the screen: tensorboard, wandb, ...; none: nowhere.", _RUN),
     ] = "tensorboard"
-    progress: Annotated[bool, _option("Show a progress bar.", _RUN)] = True
+    progress: Annotated[bool, _option("Show a progress bar, on a terminal.", _RUN)] = True

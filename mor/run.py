@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -61,7 +62,7 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
         bf16=options.bf16,
         activation_checkpointing=options.gradient_checkpointing or None,
         seed=options.seed,
-        disable_tqdm=not options.progress,
+        disable_tqdm=not (options.progress and sys.stderr.isatty()),  # no bars into a log
     )
     checkpoint = _checkpoint(options)
     # Of several processes the first makes the tokens, then the others find them.
