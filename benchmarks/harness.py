@@ -58,10 +58,11 @@ def parse_args(
         metavar="TEXT",
         help="only the lines with TEXT in their description, or, after '=', that are it; repeat",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--scaling", action="store_true", help="instead of peers: ours at 1 thread and at --threads"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--profile", action="store_true", help="instead of peers: what ours spends its time on"
     )
     parser.add_argument("--limit", type=float, help="seconds after which no line is begun")
@@ -72,6 +73,8 @@ def parse_args(
     if add is not None:
         add(parser)
     args = parser.parse_args()
+    if args.json == RESULTS and (args.scaling or args.profile):
+        parser.error("--json of --scaling or --profile: expected a FILE beside the tables")
     if args.smoke:
         args.repeats = 1
     torch.set_num_threads(args.threads)
@@ -178,16 +181,20 @@ def _profile(ours: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
             ours()
             calls += 1
     on = "device" if torch.get_default_device().type == "cuda" else "cpu"
-    spent = {e.key: (e.count, getattr(e, f"self_{on}_time_total")) for e in profiler.key_averages()}
-    total = sum(time for _, time in spent.values())
+    events = [  # operators; their kernels have the same time once more
+        (getattr(event, f"self_{on}_time_total"), event.count, event.key)
+        for event in profiler.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CPU
+    ]
+    total = max(sum(spent for spent, _, _ in events), 1)
     return [
         {
             "operator": name,
-            "times": f"{count / calls:g}",
-            "ms": time / calls / 1e3,
-            "share": time / total,
+            "calls": f"{count / calls:g}",
+            "ms": spent / calls / 1e3,
+            "share": spent / total,
         }
-        for name, (count, time) in sorted(spent.items(), key=lambda item: -item[1][1])[:most]
+        for spent, count, name in sorted(events, reverse=True)[:most]
     ]
 
 

@@ -15,6 +15,7 @@ namespace {
 constexpr int kVectors = 3;
 constexpr int kWidth = kVectors * kLanes;  // rows of a in a panel
 constexpr int64_t kBlockRows = 64;         // rows of b converted at a time
+constexpr int64_t kMostTileRows = 16;      // of a tile of AMX, and a multiple of kTileRows
 constexpr int64_t kDepth = 256;            // elements of a row in one pass: what stays in cache
 constexpr int64_t kPitch = kDepth + 16;    // between rows of b: an odd number of cache lines
 
@@ -134,12 +135,11 @@ void pack_panels(const BipartiteMatch& m, const MatchTask& task, const Work<E>& 
   }
 }
 
-// Rows first .. first + count - 1 of b, in passes of kDepth elements; zeros fill the last tile, of
-// whatever kind.
+// Rows first .. first + count - 1 of b, in passes of kDepth elements; zeros fill the last tile.
 template <class T, class E>
 void pack_block(const BipartiteMatch& m, int64_t first, int64_t count, const Work<E>& work) {
   const int64_t step = kDepth * kPerElement<E>;
-  for (int64_t r = 0; r < round_up(count, 16); ++r) {
+  for (int64_t r = 0; r < round_up(count, kMostTileRows); ++r) {
     const T* row = static_cast<const T*>(m.b) + (first + r) * m.b_stride;
     E* to = work.block + r * kPitch;
     for (int64_t d = 0; d < m.width; d += step, to += kBlockRows * kPitch) {
@@ -157,8 +157,8 @@ bool on_tiles() {
   return kPerElement<E> == 2 && isa() == Isa::kAmxBf16;
 }
 
-// Products of `rows` rows of the block, in one pass, with a panel; `rows` as multiply rounds it up
-// on tiles, and kTileRows else.
+// Products of the block's rows with a panel, in one pass: of `rows` rows on tiles, else of
+// kTileRows.
 template <class E, int kUsed, Into kInto>
 void multiply_panel(int64_t rows, int64_t depth, const E* block, const E* lanes, float* c) {
   if (!on_tiles<E>())

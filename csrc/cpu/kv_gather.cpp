@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "../tensors.h"
 #include "gather_tokens.simd.h"
@@ -32,7 +33,8 @@ void fill_cu_seqlens(const KvGatherDims& dims, const int32_t* table, const int32
             " (the sum of seq_lens), got ", dims.num_rows);
 }
 
-// The rows of one cache, in runs that are contiguous there: of a block, of a row, or of one head.
+// The rows of one cache, in pieces that are contiguous there: a block's rows, a row, or the row of
+// one head. The kernel of gather_tokens takes those of one length at byte offsets.
 Tensor gather(const Tensor& cache, const KvGatherDims& dims, const int32_t* table,
               const int32_t* cu) {
   const int64_t heads = dims.cache.num_kv_heads, block_size = dims.cache.block_size;
@@ -47,11 +49,21 @@ Tensor gather(const Tensor& cache, const KvGatherDims& dims, const int32_t* tabl
   const auto copy = MOR_BEST(copy_rows);
   const bool stream = whole_rows ? streams(to, dims.num_rows, row_bytes)
                                  : streams(to, dims.num_rows * heads, head_bytes);
-  const auto copy_run = [&](int64_t element, char* run, int64_t bytes) {
-    const int64_t offset = element * item;
-    copy(in, 1, &offset, run, bytes, 1, stream);
-  };
-  const auto rows_at = [&](int64_t begin, int64_t end) {
+  const auto gather_rows = [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> offsets;  // of pieces not yet copied
+    int64_t bytes = 0;             // of each
+    char* result = to + begin * row_bytes;
+    const auto copy_pieces = [&] {
+      const auto count = static_cast<int64_t>(offsets.size());
+      copy(in, 1, offsets.data(), result, bytes, count, stream);
+      result += count * bytes;
+      offsets.clear();
+    };
+    const auto add_piece = [&](int64_t element, int64_t length) {
+      if (length != bytes) copy_pieces();
+      bytes = length;
+      offsets.push_back(element * item);
+    };
     int64_t entry = std::upper_bound(cu, cu + dims.num_entries, begin) - cu - 1;
     for (int64_t row = begin; row < end;) {
       while (cu[entry + 1] <= row) ++entry;
@@ -60,17 +72,16 @@ Tensor gather(const Tensor& cache, const KvGatherDims& dims, const int32_t* tabl
       const int64_t first = block * cache.stride(0) + in_block * cache.stride(1);
       const int64_t left = std::min<int64_t>(end, cu[entry + 1]) - row;
       const int64_t run = whole_blocks ? std::min(left, block_size - in_block) : 1;
-      char* const result = to + row * row_bytes;
       if (whole_rows) {
-        copy_run(first, result, run * row_bytes);
+        add_piece(first, run * row_bytes);
       } else {
-        for (int64_t h = 0; h < heads; ++h)
-          copy_run(first + h * cache.stride(2), result + h * head_bytes, head_bytes);
+        for (int64_t h = 0; h < heads; ++h) add_piece(first + h * cache.stride(2), head_bytes);
       }
       row += run;
     }
+    copy_pieces();
   };
-  torch::stable::parallel_for(0, dims.num_rows, rows_per_task(row_bytes), rows_at);
+  torch::stable::parallel_for(0, dims.num_rows, rows_per_task(row_bytes), gather_rows);
   return out;
 }
 

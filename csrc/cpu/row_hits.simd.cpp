@@ -42,6 +42,7 @@ template <class V, int kUnroll, bool kStream, class T>
 template <class T, bool kStream>
 void sum_row(const RowSums& sums, int64_t n, Hits<T> hits, const T* next) {
   using V = wide_t<T>;
+  using Short = short_t<T>;
   constexpr int64_t kPart = 4 * lanes<V>, kLine = 64 / sizeof(T);
   const int64_t width = sums.width;
   T* out = static_cast<T*>(sums.out) + n * sums.out_stride;
@@ -60,6 +61,8 @@ void sum_row(const RowSums& sums, int64_t n, Hits<T> hits, const T* next) {
     sum_part<V, 4, kStream>(hits, out, base, scale, d);
   }
   for (; d + lanes<V> <= width; d += lanes<V>) sum_part<V, 1, kStream>(hits, out, base, scale, d);
+  for (; d + lanes<Short> <= width; d += lanes<Short>)
+    sum_part<Short, 1, kStream>(hits, out, base, scale, d);
   for (; d < width; ++d) sum_part<acc_t<T>, 1, false>(hits, out, base, scale, d);
 }
 

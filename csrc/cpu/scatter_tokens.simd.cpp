@@ -34,8 +34,10 @@ template <class V, int kUnroll, bool kStream, class T>
 template <class T, bool kStream>
 acc_t<T> scale_row(const ScaledRow<T> row, int64_t width, const T* next) {
   using V = wide_t<T>;
+  using Short = short_t<T>;
   constexpr int64_t kPart = 4 * lanes<V>, kLine = 64 / sizeof(T);
   V dot[4]{};
+  Short dot_short{};
   acc_t<T> rest{};
   int64_t d = 0;
   for (; d + kPart <= width; d += kPart) {
@@ -43,8 +45,10 @@ acc_t<T> scale_row(const ScaledRow<T> row, int64_t width, const T* next) {
     scale_part<V, 4, kStream>(row, dot, d);
   }
   for (; d + lanes<V> <= width; d += lanes<V>) scale_part<V, 1, kStream>(row, dot, d);
+  for (; d + lanes<Short> <= width; d += lanes<Short>)
+    scale_part<Short, 1, kStream>(row, &dot_short, d);
   for (; d < width; ++d) scale_part<acc_t<T>, 1, false>(row, &rest, d);
-  return total((dot[0] + dot[1]) + (dot[2] + dot[3])) + rest;
+  return total((dot[0] + dot[1]) + (dot[2] + dot[3])) + total(dot_short) + rest;
 }
 
 template <class Acc>

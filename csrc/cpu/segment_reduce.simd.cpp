@@ -40,8 +40,7 @@ int64_t take_members(const SegmentReduce& a, int64_t s, int64_t first,
   return first;
 }
 
-// Stores a value of T unchanged: the rounding of avx512_bf16 would make subnormals zero, and the
-// backward of amax would not find them again.
+// Stores a value of T unchanged, subnormals too: the backward of amax looks for it.
 template <class V, class T>
 inline void put_exact(T* p, V v) {
   if constexpr (std::is_same_v<V, VecPair>) store_exact(p, v);

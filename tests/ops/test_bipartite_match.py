@@ -18,7 +18,7 @@ LENGTHS: dict[str, tuple[list[int], list[int]]] = {
     "single": ([1], [1]),
     "ragged": ([5, 0, 33, 17, 1], [7, 4, 0, 65, 1]),
     "tome": ([50, 49], [49, 48]),
-    "tiles": ([250], [131]),
+    "tiles": ([250, 20], [131, 24]),
 }
 
 
@@ -112,7 +112,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     with instruction_set(isa):
         for lengths in LENGTHS:
-            for width in (1, 33, 257, 600):
+            for width in (1, 33, 257, 520, 600):
                 for metric in METRICS:
                     check_index(make_inputs(lengths, width, "random", dtype, generator), metric)
 

@@ -76,9 +76,10 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
             check_op(case(125, 61, width, "falling-repeats"), dtype)
 
 
-def test_result_past_the_cache_is_streamed_right() -> None:
-    # Above 32 MiB the kernels write around the cache, here with two threads' ranges meeting.
-    x = torch.randn(20011, 512, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_past_the_cache_is_streamed_right(dtype: torch.dtype) -> None:
+    # Above 12 MiB the kernels write around the cache, here with two threads' ranges meeting.
+    x = torch.randn(20011, 512).to(dtype).requires_grad_()
     rows = make_rows(20011, 18001, "ascending", torch.Generator().manual_seed(3))
     y = gather_tokens(x, rows)
     assert torch.equal(y, x[rows])

@@ -89,14 +89,20 @@ def test_every_instruction_set(isa: str) -> None:
             check_op(op_case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", ["layers", "fused", "heads_first"])
-def test_slices_of_a_pool(layout: str) -> None:
-    inputs = make_inputs([5, 12, 0, 20], (5, 3, 8))
-    blocks = inputs["k_cache"].shape[0]
+# (block_size, Hkv, head_dim), entries; the last result is written around the cache.
+POOLS = [((5, 3, 8), [5, 12, 0, 20]), ((5, 1, 8), [5, 12, 0, 20]), ((16, 4, 128), [4001, 3000])]
+
+
+@pytest.mark.parametrize("layout", ["layers", "fused", "rows", "heads_first"])
+@pytest.mark.parametrize(("shape", "lengths"), POOLS, ids=str)
+def test_slices_of_a_pool(layout: str, shape: tuple[int, int, int], lengths: list[int]) -> None:
+    inputs = make_inputs(lengths, shape)
+    blocks, (block_size, heads, head_dim) = inputs["k_cache"].shape[0], shape
     pool = {
-        "layers": torch.zeros(2, blocks, 4, 5, 3, 8)[:, :, 1],
-        "fused": torch.zeros(blocks, 2, 5, 3, 8).transpose(0, 1),
-        "heads_first": torch.zeros(2, blocks, 3, 5, 8).transpose(2, 3),
+        "layers": torch.zeros(2, blocks, 4, *shape)[:, :, 1],
+        "fused": torch.zeros(blocks, 2, *shape).transpose(0, 1),
+        "rows": torch.zeros(blocks, block_size, 2, heads, head_dim).permute(2, 0, 1, 3, 4),
+        "heads_first": torch.zeros(2, blocks, heads, block_size, head_dim).transpose(2, 3),
     }[layout]
     pool.copy_(torch.stack([inputs["k_cache"], inputs["v_cache"]]))
     got = kv_gather(**{**inputs, "k_cache": pool[0], "v_cache": pool[1]})

@@ -104,7 +104,7 @@ def test_float32_weights(op_case: OpCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
     with instruction_set(isa):
-        for width in (5, 17, 100):
+        for width in (5, 17, 200):
             for reduce in REDUCES:
                 check_op(case((125, 61, width), "any", reduce), dtype)
             check_op(case((125, 61, width), "sorted", "mean", "same"), dtype)
@@ -121,10 +121,11 @@ def test_amax_of_special_values(isa: str, dtype: torch.dtype) -> None:
         out = segment_reduce(x, segments, 5, "amax")
         out.sum().backward()
     want = torch.tensor([-1.0, tiny, torch.inf, torch.nan, 0.0], dtype=dtype)
-    assert torch.equal(out[:, 36].nan_to_num(7.0, 8.0), want.nan_to_num(7.0, 8.0))
-    assert torch.equal(out[:, :1].expand(5, 37).isnan(), out.isnan())
+    assert torch.equal(out.nan_to_num(7.0, 8.0), want.nan_to_num(7.0, 8.0)[:, None].expand(5, 37))
     assert x.grad is not None
-    assert x.grad[:, 0].tolist() == x.grad[:, 36].tolist() == [0, 1, 1, 0, 1, 1, 0, 0]
+    assert torch.equal(
+        x.grad, torch.tensor([0, 1, 1, 0, 1, 1, 0, 0])[:, None].expand(8, 37).to(dtype)
+    )
 
 
 def test_amax_gradient_goes_to_the_first_of_equals() -> None:
@@ -164,8 +165,9 @@ def test_many_rows_are_rounded_once() -> None:
         assert_close_to_reference(reduce, got, exact.bfloat16(), exact)
 
 
-def test_result_past_the_cache_is_streamed_right() -> None:
-    x, segments = torch.randn(21000, 512), torch.randint(0, 20011, (21000,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_past_the_cache_is_streamed_right(dtype: torch.dtype) -> None:
+    x, segments = torch.randn(21000, 512).to(dtype), torch.randint(0, 20011, (21000,))
     got = segment_reduce(x, segments, 20011, "mean")
     torch.testing.assert_close(got, reference(x, segments, 20011, "mean"))
 

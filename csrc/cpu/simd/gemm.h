@@ -1,5 +1,5 @@
-// Small matrix products from packed operands, the inner loops of attention: C = A B with C in
-// float32. Included by *.simd.cpp only.
+// Small matrix products from packed operands, the inner loops of attention and matching: C = A B
+// with C in float32. Included by *.simd.cpp only.
 //
 // An element E of A and B is a float, or (avx512_bf16) a uint32_t holding two bfloat16 that are
 // neighbours along the reduction, multiplied and added by one vdpbf16ps, or on the tiles of AMX. A

@@ -1,5 +1,6 @@
-// Elements of a row for *.simd.cpp: vectors of floats for the bulk, single values for its end and
-// for double, under the same names, so that one kernel text serves all.
+// Elements of a row for *.simd.cpp: vectors of floats for the bulk (pairs of them for bfloat16),
+// single values for its end and for double, under the same names, so that one kernel text serves
+// all.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +19,10 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 using wide_t = std::conditional_t<std::is_same_v<T, double>, double,
                                   std::conditional_t<std::is_same_v<T, BFloat16>, VecPair, VecF>>;
+
+// For the end of a row, which a pair may be too long for.
+template <class T>
+using short_t = std::conditional_t<std::is_same_v<T, double>, double, VecF>;
 
 template <class V>
 constexpr int64_t lanes = std::is_same_v<V, VecPair> ? 2 * kLanes

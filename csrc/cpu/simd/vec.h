@@ -56,7 +56,7 @@ inline VecF load(const BFloat16* p) {
 }
 
 // The nearest bfloat16, ties to even, in the upper half of each lane; a NaN stays a NaN.
-inline VecU rounded(VecF v) {
+inline VecU bfloat16_bits(VecF v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   const VecU nearest = bits + 0x7fff + (bits >> 16 & 1);
   return v != v ? VecU{} + 0x7fc00000 : nearest;
@@ -67,7 +67,7 @@ inline void store(BFloat16* p, VecF v) {
   const __m256bh b = _mm512_cvtneps_pbh(v);
 #else
   typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-  const Halves b = __builtin_convertvector(rounded(v) >> 16, Halves);
+  const Halves b = __builtin_convertvector(bfloat16_bits(v) >> 16, Halves);
 #endif
   std::memcpy(p, &b, sizeof b);
 }
@@ -103,12 +103,11 @@ inline void store(BFloat16* p, VecPair v) {
   typedef int16_t Places __attribute__((vector_size(64)));
   const Places in_turn = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  __m512i bits;
-  std::memcpy(&bits, &halves, sizeof bits);
-  bits = _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(in_turn), bits);
+  const __m512i bits =
+      _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(in_turn), (__m512i)halves);
   std::memcpy(p, &bits, sizeof bits);
 #else
-  const VecU bits = rounded(v.even) >> 16 | (rounded(v.odd) & 0xffff0000);
+  const VecU bits = bfloat16_bits(v.even) >> 16 | (bfloat16_bits(v.odd) & 0xffff0000);
   std::memcpy(p, &bits, sizeof bits);
 #endif
 }
