@@ -71,10 +71,14 @@ def train(ctx: typer.Context, **options: Any) -> None:
     from mor.run import train as run_training
 
     with _one_sentence():
-        if options["resume"]:
+        run, checkpoint = options["output_dir"], options["resume_from"]
+        if options["resume"] or checkpoint is not None:
+            stored = options_of_run(run) or (
+                options_of_run(checkpoint.parent) if checkpoint else {}
+            )
             before = {
                 name: Path(value) if isinstance(options[name], Path) else value
-                for name, value in options_of_run(options["output_dir"]).items()
+                for name, value in stored.items()
                 if _is_default(ctx, name)
             }
             options = {**options, **before}

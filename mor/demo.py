@@ -272,5 +272,5 @@ def _write_sample(
 ) -> Path:
     text = continue_text(model, tokenizer, PROMPT, max_new_tokens=120, seed=seed)
     path = output_dir / "sample.md"
-    path.write_text(f"Sample of the MoR model after `{PROMPT.strip()}`:\n\n~~~text\n{text}\n~~~\n")
+    path.write_text(f"Sample of the MoR model, after `{PROMPT.strip()}`\n\n~~~text\n{text}\n~~~\n")
     return path

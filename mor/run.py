@@ -117,12 +117,20 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
 
 
 def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
-    """Trains and saves the model with its tokenizer; returns their folder."""
+    """Trains and saves the model with its tokenizer; returns their folder.
+
+    A checkpoint of the last step, or of a later one, is only saved as the model.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of saving; training has its own
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    folder = Path(str(trainer.args.output_dir)) / "model"
+    folder, steps = Path(str(trainer.args.output_dir)) / "model", trainer.args.max_steps
+    done = _read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
+    if checkpoint is not None and done >= steps:  # the Trainer would take one more
+        logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(folder))
     return folder
 
@@ -155,6 +163,9 @@ def _remember(options: RunOptions, tokens: str) -> None:
         for key, value in asdict(options).items()
     }
     values = {key: value for key, value in values.items() if key not in ("resume", "resume_from")}
+    for name in ("data", "tokenizer", "model", "config"):  # --resume may be said elsewhere
+        if values[name] and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).resolve())
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"options": values, "tokens": tokens}, indent=2) + "\n")
     partial.replace(path)

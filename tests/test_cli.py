@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -120,6 +121,29 @@ def test_resume_takes_the_options_of_the_run(text, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["options"]["steps"] == 6
 
 
+def test_resume_after_the_last_step_trains_no_more(text, tmp_path):
+    _train(text, tmp_path)
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "model")
+    for steps in (4, 3):
+        code, _, _ = _mor("train", "--resume", "--output-dir", tmp_path, "--steps", steps)
+        assert code == 0
+        assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_resume_from_takes_the_options_of_its_run(text, tmp_path, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(text.parent)
+        _train(Path(text.name), tmp_path / "first", "--steps", 2)
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    for folder in ("first", "second"):
+        options = ("--output-dir", tmp_path / folder, "--steps", 3)
+        assert _mor("train", "--resume-from", checkpoint, *options)[0] == 0
+        written = json.loads((tmp_path / folder / "run.json").read_text())["options"]
+        assert (written["data"], written["hidden_size"], written["steps"]) == (str(text), 32, 3)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -220,6 +244,7 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
         (["--max-tokens", "-3"], ["max_tokens must be at least 1", "-3"]),
         (["--eval-rows", "0"], ["eval_rows must be at least 1"]),
         (["--weight-decay", "-1"], ["weight_decay must be at least 0"]),
+        (["--tokenizer", "tests"], ["'tests' holds no tokenizer"]),
         (["--tokenizer", "./nowhere"], ["cannot load a tokenizer", "nowhere"]),
         (["--config", "nowhere.json"], ["cannot read nowhere.json"]),
         (["--resume-from", "nowhere"], ["cannot resume from nowhere"]),

@@ -219,15 +219,29 @@ class MoRConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """The cache layers are mor's own, which Transformers' list does not know."""
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Transformers, which would fill a configuration of another kind with defaults."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"MoRConfig: expected a configuration of model_type {cls.model_type!r}, got "
+                f"{kind!r}; MoRForCausalLM.from_dense converts a dense model"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _refuse_misspelt(self, others: dict[str, Any]) -> None:
         """Transformers takes any name; one that is nearly an option was meant to be it."""
         own = [
             field.name for field in fields(type(self)) if field.name in MoRConfig.__annotations__
         ]
         for name in others:
-            if name.startswith("router_") or get_close_matches(name, own, n=1, cutoff=0.75):
-                nearest = get_close_matches(name, own, n=1, cutoff=0)
-                raise ValueError(f"MoRConfig: no option {name!r}; did you mean {nearest[0]!r}?")
+            nearest = get_close_matches(name, own, n=1, cutoff=0)
+            if f"router_{name}" in own:  # as the command line calls some of them
+                nearest = [f"router_{name}"]
+            elif not name.startswith("router_") and not get_close_matches(name, own, cutoff=0.75):
+                continue
+            raise ValueError(f"MoRConfig: no option {name!r}; did you mean {nearest[0]!r}?")
 
     def _check_options(self) -> None:
         if self.base_config.model_type not in ARCHITECTURES:

@@ -354,6 +354,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             dense = AutoModelForCausalLM.from_pretrained(
                 model_or_path, gguf_file=gguf_file, dtype=dtype or "auto"
             )
+        if hasattr(dense.config, "mor_swap") or isinstance(dense.config, MoRConfig):
+            raise ValueError("from_dense: expected a dense model, got one with recursions already")
         if config is None:
             base = copy.deepcopy(dense.config)
             base.num_hidden_layers = options.pop("num_hidden_layers", base.num_hidden_layers)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class RoutedLayers(nn.Module):
         kind = {"expert": ExpertChoice, "token": TokenChoice}.get(router)
         if kind is None:
             raise ValueError(f"swap: expected router to be expert or token, got {router!r}")
+        known = [*signature(kind).parameters][2:]
+        if unknown := sorted({*options} - {*known}):
+            raise ValueError(f"swap: {kind.__name__} has no option {unknown}, only {known}")
         self.recursion: ExpertChoice | TokenChoice = kind(
             config.hidden_size, num_recursions, **options
         )

@@ -65,7 +65,10 @@ def swap(
         raise ValueError(f"swap: expected a model with model.layers, got {type(model).__name__}")
     span = _span(layers)
     if span.step != 1 or not 0 <= span.start < span.stop <= len(stack):
-        raise ValueError(f"swap: expected layers within 0..{len(stack)}, got {layers}")
+        raise ValueError(
+            f"swap: expected the index of a layer below {len(stack)}, or (first, end) with "
+            f"0 <= first < end <= {len(stack)}, got {layers}"
+        )
     if num_recursions < 1:
         raise ValueError(f"swap: expected num_recursions of at least 1, got {num_recursions}")
     slots, kept = list(span), list(stack[span.start : span.stop])

@@ -1,5 +1,7 @@
 """Dense checkpoints become MoR models."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -12,6 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import mor
 from mor import MoRConfig, MoRForCausalLM
 from mor.models.conversion import INITIALISATIONS, source_layers
 
@@ -120,5 +123,14 @@ def test_bad_conversions(tmp_path):
         MoRForCausalLM.from_dense(dense, MoRConfig(base_config=Qwen2Config(**SIZES)))
     with pytest.raises(ValueError, match="got both"):
         MoRForCausalLM.from_dense(dense, small_config(), num_recursions=2)
+    with pytest.raises(ValueError, match="got one with recursions already"):
+        MoRForCausalLM.from_dense(mor.swap(copy.deepcopy(dense), 1, 2), num_recursions=2)
+    with pytest.raises(ValueError, match="got one with recursions already"):
+        MoRForCausalLM.from_dense(MoRForCausalLM(small_config()), num_recursions=2)
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(
+        ValueError, match=r"model_type 'mor', got 'llama'; .* converts a dense model"
+    ):
+        MoRForCausalLM.from_pretrained(tmp_path / "dense")
     with pytest.raises(OSError, match="no-such"):
         MoRForCausalLM.from_dense(tmp_path / "no-such")

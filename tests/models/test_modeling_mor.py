@@ -369,6 +369,7 @@ def test_documents_are_found_beside_a_mask_of_ones():
         ({"sharing": "sequence", "num_recursions": 5}, "sequence has no recursion step"),
         ({"num_recursion": 2}, "no option 'num_recursion'; did you mean 'num_recursions'"),
         ({"capacity": [1.0, 0.5, 0.2]}, "no option 'capacity'; did you mean 'capacities'"),
+        ({"gating": "residual"}, "no option 'gating'; did you mean 'router_gating'"),
         ({"router_loss": 0.1}, "no option 'router_loss'; did you mean 'router'"),
         ({"capacities": [1.0, 0.5]}, "capacities: expected one for each of the 3"),
         ({"capacities": [0.5, 0.6, 0.1]}, "capacities: expected values that never rise"),
