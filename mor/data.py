@@ -84,7 +84,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ValueError: nothing there, or a tokenizer without an end-of-text token.
     """
     if Path(source).is_dir() and not any(Path(source).glob("*token*")):
-        raise ValueError(f"{str(source)!r} holds no tokenizer: name one that does")
+        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: no tokenizer files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # as many types as there are ways for a name to be wrong
