@@ -83,12 +83,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: nothing there, or a tokenizer without an end-of-text token.
     """
-    if Path(source).is_dir() and not any(Path(source).glob("*token*")):
-        raise ValueError(f"cannot load a tokenizer from {str(source)!r}: no tokenizer files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # as many types as there are ways for a name to be wrong
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        reason = " ".join(lines) if lines[0].endswith(":") else lines[0]
         raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {str(source)!r} has no end-of-text token (eos_token)")

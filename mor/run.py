@@ -126,7 +126,7 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     disable_progress_bar()  # of saving; training has its own
     folder, steps = Path(str(trainer.args.output_dir)) / "model", trainer.args.max_steps
     done = _read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
-    if checkpoint is not None and done >= steps:  # the Trainer would take one more
+    if done >= steps:  # the Trainer would take one more
         logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
         trainer._load_from_checkpoint(str(checkpoint))
     else:

@@ -244,7 +244,7 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
         (["--max-tokens", "-3"], ["max_tokens must be at least 1", "-3"]),
         (["--eval-rows", "0"], ["eval_rows must be at least 1"]),
         (["--weight-decay", "-1"], ["weight_decay must be at least 0"]),
-        (["--tokenizer", "tests"], ["cannot load a tokenizer from 'tests': no tokenizer files"]),
+        (["--tokenizer", "tests"], ["cannot load a tokenizer from 'tests'", "serialization file"]),
         (["--tokenizer", "./nowhere"], ["cannot load a tokenizer", "nowhere"]),
         (["--config", "nowhere.json"], ["cannot read nowhere.json"]),
         (["--resume-from", "nowhere"], ["cannot resume from nowhere"]),

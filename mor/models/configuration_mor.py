@@ -236,12 +236,13 @@ class MoRConfig(PreTrainedConfig):
             field.name for field in fields(type(self)) if field.name in MoRConfig.__annotations__
         ]
         for name in others:
-            nearest = get_close_matches(name, own, n=1, cutoff=0)
             if f"router_{name}" in own:  # as the command line calls some of them
-                nearest = [f"router_{name}"]
-            elif not name.startswith("router_") and not get_close_matches(name, own, cutoff=0.75):
+                meant = f"router_{name}"
+            elif name.startswith("router_") or get_close_matches(name, own, n=1, cutoff=0.75):
+                meant = get_close_matches(name, own, n=1, cutoff=0)[0]
+            else:
                 continue
-            raise ValueError(f"MoRConfig: no option {name!r}; did you mean {nearest[0]!r}?")
+            raise ValueError(f"MoRConfig: no option {name!r}; did you mean {meant!r}?")
 
     def _check_options(self) -> None:
         if self.base_config.model_type not in ARCHITECTURES:

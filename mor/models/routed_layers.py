@@ -54,7 +54,7 @@ class RoutedLayers(nn.Module):
         kind = {"expert": ExpertChoice, "token": TokenChoice}.get(router)
         if kind is None:
             raise ValueError(f"swap: expected router to be expert or token, got {router!r}")
-        known = [*signature(kind).parameters][2:]
+        known = [*signature(kind).parameters][2:]  # after hidden_size and num_recursions
         if unknown := sorted({*options} - {*known}):
             raise ValueError(f"swap: {kind.__name__} has no option {unknown}, only {known}")
         self.recursion: ExpertChoice | TokenChoice = kind(

@@ -164,7 +164,17 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_and_not_a_number_survive_rounding(isa: str, dtype: torch.dtype) -> None:
     # No subnormals: the instruction that rounds to bfloat16 on avx512_bf16 makes them zero.
-    special = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 2e-38, 3e38]
+    special = [
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        0.0,
+        -0.0,
+        2e-38,
+        3e38,
+        1 + 2**-8,
+        1 - 2**-9,
+    ]
     updates = torch.tensor(special * 5, dtype=torch.float64).to(dtype)[None]  # at odd places too
     base = torch.zeros_like(updates)
     with instruction_set(isa):

@@ -104,7 +104,7 @@ def test_float32_weights(op_case: OpCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
     with instruction_set(isa):
-        for width in (5, 17, 200):
+        for width in (5, 17, 100, 200):
             for reduce in REDUCES:
                 check_op(case((125, 61, width), "any", reduce), dtype)
             check_op(case((125, 61, width), "sorted", "mean", "same"), dtype)
