@@ -4,9 +4,9 @@
 #include "bipartite_match.simd.h"
 
 #include <cmath>
-#include <utility>
 
 #include "simd/gemm.h"
+#include "simd/transpose.h"
 
 namespace mor {
 namespace MOR_ISA {
@@ -86,28 +86,6 @@ struct Work {
   }
 };
 
-// The lanes of a and b in turn, from lane kFirst on.
-template <int kFirst, int... kLane>
-inline VecI riffle(VecI a, VecI b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes)...);
-}
-
-// Lane j of row i becomes lane i of row j: log2(kLanes) riffles of the first half with the second.
-inline void transpose(VecI (&rows)[kLanes]) {
-  constexpr auto kEvery = std::make_integer_sequence<int, kLanes>();
-#pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-    VecI next[kLanes];
-#pragma GCC unroll 8
-    for (int r = 0; r < kLanes / 2; ++r) {
-      next[2 * r] = riffle<0>(rows[r], rows[r + kLanes / 2], kEvery);
-      next[2 * r + 1] = riffle<kLanes / 2>(rows[r], rows[r + kLanes / 2], kEvery);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kLanes; ++r) rows[r] = next[r];
-  }
-}
-
 template <class T, class E>
 void pack_panels(const BipartiteMatch& m, const MatchTask& task, const Work<E>& work) {
   const int64_t depth = depth_of<E>(m.width), rows = task.a_end - task.a_begin;
@@ -124,14 +102,8 @@ void pack_panels(const BipartiteMatch& m, const MatchTask& task, const Work<E>& 
       work.a_norms[r] = m.cosine ? inverse_norm(row, m.width) : 1;
     }
     E* to = work.panels + first / kWidth * depth * kWidth + first % kWidth;
-    for (int64_t e = 0; e < depth; e += kLanes) {
-      VecI part[kLanes];
-      for (int r = 0; r < kLanes; ++r)
-        std::memcpy(&part[r], work.lines + r * padded + e, sizeof part[r]);
-      transpose(part);
-      for (int64_t k = 0; k < kLanes && e + k < depth; ++k)
-        std::memcpy(to + (e + k) * kWidth, &part[k], sizeof part[k]);
-    }
+    for (int64_t e = 0; e < depth; e += kLanes)
+      transpose(work.lines + e, padded, to + e * kWidth, kWidth, depth - e);
   }
 }
 

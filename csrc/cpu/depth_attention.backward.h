@@ -237,12 +237,10 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
               padded, reduced, block.k_keys, gradients.ds + lane, dq + lane * padded);
         }
       }
-      const int64_t skipped = seeing.begin / kPerElement<E>;
-      const int64_t reduced = (seeing.end - seeing.begin) / kPerElement<E>;
-      add_key_sums(block, keys, first_key, reduced, padded, gradients.p + skipped,
-                   grad_rows + skipped * kKeyStride, tile, sums.v);
-      add_key_sums(block, keys, first_key, reduced, padded, gradients.ds + skipped,
-                   q_rows + skipped * kKeyStride, tile, sums.k);
+      add_key_sums(block, keys, first_key, limits, seeing, padded, gradients.p, grad_rows, tile,
+                   sums.v);
+      add_key_sums(block, keys, first_key, limits, seeing, padded, gradients.ds, q_rows, tile,
+                   sums.k);
       for (int64_t j = 0; p.key_bias && j < block.count; ++j) {
         sums.bias[keys.row(block.first + j) - first_key] +=
             reduce_add(load(bias_sums + j * kLanes));

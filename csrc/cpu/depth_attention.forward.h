@@ -89,17 +89,17 @@ bool softmax_step(const float* scores, int64_t count, float scale, const RowSums
 // Divides by the sums and turns the lanes of a group, whose first row is `row`, back to rows.
 template <class T>
 void write_rows(const AttentionProblem& p, const AttentionTask& task, int64_t row, int64_t count,
-                const RowSums& rows, const float* out) {
+                const RowSums& rows, int64_t padded, const float* out) {
   const int64_t hd = p.dims.head_dim;
-  alignas(64) float line[kMaxHeadDim];
-  for (int64_t lane = 0; lane < count; ++lane) {
+  unpack_lanes(out, count, padded, [&](int64_t lane, float* line) {
     const RowIndex at = row_index(p, task, row + lane);
-    const float sum = rows.sum[lane], inverse = sum != 0 ? 1 / sum : 0;
-    for (int64_t d = 0; d < hd; ++d) line[d] = sum != 0 ? out[d * kWidth + lane] * inverse : 0;
-    store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd);
+    const float sum = rows.sum[lane];
+    if (sum == 0) std::memset(line, 0, hd * sizeof(float));  // saw nothing, perhaps times infinity
+    store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd,
+              sum != 0 ? 1 / sum : 1);
     static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] =
         log_sum(rows.largest[lane], sum);
-  }
+  });
 }
 
 // One packed block of keys added to the sums of the lanes that see some of them. q and out are
@@ -184,7 +184,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
   }
   for (int64_t lane = 0; lane < rows; lane += kWidth) {
     write_rows<T>(p, task, task.row_begin + lane, min(kWidth, rows - lane),
-                  {sums.largest + lane, sums.sum + lane}, out + lane * padded);
+                  {sums.largest + lane, sums.sum + lane}, padded, out + lane * padded);
   }
   return arena.used;
 }

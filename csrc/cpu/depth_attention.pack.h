@@ -7,6 +7,7 @@
 #include "depth_attention.keys.h"
 #include "simd/exp.h"
 #include "simd/gemm.h"
+#include "simd/transpose.h"
 
 namespace mor {
 namespace MOR_ISA {
@@ -64,10 +65,10 @@ inline void copy_row(const BFloat16* row, int64_t head_dim, int64_t padded, uint
 }
 #endif
 template <class T>
-inline void store_row(const float* line, int64_t head_dim, T* to) {
+inline void store_row(const float* line, int64_t head_dim, T* to, float scale = 1) {
   int64_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(line + d));
-  for (; d < head_dim; ++d) to[d] = static_cast<T>(line[d]);
+  for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(line + d) * splat(scale));
+  for (; d < head_dim; ++d) to[d] = static_cast<T>(line[d] * scale);
 }
 
 // For a reduction along the rows: a row, or for pairs the interleaved rows of two (`next` null:
@@ -92,23 +93,6 @@ inline void copy_rows(const BFloat16* row, const BFloat16* next, int64_t head_di
   for (int64_t d = 0; d < padded; d += 16)
     _mm512_storeu_si512(to + d, interleave(row, next, d, head_dim));
 }
-// Swaps lane l of v[i] with lane i of v[l].
-template <int kBit = 8>
-inline void transpose(VecI (&v)[16]) {
-  VecI lane;
-  for (int i = 0; i < 16; ++i) lane[i] = i;
-  const VecI upper = (lane & kBit) != 0 ? lane * 0 + 16 : lane * 0, other = lane ^ kBit;
-  const VecI first = upper + ((lane & kBit) != 0 ? other : lane);
-  const VecI second = upper + ((lane & kBit) != 0 ? lane : other);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & kBit) continue;
-    const VecI a = v[i], b = v[i + kBit];
-    v[i] = __builtin_shuffle(a, b, first);
-    v[i + kBit] = __builtin_shuffle(a, b, second);
-  }
-  if constexpr (kBit > 1) transpose<kBit / 2>(v);
-}
 // The two bfloat16 roundings of each lane, a in the low half.
 inline __m512i round_pairs(VecF a, VecF b) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b, a);
@@ -123,16 +107,33 @@ template <class T, class E>
 void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const AttentionTask& task,
                 int64_t padded, E* to) {
   const int64_t depth = padded / kPerElement<E>, rows = task.row_end - task.row_begin;
-  alignas(64) E line[kMaxHeadDim];
-  for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
-    E* column = to + row / kWidth * depth * kWidth + row % kWidth;
-    if (row < rows) {
-      const RowIndex at = row_index(p, task, task.row_begin + row);
-      copy_row(x.at<T>(at.query, at.head), p.dims.head_dim, padded, line);
-    } else {
-      std::memset(line, 0, depth * sizeof(E));
+  alignas(64) E lines[kLanes * kRowStride<E>];
+  for (int64_t first = 0; first < round_up(rows, kWidth); first += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      E* line = lines + i * kRowStride<E>;
+      if (first + i < rows) {
+        const RowIndex at = row_index(p, task, task.row_begin + first + i);
+        copy_row(x.at<T>(at.query, at.head), p.dims.head_dim, padded, line);
+      } else {
+        std::memset(line, 0, depth * sizeof(E));
+      }
     }
-    for (int64_t e = 0; e < depth; ++e) column[e * kWidth] = line[e];
+    E* columns = to + first / kWidth * depth * kWidth + first % kWidth;
+    for (int64_t e = 0; e < depth; e += kLanes)
+      transpose(lines + e, kRowStride<E>, columns + e * kWidth, kWidth, depth - e);
+  }
+}
+
+// Back to rows: write(lane, row of padded floats) for every lane of a group, [d][kWidth], below
+// `count`.
+template <class Write>
+void unpack_lanes(const float* group, int64_t count, int64_t padded, Write&& write) {
+  alignas(64) float lines[kLanes * kRowStride<float>];
+  for (int64_t first = 0; first < count; first += kLanes) {
+    for (int64_t d = 0; d < padded; d += kLanes)
+      transpose(group + d * kWidth + first, kWidth, lines + d, kRowStride<float>, kLanes);
+    for (int64_t i = 0; i < min(kLanes, count - first); ++i)
+      write(first + i, lines + i * kRowStride<float>);
   }
 }
 

@@ -16,14 +16,15 @@ void pack_paged_keys(const KeyPointers<T, T>& keys, int64_t head_dim, int64_t pa
   pack_along_keys(keys.v, block.count, head_dim, padded, block.v_keys);
 }
 
-// Rows from lanes; `out` is [d][lane].
+// Rows from the lanes of a group.
 inline void write_part(const RowSums& sums, const float* out, int64_t lanes, int64_t head_dim,
-                       float* part) {
-  for (int64_t lane = 0; lane < lanes; ++lane, part += part_stride(head_dim)) {
-    for (int64_t d = 0; d < head_dim; ++d) part[d] = out[d * kWidth + lane];
+                       int64_t padded, float* parts) {
+  unpack_lanes(out, lanes, padded, [&](int64_t lane, const float* line) {
+    float* part = parts + lane * part_stride(head_dim);
     float* end = part + part_stride(head_dim) - 2;
+    std::memcpy(part, line, head_dim * sizeof(float));
     end[0] = sums.largest[lane], end[1] = sums.sum[lane];
-  }
+  });
 }
 
 template <class T, class E>
@@ -72,7 +73,7 @@ int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, ch
   }
   for (int64_t lane = 0; lane < rows; lane += kWidth) {
     write_part({sums.largest + lane, sums.sum + lane}, out + lane * padded,
-               min(kWidth, rows - lane), hd, part + lane * part_stride(hd));
+               min(kWidth, rows - lane), hd, padded, part + lane * part_stride(hd));
   }
   return arena.used;
 }
