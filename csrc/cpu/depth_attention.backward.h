@@ -82,22 +82,36 @@ void differentiate_scores(const float* scores, const float* dp, int64_t count, f
 }
 
 // sums[row of the key - first_key] += weights (by key along the lanes) times `rows` (reduced along
-// the lanes).
+// the lanes). Each part of the keys takes the lanes from the first group on that sees one of it, by
+// position.
 template <class E>
-void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t first_key, int64_t depth,
-                  int64_t padded, const E* weights, const E* rows, float* tile, float* sums) {
-  int64_t d = 0;
-  for (; d + kWidth <= padded; d += kWidth) {
-    multiply<E, kVectors, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
-        block.count, depth, weights, rows + d, tile + d);
-  }
-  for (; d < padded; d += kLanes) {
-    multiply<E, 1, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
-        block.count, depth, weights, rows + d, tile + d);
+void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t first_key,
+                  const RowLimits& limits, LaneRange seeing, int64_t padded, const E* weights,
+                  const E* rows, float* tile, float* sums) {
+  constexpr int64_t kPartKeys = 16;  // whole tiles, also of AMX
+  for (int64_t lane = seeing.begin, key = 0; key < block.count; lane += kWidth) {
+    int64_t end = block.count;
+    if (lane + kWidth < seeing.end)
+      end = min(end, round_up(limits.limit[lane + kWidth - 1] - block.first, kPartKeys));
+    if (end <= key) continue;
+    const int64_t depth = (seeing.end - lane) / kPerElement<E>, skipped = lane / kPerElement<E>;
+    const E *part_weights = weights + key * kLaneStride<E> + skipped,
+            *part_rows = rows + skipped * kKeyStride;
+    float* part = tile + key * kKeyStride;
+    int64_t d = 0;
+    for (; d + kWidth <= padded; d += kWidth) {
+      multiply<E, kVectors, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
+          end - key, depth, part_weights, part_rows + d, part + d);
+    }
+    for (; d < padded; d += kLanes) {
+      multiply<E, 1, kLaneStride<E>, 1, kKeyStride, kKeyStride, Into::kOverwrite>(
+          end - key, depth, part_weights, part_rows + d, part + d);
+    }
+    key = end;
   }
   for (int64_t j = 0; j < block.count; ++j) {
     float* sum = sums + (keys.row(block.first + j) - first_key) * padded;
-    for (d = 0; d < padded; d += kLanes)
+    for (int64_t d = 0; d < padded; d += kLanes)
       store(sum + d, load(sum + d) + load(tile + j * kKeyStride + d));
   }
 }
@@ -148,13 +162,14 @@ void fill_row_gradients(const AttentionProblem& p, const AttentionTask& step, in
 template <class T>
 void write_grad_q(const AttentionProblem& p, const AttentionTask& step, const float* dq,
                   int64_t padded) {
-  const int64_t hd = p.dims.head_dim;
-  alignas(64) float line[kMaxHeadDim];
-  for (int64_t row = 0; row < step.row_end - step.row_begin; ++row) {
-    const RowIndex at = row_index(p, step, step.row_begin + row);
-    const float* column = dq + row / kWidth * padded * kWidth + row % kWidth;
-    for (int64_t d = 0; d < hd; ++d) line[d] = column[d * kWidth] * static_cast<float>(p.scale);
-    store_row(line, hd, static_cast<T*>(p.grad_q) + (at.query * p.dims.num_heads + at.head) * hd);
+  const int64_t hd = p.dims.head_dim, rows = step.row_end - step.row_begin;
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    const auto write = [&](int64_t lane, const float* line) {
+      const RowIndex at = row_index(p, step, step.row_begin + first + lane);
+      store_row(line, hd, static_cast<T*>(p.grad_q) + (at.query * p.dims.num_heads + at.head) * hd,
+                static_cast<float>(p.scale));
+    };
+    unpack_lanes(dq + first * padded, min(kWidth, rows - first), padded, write);
   }
 }
 
