@@ -6,8 +6,8 @@ given tensor, so this is routing alone and nothing of it can be optimised away. 
 topk, put the choice in ascending order (attention needs it) by a sort or by a mask, and add with
 index_add or, as no row repeats, with index_copy; eager and compiled. In place against in place, a
 new tensor against a new tensor. A ratio above 1 means that ours is faster. `x limit copy_` stands
-against one copy_ between contiguous rows that reads and writes as many bytes as ours must: above 1,
-memory allows no more by that measure.
+against one copy_ of contiguous rows that moves as many bytes as gather and scatter read and write:
+a yardstick, not a bound, for they read more than they write and may find rows in the cache.
 """
 
 from collections.abc import Callable
@@ -96,8 +96,8 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
                 for a, b in zip(form(hidden.clone(), scores, updates), want, strict=True):
                     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
             candidates = {n: partial(form, hidden, small, updates) for n, form in forms.items()}
-            # rows read and written: the k taken twice, then updates, and base and result
-            rows = 2 * len(updates) + len(updates) + 2 * (len(updates) if in_place else len(hidden))
+            # Rows moved. Gather: k read, k written; scatter: k updates, the base, the result.
+            rows = 3 * len(updates) + 2 * (len(updates) if in_place else len(hidden))
             source = torch.randn(rows // 2, shape[2]).to(dtype)
             candidates["limit copy_"] = partial(torch.empty_like(source).copy_, source)
             line(described, candidates)

@@ -82,17 +82,18 @@ void differentiate_scores(const float* scores, const float* dp, int64_t count, f
 }
 
 // sums[row of the key - first_key] += weights (by key along the lanes) times `rows` (reduced along
-// the lanes). Each part of the keys takes the lanes from the first group on that sees one of it, by
-// position.
+// the lanes). Lanes before the keys have weights of zero: each part of the keys begins at the first
+// group that sees, by position, one of them.
 template <class E>
 void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t first_key,
                   const RowLimits& limits, LaneRange seeing, int64_t padded, const E* weights,
                   const E* rows, float* tile, float* sums) {
-  constexpr int64_t kPartKeys = 16;  // whole tiles, also of AMX
+  constexpr int64_t kKeysUnit = 16;  // of a tile of AMX
+  static_assert(kBlockKeys % kKeysUnit == 0 && kKeysUnit % kTileRows == 0);
   for (int64_t lane = seeing.begin, key = 0; key < block.count; lane += kWidth) {
-    int64_t end = block.count;
+    int64_t end = block.count;  // of the last group: all that are left
     if (lane + kWidth < seeing.end)
-      end = min(end, round_up(limits.limit[lane + kWidth - 1] - block.first, kPartKeys));
+      end = min(end, round_up(limits.limit[lane + kWidth - 1] - block.first, kKeysUnit));
     if (end <= key) continue;
     const int64_t depth = (seeing.end - lane) / kPerElement<E>, skipped = lane / kPerElement<E>;
     const E *part_weights = weights + key * kLaneStride<E> + skipped,
@@ -278,9 +279,9 @@ void sum_key_gradients(const AttentionProblem& p, int64_t sequence, int64_t kv_h
       VecF sum{};
       for (int64_t c = 0; c < count; ++c)
         sum += load(from + c * stride + (row - begin) * padded + d);
-      store(line + d, sum * splat(scale));
+      store(line + d, sum);
     }
-    store_row(line, hd, static_cast<T*>(to) + (row * p.dims.num_kv_heads + kv_head) * hd);
+    store_row(line, hd, static_cast<T*>(to) + (row * p.dims.num_kv_heads + kv_head) * hd, scale);
   };
   for (int64_t row = begin; row < end; ++row) {
     write(sums.k, row, static_cast<float>(p.scale), p.grad_k);

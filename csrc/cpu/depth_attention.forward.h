@@ -94,7 +94,7 @@ void write_rows(const AttentionProblem& p, const AttentionTask& task, int64_t ro
   unpack_lanes(out, count, padded, [&](int64_t lane, float* line) {
     const RowIndex at = row_index(p, task, row + lane);
     const float sum = rows.sum[lane];
-    if (sum == 0) std::memset(line, 0, hd * sizeof(float));  // saw nothing, perhaps times infinity
+    if (sum == 0) std::memset(line, 0, hd * sizeof(float));  // sees nothing; out may be 0 * inf
     store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd,
               sum != 0 ? 1 / sum : 1);
     static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] =

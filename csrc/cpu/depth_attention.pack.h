@@ -124,8 +124,8 @@ void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const Atte
   }
 }
 
-// Back to rows: write(lane, row of padded floats) for every lane of a group, [d][kWidth], below
-// `count`.
+// The lanes of a group, [d][kWidth], back to rows: calls write(lane, row) for each lane below
+// `count`; a row is of `padded` floats, and write's to change.
 template <class Write>
 void unpack_lanes(const float* group, int64_t count, int64_t padded, Write&& write) {
   alignas(64) float lines[kLanes * kRowStride<float>];

@@ -9,8 +9,8 @@ namespace mor {
 namespace MOR_ISA {
 
 // The lanes of a and b in turn, from lane kFirst on.
-template <int kFirst, class V, int... kLane>
-inline V riffle(V a, V b, std::integer_sequence<int, kLane...>) {
+template <int kFirst, int... kLane>
+inline VecI riffle(VecI a, VecI b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes)...);
 }
 
@@ -34,7 +34,7 @@ inline void transpose(VecI (&rows)[kLanes]) {
 // count.
 template <class E>
 inline void transpose(const E* from, int64_t from_stride, E* to, int64_t to_stride, int64_t count) {
-  static_assert(sizeof(E) == sizeof(VecI) / kLanes);
+  static_assert(sizeof(E) == 4);
   VecI rows[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) std::memcpy(&rows[i], from + i * from_stride, sizeof rows[i]);
