@@ -36,6 +36,41 @@ def rowwise_linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+@pytest.fixture(params=["rowwise", "library"])
+def exactness(request, monkeypatch) -> tuple[torch.dtype, float]:
+    """The dtype to compute in, and how far rounding may take results that should be the same.
+
+    A BLAS, and the tiles of depth_attention, round a row differently when there are more or fewer
+    rows beside it, and later tokens decide how many rows a recursion has. With row-wise products
+    and in float64, where depth_attention has no tiles, the difference is exactly zero.
+    """
+    if request.param == "library":
+        return torch.float32, 1e-5
+    monkeypatch.setattr(torch.nn.functional, "linear", rowwise_linear)
+    return torch.float64, 0.0
+
+
+def check_causal_evaluation(
+    model, tokens, cuts, exactness, depths_of=lambda output: output.token_depths, **inputs
+):
+    """Tokens from each cut on change: no logit and no depth before it does."""
+    dtype, tolerance = exactness
+    generator = torch.Generator().manual_seed(7)
+    model = model.to(dtype).eval()
+    with torch.no_grad():
+        before = model(tokens, use_cache=False, **inputs)
+        depths_before = depths_of(before)
+        for cut in cuts:
+            changed = tokens.clone()
+            rest = changed[:, cut:]
+            rest[:] = torch.randint(3, 97, rest.shape, generator=generator)
+            after = model(changed, use_cache=False, **inputs)
+            assert torch.equal(depths_of(after)[:, :cut], depths_before[:, :cut])
+            difference = (after.logits - before.logits).abs()
+            assert difference[:, :cut].max() <= tolerance
+            assert difference[:, cut:].max() > 0.1
+
+
 #: Combinations of routing, sharing and KV strategy that every model test runs.
 VARIANTS = {
     "expert": {"router": "expert"},

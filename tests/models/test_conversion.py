@@ -105,6 +105,30 @@ def test_source_layers_of_the_paper():
     assert average[0] == [0]
 
 
+#: Four shared layers for twelve depths, written out; the middle ones lie between own ends.
+SOURCES = {
+    ("cycle", "stepwise"): [[0], [4], [7], [11]],
+    ("cycle", "lower"): [[0], [1], [2], [3]],
+    ("cycle", "upper"): [[8], [9], [10], [11]],
+    ("cycle", "average"): [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]],
+    ("sequence", "stepwise"): [[0], [4], [7], [11]],
+    ("sequence", "lower"): [[0], [1], [2], [3]],
+    ("sequence", "upper"): [[8], [9], [10], [11]],
+    ("sequence", "average"): [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]],
+    ("middle_sequence", "stepwise"): [[0], [1], [5], [8], [12], [13]],
+    ("middle_sequence", "lower"): [[0], [1], [2], [3], [4], [13]],
+    ("middle_sequence", "upper"): [[0], [9], [10], [11], [12], [13]],
+    ("middle_sequence", "average"): [[0], [1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [13]],
+}
+
+
+@pytest.mark.parametrize(("sharing", "init"), SOURCES)
+def test_source_layers_by_hand(sharing, init):
+    layers = 14 if sharing.startswith("middle") else 12
+    config = small_config(num_hidden_layers=layers, sharing=sharing, router=None)
+    assert source_layers(config, layers, init) == SOURCES[sharing, init]
+
+
 def test_a_deeper_unrolled_model():
     """As the paper does for 30 layers and three recursions: 32 unrolled."""
     dense = LlamaForCausalLM(small_config(num_hidden_layers=7, num_recursions=5).base_config)

@@ -98,6 +98,37 @@ def test_beam_search_equals_uncached(variant, lengths, side):
     )
 
 
+def test_enough_beams_find_the_best_of_all_continuations(variant):
+    """Five tokens, three steps and 5 * 5 beams: none of the 125 continuations is dropped early."""
+    model = small_model(vocab_size=5, **variant).eval()
+    lengths = [3, 5]
+    tokens, mask = padded(lengths, "left")
+    tokens = tokens % 5
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=3,
+        num_beams=25,
+        num_return_sequences=5,
+        length_penalty=0.0,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    found = out.sequences[:, tokens.shape[1] :].unflatten(0, (2, 5))
+    continuations = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    for row, length in enumerate(lengths):
+        prompt = tokens[row][mask[row] == 1].expand(125, length)
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, continuations], 1), use_cache=False).logits
+        steps = logits[:, length - 1 : -1].log_softmax(-1)
+        total = steps.gather(2, continuations.unsqueeze(2)).sum((1, 2))
+        best = total.topk(5)
+        assert torch.equal(found[row], continuations[best.indices])
+        scores = out.sequences_scores.unflatten(0, (2, 5))[row]
+        torch.testing.assert_close(scores, best.values, atol=1e-4, rtol=0)
+
+
 def test_assisted_generation_equals_greedy(variant):
     model = small_model(**variant).eval()
     assistant = small_model(seed=1, **variant).eval()
@@ -107,6 +138,12 @@ def test_assisted_generation_equals_greedy(variant):
         model.generate(tokens, assistant_model=assistant, **options),
         model.generate(tokens, **options),
     )
+
+
+def test_assisted_generation_of_a_batch_is_refused():
+    model, assistant = (small_model(seed=seed).eval() for seed in (0, 1))
+    with pytest.raises(ValueError, match="only supported for batch_size = 1"):
+        model.generate(prompts(2, 6), assistant_model=assistant, max_new_tokens=4, do_sample=False)
 
 
 def test_a_token_that_left_takes_no_cache_slot():

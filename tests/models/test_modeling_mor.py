@@ -20,7 +20,7 @@ from transformers import (
 
 from mor import MoRConfig, MoRForCausalLM
 
-from .conftest import rowwise_linear, small_config, small_model
+from .conftest import check_causal_evaluation, small_config, small_model
 from .test_generation import padded, prompts
 
 
@@ -72,15 +72,19 @@ def test_pads_do_not_change_the_loss(variant):
         torch.testing.assert_close(grads_padded[name], grad, atol=1e-6, rtol=1e-4)
 
 
+def packed_documents(lengths: list[int], how: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One row of documents, and the argument `how` that says where they begin."""
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return prompts(1, sum(lengths)), {how: positions if how == "position_ids" else boundaries}
+
+
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
 def test_documents_do_not_see_each_other(variant, how):
     """A packed row gives every document the logits it has alone."""
     model = small_model(**variant)
     lengths = [5, 1, 9, 3]
-    tokens = prompts(1, sum(lengths))
-    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    options = {"position_ids": positions} if how == "position_ids" else {how: boundaries}
+    tokens, options = packed_documents(lengths, how)
     for mode in (True, False):
         model.train(mode)
         with torch.no_grad():
@@ -89,29 +93,17 @@ def test_documents_do_not_see_each_other(variant, how):
         torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rowwise", [True, False], ids=["rowwise", "library"])
-def test_evaluation_is_causal(variant, rowwise, monkeypatch):
-    """Changing later tokens changes no earlier logit: to the last bit, if matrix products do not.
+def test_evaluation_is_causal(variant, exactness):
+    """Changing later tokens changes no earlier logit: not a bit, if matrix products do not."""
+    check_causal_evaluation(small_model(**variant), prompts(2, 24), (1, 8, 17, 23), exactness)
 
-    A BLAS, and the tiles of depth_attention, round a row differently when there are more or fewer
-    rows beside it, and later tokens decide how many rows a recursion has. With row-wise products
-    and in float64, where depth_attention has no tiles, the difference is exactly zero.
-    """
-    if rowwise:
-        monkeypatch.setattr(torch.nn.functional, "linear", rowwise_linear)
-    generator = torch.Generator().manual_seed(7)
-    model = small_model(**variant).to(torch.float64 if rowwise else torch.float32).eval()
-    tokens = prompts(2, 24)
-    with torch.no_grad():
-        before = model(tokens, use_cache=False)
-        for cut in (1, 8, 17, 23):
-            changed = tokens.clone()
-            changed[:, cut:] = torch.randint(3, 97, (2, 24 - cut), generator=generator)
-            after = model(changed, use_cache=False)
-            assert torch.equal(after.token_depths[:, :cut], before.token_depths[:, :cut])
-            difference = (after.logits - before.logits).abs()
-            assert difference[:, :cut].max() <= (0 if rowwise else 1e-5)
-            assert difference[:, cut:].max() > 0.1
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+def test_evaluation_of_packed_documents_is_causal(variant, exactness, how):
+    """Changing later documents, or the later tokens of one, changes nothing before them."""
+    tokens, inputs = packed_documents([5, 1, 9, 3], how)
+    cuts = (3, 5, 10, 15)  # the second and the last between documents
+    check_causal_evaluation(small_model(**variant), tokens, cuts, exactness, **inputs)
 
 
 def test_topk_evaluation_is_the_training_selection():
@@ -308,6 +300,15 @@ def test_capacity_warmup_survives_a_checkpoint(tmp_path):
         want, got = model(tokens).token_depths, loaded(tokens).token_depths
         assert torch.equal(want, got)
     assert int((model(tokens).token_depths > 1).sum()) == 16
+
+
+def test_capacity_warmup_is_half_a_cosine():
+    """c + (1 - c) (1 + cos(pi t / 4)) / 2 of 25 tokens, rounded down, for c = 2/3 and 1/3."""
+    model = small_model(capacity_warmup_steps=4).train()
+    depths = [model(prompts(1, 25)).token_depths for _ in range(6)]
+    # What is left of the warm-up: 1, 0.854, 0.5, 0.146, 0, 0.
+    assert [int((d > 1).sum()) for d in depths] == [25, 23, 20, 17, 16, 16]
+    assert [int((d > 2).sum()) for d in depths] == [25, 22, 16, 10, 8, 8]
 
 
 def test_balance_warmup_takes_every_recursion():

@@ -3,17 +3,27 @@
 import pytest
 import torch
 
+import mor
 from mor import MoRConfig
+from mor.modules import ExpertChoice, TokenChoice
 from mor.modules.routers import RandomRouter
 
 from .conftest import small_config, small_model
+from .test_conversion import dense_models
 from .test_generation import generate_greedily, prompts
+from .test_modeling_mor import train_step
 
 ROUTERS = ["expert", "token"]
 
 
 def random_model(router, **options):
     return small_model(router=router, router_type="random", **options)
+
+
+def random_swap(router):
+    return mor.swap(
+        dense_models()["llama"], (1, 7), num_recursions=3, router=router, router_type="random"
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -45,6 +55,32 @@ def test_training_draws_anew_and_has_no_router_losses(router):
     assert all(p.grad is not None for p in model.parameters())
     if router == "expert":  # capacities 1, 2/3, 1/3 of 24
         assert [int((first.token_depths[0] >= step).sum()) for step in (1, 2, 3)] == [24, 16, 8]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("make", [random_model, random_swap], ids=["model", "swap"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gradient_checkpointing_does_not_draw_again(router, make, reentrant):
+    model = make(router)
+    routing = next(m for m in model.modules() if isinstance(m, ExpertChoice | TokenChoice))
+    depths = []
+    routing.register_forward_hook(lambda module, args, output: depths.append(output.depths))
+    tokens = prompts(2, 16)
+    torch.manual_seed(5)
+    plain, grads = train_step(model, input_ids=tokens, labels=tokens)
+    next_number = torch.rand(())
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    torch.manual_seed(5)
+    output, again = train_step(model, input_ids=tokens, labels=tokens)
+    assert torch.equal(torch.rand(()), next_number)
+    assert len(depths) == 2  # routed once in each forward, and not again in the backward
+    assert torch.equal(*depths)
+    assert torch.equal(output.loss, plain.loss)
+    assert again.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(again[name], grad, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalL
 
 from mor import MoRForCausalLM
 
-from .conftest import small_config, small_model
+from .conftest import check_causal_evaluation, small_config, small_model
 from .test_conversion import dense_models
 from .test_generation import generate_greedily, prompts
 
@@ -166,6 +166,18 @@ def test_a_relaxed_model_saves_loads_and_generates(name, tmp_path):
     with torch.no_grad():
         full = model(sequences[:, :-1]).logits[:, 11:]
     torch.testing.assert_close(logits, full, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("relaxation", ["lora", "dora"])
+def test_evaluation_is_causal(name, relaxation, exactness):
+    model = small_model(
+        relaxation=relaxation, relaxation_rank=4, recursion_encoding=True, **ROUTED[name]
+    )
+    with torch.no_grad():
+        for parameter in [*adapters(model).values(), model.model.recursion_encoding]:
+            parameter += 0.05 * torch.randn_like(parameter)
+    check_causal_evaluation(model, prompts(2, 16), (1, 7, 15), exactness)
 
 
 def test_lora_fine_tuning_of_a_relaxed_model(tmp_path):

@@ -8,6 +8,7 @@ import mor
 from mor.models.routed_layers import RoutedLayers
 from mor.modules import RouterScore
 
+from .conftest import check_causal_evaluation
 from .test_conversion import dense_models
 from .test_generation import generate_greedily, padded, prompts
 
@@ -52,6 +53,20 @@ def test_cached_generation_equals_full_forward(name, router):
         with torch.no_grad():
             full = model(whole, use_cache=False).logits[0, n - 1 : -1]
         torch.testing.assert_close(logits[row], full, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [(1, 7), 3], ids=["range", "one"])
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_evaluation_is_causal(router, layers, exactness):
+    model = mor.swap(dense_models()["llama"], layers, num_recursions=3, router=router)
+    routed = next(m for m in model.modules() if isinstance(m, RoutedLayers))
+    check_causal_evaluation(
+        model,
+        prompts(2, 16),
+        (1, 7, 15),
+        exactness,
+        depths_of=lambda _: routed.routing.depths.reshape(2, 16),
+    )
 
 
 @pytest.mark.parametrize("router", ["expert", "token"])
