@@ -1,4 +1,6 @@
-"""Reads what ptxas made of the kernels in a shared library: registers, spills, instructions."""
+"""Reads what ptxas made of the kernels in a shared library: registers, shared memory, spills,
+instructions; and how many blocks of a kernel that lets run at once.
+"""
 
 import json
 import re
@@ -15,6 +17,8 @@ REPOSITORY = Path(__file__).parents[2]
 BUDGETS: list[dict[str, Any]] = json.loads((REPOSITORY / "kernels/budgets.json").read_text())[
     "kernels"
 ]
+SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor
+RESERVED = 1024  # bytes of shared memory that CUDA takes of every block
 
 
 @dataclass
@@ -25,6 +29,7 @@ class Kernel:
     name: str  # with template arguments
     registers: int
     stack: int  # bytes: spills, or arrays that found no registers
+    shared: int  # bytes, static
     instructions: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -33,11 +38,29 @@ class Kernel:
         return next((b for b in BUDGETS if fnmatchcase(self.name, b["kernel"])), None)
 
     @property
+    def layout(self) -> str | None:
+        """The type in its dynamic shared memory."""
+        arguments = self.name.partition("<")[2].removesuffix(">")
+        layout = (self.budget or {}).get("layout")
+        return layout and layout.replace("*", arguments)
+
+    @property
     def spills(self) -> bool:
         """Whether it uses local memory beyond the stack that its budget names."""
         allowed = (self.budget or {}).get("stack", 0)
         moves = self.instructions["STL"] or self.instructions["LDL"]
         return self.stack > allowed or bool(moves and not allowed)
+
+
+def resident_blocks(budget: dict[str, Any], architecture: str) -> int:
+    """How many blocks that use all of their budget run on a multiprocessor at once."""
+    threads = budget["threads"]
+    # Each of four schedulers has 16384 registers, given to a warp in units of 256.
+    warps = 4 * (16384 // (-(-budget["registers"] // 8) * 256))
+    shared = -(-(budget["shared"] + RESERVED) // 128) * 128
+    return min(
+        warps // -(-threads // 32), SHARED_KIB[architecture] * 1024 // shared, 2048 // threads, 32
+    )
 
 
 def cuobjdump() -> Path | None:
@@ -75,8 +98,13 @@ def kernels(library: Path) -> list[Kernel]:
             architecture = match[1]
         elif match := re.match(r" Function (\S+):", line):
             symbol = match[1]
-        elif (match := re.match(r"  REG:(\d+) STACK:(\d+)", line)) and symbol.startswith("_ZN3mor"):
-            found[architecture, symbol] = Kernel(architecture, symbol, int(match[1]), int(match[2]))
+        elif symbol.startswith("_ZN3mor") and (
+            match := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)
+        ):
+            registers, stack, shared = map(int, match.groups())
+            if architecture != "sm_80":  # counts what is reserved, if any kernel uses some
+                shared = max(shared - RESERVED, 0)
+            found[architecture, symbol] = Kernel(architecture, symbol, registers, stack, shared)
     for architecture in {a for a, _ in found}:
         current = None
         for line in _run(tool, "-sass", "-arch", architecture, str(library)).splitlines():
@@ -90,6 +118,19 @@ def kernels(library: Path) -> list[Kernel]:
     for (_, symbol), kernel in found.items():
         kernel.name = names[symbol]
     return list(found.values())
+
+
+def sizes_of(types: set[str], folder: Path) -> dict[str, int]:
+    """Bytes of types of kernels/*.cuh, as nvcc lays them out."""
+    headers = sorted((REPOSITORY / "kernels").glob("*.cuh"))
+    program = [*(f'#include "{header}"' for header in headers), "#include <cstdio>"]
+    program += ["using namespace mor;", "int main() {"]
+    program += [f'std::printf("%zu\\t%s\\n", sizeof({t}), "{t}");' for t in sorted(types)]
+    (folder / "sizes.cu").write_text("\n".join([*program, "}\n"]))
+    command = ["nvcc", "-std=c++20", "-arch=compute_80", "sizes.cu", "-o", "sizes"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    lines = subprocess.check_output([folder / "sizes"], text=True).splitlines()
+    return {name: int(size) for size, name in (line.split("\t") for line in lines)}
 
 
 def _classes(instruction: str) -> list[str]:

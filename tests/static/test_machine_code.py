@@ -1,11 +1,20 @@
 """The machine code of the CUDA kernels keeps to kernels/budgets.json: no GPU needed."""
 
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
-from machine_code import BUDGETS, Kernel, cuobjdump, kernels
+from machine_code import (
+    BUDGETS,
+    SHARED_KIB,
+    Kernel,
+    cuobjdump,
+    kernels,
+    resident_blocks,
+    sizes_of,
+)
 
 import mor.ops  # noqa: F401 - loads the library
 
@@ -46,10 +55,27 @@ def test_registers_stay_in_the_budget(built):
     assert not over
 
 
-def test_budgets_let_a_block_run():
-    """65536 registers, given to a warp in units of eight a thread."""
-    for budget in BUDGETS:
-        assert -(-budget["registers"] // 8) * 8 * budget["threads"] <= 65536, budget["kernel"]
+def test_shared_memory_stays_in_the_budget(built, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc to measure dynamic shared memory with")
+    sizes = sizes_of({kernel.layout for kernel in built if kernel.layout}, tmp_path)
+    over = [
+        f"{kernel.architecture} {kernel.name}: {used} of {kernel.budget['shared']} bytes"
+        for kernel in built
+        if (used := kernel.shared + sizes.get(kernel.layout, 0)) > kernel.budget["shared"]
+    ]
+    assert not over
+
+
+@pytest.mark.parametrize("architecture", SHARED_KIB)
+def test_budgets_give_the_stated_occupancy(architecture):
+    fewer = [
+        f"{budget['kernel']}: {blocks} blocks, not {stated}"
+        for budget in BUDGETS
+        for stated in [budget["blocks"][architecture != "sm_80"]]
+        if (blocks := resident_blocks(budget, architecture)) < stated
+    ]
+    assert not fewer
 
 
 def test_kernels_use_the_instructions_they_are_written_for(built):
