@@ -2,14 +2,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_route_topk import DTYPES, packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import bipartite_match
 from mor.ops.bipartite_match import reference
 from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
-
-from .test_route_topk import DTYPES, packed
 
 METRICS = ("cosine", "dot")
 LENGTHS: dict[str, tuple[list[int], list[int]]] = {

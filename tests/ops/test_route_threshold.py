@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_route_topk import DTYPES, LENGTHS, VALUES, packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import route_threshold, route_topk
 from mor.ops.route_threshold import reference
 from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
-
-from .test_route_topk import DTYPES, LENGTHS, VALUES, packed
 
 KINDS = ("absolute", "quantile", "mass")
 RULES: dict[str, dict[str, Any]] = {

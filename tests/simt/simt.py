@@ -1,16 +1,33 @@
 """The CUDA kernels compiled for the CPU (harness/simt.h), called with tensors."""
 
 import ctypes
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Kernels"]
+from mor.testing import OpCase
+
+__all__ = ["DTYPES", "Kernels", "in_harness", "inputs_of"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Cases of tests/ops left to the CPU and the GPU, and what a build of the harness takes for each.
+TOO_LARGE = {
+    "prefill": "5 s",
+    "threads-ties-half-both-by-score": "40 s (race checker)",
+}
 Argument = Any  # a tensor, a number, a dtype, None or ctypes' own
+
+
+def in_harness(table: Iterable[OpCase]) -> dict[str, OpCase]:
+    """The cases of a table of tests/ops that the harness runs, by their ids."""
+    return {c.id: c for c in table if c.id not in TOO_LARGE}
+
+
+def inputs_of(op_case: OpCase, dtype: torch.dtype) -> dict[str, Any]:
+    return op_case.make(dtype, "cpu", torch.Generator().manual_seed(0))
 
 
 class Kernels:

@@ -1,11 +1,14 @@
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
+from test_bipartite_match import CASES
+from test_route_topk import packed
 from torch import Tensor
 
 from mor.ops.bipartite_match import reference
 from mor.testing import assert_close_to_reference
 
+CASES_BY_ID = in_harness(CASES)
 LENGTHS = {
     "one": ([1], [1]),
     "ragged": ([5, 0, 33, 17, 1], [7, 4, 0, 65, 1]),
@@ -13,10 +16,6 @@ LENGTHS = {
     "no-b": ([3], [0]),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def packed(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def match(
@@ -33,6 +32,27 @@ def match(
     return scores, index
 
 
+def check(
+    kernels: Kernels, a: Tensor, b: Tensor, cu_seqlens_a: Tensor, cu_seqlens_b: Tensor, metric: str
+) -> None:
+    bounds = cu_seqlens_a, cu_seqlens_b
+    scores, index = match(kernels, a, b, *bounds, metric)
+    low, _ = reference(a, b, *bounds, metric)
+    want, where = reference(a.double(), b.double(), *bounds, metric)
+    assert_close_to_reference("scores", scores, low, want, factor=3.0)
+    assert torch.equal(index >= 0, where >= 0)
+    found = index >= 0
+    each = torch.arange(int(found.sum()) + 1, dtype=torch.int32)
+    mine, _ = reference(a[found].double(), b[index[found]].double(), each, each, metric)
+    torch.testing.assert_close(mine, want[found], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES_BY_ID)
+def test_table_of_the_cpu(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
+    check(kernels, **inputs_of(CASES_BY_ID[case], dtype))
+
+
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("width", [0, 1, 33, 64])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
@@ -46,16 +66,7 @@ def test_bipartite_match(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(sum(n), width, generator=generator).to(dtype) for n in lengths)
-    bounds = packed(lengths[0]), packed(lengths[1])
-    scores, index = match(kernels, a, b, *bounds, metric)
-    low, _ = reference(a, b, *bounds, metric)
-    want, where = reference(a.double(), b.double(), *bounds, metric)
-    assert_close_to_reference("scores", scores, low, want, factor=3.0)
-    assert torch.equal(index >= 0, where >= 0)
-    found = index >= 0
-    each = torch.arange(int(found.sum()) + 1, dtype=torch.int32)
-    mine, _ = reference(a[found].double(), b[index[found]].double(), each, each, metric)
-    torch.testing.assert_close(mine, want[found], rtol=1e-5, atol=1e-5)
+    check(kernels, a, b, packed(lengths[0]), packed(lengths[1]), metric)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

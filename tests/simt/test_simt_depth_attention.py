@@ -3,14 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
 from test_depth_attention import CASES
 from torch import Tensor
 
 from mor.ops.depth_attention import reference
 from mor.testing import assert_close_to_reference
 
-CASES_BY_ID = {c.id: c for c in CASES}
+CASES_BY_ID = in_harness(CASES)
 FLOATING = ("q", "k", "v", "key_bias")
 OPERANDS = ("q", "k", "v", "grad_out", "forward_out")
 POINTERS = (
@@ -96,7 +96,7 @@ def expected(inputs: dict[str, Any], grad_out: Tensor, dtype: torch.dtype) -> di
 
 
 def check(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
-    inputs = CASES_BY_ID[case].make(dtype, "cpu", torch.Generator().manual_seed(0))
+    inputs = inputs_of(CASES_BY_ID[case], dtype)
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(inputs["q"].shape, generator=generator, dtype=torch.float64)
     got = run(kernels, inputs, grad_out.to(dtype))

@@ -1,10 +1,12 @@
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
+from test_group_rows import CASES
 from torch import Tensor
 
 from mor.ops.group_rows import reference
 
+CASES_BY_ID = in_harness(CASES)
 LENGTHS = {
     "one": [1],
     "ragged": [5, 0, 300, 1, 0, 290],
@@ -38,6 +40,17 @@ def group(
     return rows, offsets
 
 
+def check(kernels: Kernels, keys: Tensor, num_keys: int, cu_seqlens: Tensor | None) -> None:
+    expected = reference(keys, num_keys, cu_seqlens)
+    for got, want in zip(group(kernels, keys, num_keys, cu_seqlens), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", CASES_BY_ID)
+def test_table_of_the_cpu(kernels: Kernels, case: str) -> None:
+    check(kernels, **inputs_of(CASES_BY_ID[case], torch.float32))  # keys have their own dtype
+
+
 @pytest.mark.parametrize(
     ("dtype", "num_keys"),
     [(torch.int64, n) for n in (1, 2, 9, 1500)] + [(torch.int32, 9), (torch.bool, 2)],
@@ -50,9 +63,7 @@ def test_group_rows(
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(0, num_keys, (sum(lengths),), generator=generator).to(dtype)
     for cu_seqlens in (None, torch.tensor([0, *lengths]).cumsum(0).int()):
-        expected = reference(keys, num_keys, cu_seqlens)
-        for got, want in zip(group(kernels, keys, num_keys, cu_seqlens), expected, strict=True):
-            assert torch.equal(got, want)
+        check(kernels, keys, num_keys, cu_seqlens)
 
 
 def test_group_rows_clamps_keys(kernels: Kernels) -> None:

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
 from test_kv_append import CASES, make_inputs
 
 from mor.ops.kv_append import reference
 
-CASES_BY_ID = {c.id: c for c in CASES}
+CASES_BY_ID = in_harness(CASES)
 
 
 def run(kernels: Kernels, k_cache, v_cache, k, v, slot_mapping):
@@ -28,9 +28,9 @@ def check(kernels: Kernels, inputs) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES_BY_ID if "N2000" not in c])
+@pytest.mark.parametrize("case", CASES_BY_ID)
 def test_kv_append(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
-    check(kernels, CASES_BY_ID[case].make(dtype, "cpu", torch.Generator().manual_seed(0)))
+    check(kernels, inputs_of(CASES_BY_ID[case], dtype))
 
 
 def test_many_tokens_in_blocks_of_32(kernels: Kernels) -> None:

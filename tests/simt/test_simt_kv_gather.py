@@ -1,11 +1,11 @@
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
 from test_kv_gather import CASES, make_inputs
 
 from mor.ops.kv_gather import reference
 
-CASES_BY_ID = {c.id: c for c in CASES}
+CASES_BY_ID = in_harness(CASES)
 
 
 def run(kernels: Kernels, k_cache, v_cache, block_table, seq_lens, num_rows):
@@ -30,7 +30,7 @@ def check(kernels: Kernels, inputs) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES_BY_ID)
 def test_kv_gather(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
-    check(kernels, CASES_BY_ID[case].make(dtype, "cpu", torch.Generator().manual_seed(0)))
+    check(kernels, inputs_of(CASES_BY_ID[case], dtype))
 
 
 def test_more_entries_than_a_scan_takes(kernels: Kernels) -> None:

@@ -3,15 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
 from test_paged_depth_attention import CASES, GQA, MIXED, VARIED, make_inputs
 from torch import Tensor
 
 from mor.ops.paged_depth_attention import reference
 from mor.testing import assert_close_to_reference
 
-# Left to the CPU and the GPU: a minute for each build.
-CASES_BY_ID = {c.id: c for c in CASES if c.id not in ("prefill", "prefill-window")}
+CASES_BY_ID = in_harness(CASES)
 PREFILL = {"queries": [20, 7], "keys": [60, 30], "heads": (3, 1), "head_dim": 17}
 FLOATING = ("q", "k_cache", "v_cache")
 POINTERS = (
@@ -81,21 +80,17 @@ def check(kernels: Kernels, inputs: dict[str, Any], splits: int | None = None) -
         assert_close_to_reference(name, got, low, high)
 
 
-def inputs_of(case: str, dtype: torch.dtype) -> dict[str, Any]:
-    return CASES_BY_ID[case].make(dtype, "cpu", torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES_BY_ID)
 def test_paged_depth_attention(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
-    check(kernels, inputs_of(case, dtype))
+    check(kernels, inputs_of(CASES_BY_ID[case], dtype))
 
 
 # The kernels of float32 and bfloat16 with other types: one build is enough.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [c for c in VARIED if c in CASES_BY_ID])
 def test_other_types(plain_kernels: Kernels, case: str, dtype: torch.dtype) -> None:
-    check(plain_kernels, inputs_of(case, dtype))
+    check(plain_kernels, inputs_of(CASES_BY_ID[case], dtype))
 
 
 @pytest.mark.parametrize("window", [None, 13])
@@ -106,7 +101,7 @@ def test_prefill(kernels: Kernels, window: int | None) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("case", ["decode", "decode-one-long", "mixed-any-window"])
 def test_any_number_of_pieces(kernels: Kernels, case: str, splits: int) -> None:
-    check(kernels, inputs_of(case, torch.float32), splits)
+    check(kernels, inputs_of(CASES_BY_ID[case], torch.float32), splits)
 
 
 def test_slices_of_a_pool(kernels: Kernels) -> None:

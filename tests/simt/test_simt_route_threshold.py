@@ -2,11 +2,14 @@ from typing import Any
 
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
+from test_route_threshold import CASES
+from test_route_topk import packed
 from torch import Tensor
 
 from mor.ops.route_threshold import reference
 
+CASES_BY_ID = in_harness(CASES)
 KINDS = ("absolute", "quantile", "mass")
 LENGTHS = {
     "one": [1],
@@ -37,7 +40,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     num_sequences = cu_seqlens.numel() - 1
     each = threshold if isinstance(threshold, Tensor) else None
-    rows = torch.full((max_rows,), -7)
+    # Of no sequences, route_threshold.cu fills the rows.
+    rows = torch.full((max_rows,), -7 if num_sequences else -1)
     chosen = torch.full((num_sequences + 1,), -7, dtype=torch.int32)
 
     def scratch() -> Tensor:
@@ -68,16 +72,26 @@ def select(
     return rows, chosen
 
 
-def packed(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def check(kernels: Kernels, scores: Tensor, *args: Any, **rule: Any) -> None:
-    wanted = reference(scores, *args, **rule)
-    got = select(kernels, scores, *args, wanted[0].numel() + 2, **rule)
+def check(
+    kernels: Kernels, scores: Tensor, threshold: Any, cu_seqlens: Tensor, **rule: Any
+) -> None:
+    wanted = reference(scores, threshold, cu_seqlens, **rule)
+    got = select(kernels, scores, threshold, cu_seqlens, wanted[0].numel() + 2, **rule)
     assert torch.equal(got[0][:-2], wanted[0])
     assert got[0][-2:].tolist() == [-1, -1]
     assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES_BY_ID)
+def test_table_of_the_cpu(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
+    inputs = inputs_of(CASES_BY_ID[case], dtype)
+    if inputs["max_rows"] is None:
+        del inputs["max_rows"]
+        check(kernels, **inputs)
+    else:
+        for got, want in zip(select(kernels, **inputs), reference(**inputs), strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

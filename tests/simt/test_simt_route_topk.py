@@ -1,10 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
+from test_route_topk import CASES, packed
 from torch import Tensor
 
 from mor.ops.route_topk import reference
 
+CASES_BY_ID = in_harness(CASES)
 LENGTHS = {
     "one": [1],
     "ragged": [5, 0, 300, 1, 0],
@@ -48,8 +52,18 @@ def select(
     return rows
 
 
-def packed(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+def check(
+    kernels: Kernels, scores: Tensor, k: int | Tensor, cu_seqlens: Tensor, **options: Any
+) -> None:
+    expected = reference(scores, k, cu_seqlens, **options)
+    rows = select(kernels, scores, k, cu_seqlens, expected.numel(), **options)
+    assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES_BY_ID)
+def test_table_of_the_cpu(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
+    check(kernels, **inputs_of(CASES_BY_ID[case], dtype))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +86,7 @@ def test_route_topk(kernels: Kernels, lengths: list[int], dtype: torch.dtype, va
     k = torch.tensor([length - length // 2 for length in lengths], dtype=torch.int64)
     cu_seqlens = packed(lengths)
     for by_score in (False, True):
-        rows = select(kernels, scores, k, cu_seqlens, int(k.sum()), by_score=by_score)
-        assert torch.equal(rows, reference(scores, k, cu_seqlens, by_score=by_score))
+        check(kernels, scores, k, cu_seqlens, by_score=by_score)
 
 
 @pytest.mark.parametrize("by_score", [False, True])
@@ -86,15 +99,12 @@ def test_route_topk_masks(kernels: Kernels, by_score: bool) -> None:
     k = torch.tensor([9, 0, 100, 0])
     for given in ((candidates, None), (None, protected_rows), (candidates, protected_rows)):
         masks = dict(zip(("candidates", "protected_rows"), given, strict=True))
-        expected = reference(scores, k, cu_seqlens, by_score=by_score, **masks)
-        rows = select(kernels, scores, k, cu_seqlens, expected.numel(), by_score=by_score, **masks)
-        assert torch.equal(rows, expected)
+        check(kernels, scores, k, cu_seqlens, by_score=by_score, **masks)
 
 
 def test_route_topk_one_k_for_all(kernels: Kernels) -> None:
     scores = torch.randn(90, generator=torch.Generator().manual_seed(2))
-    cu_seqlens = packed([40, 20, 30])
-    assert torch.equal(select(kernels, scores, 7, cu_seqlens, 21), reference(scores, 7, cu_seqlens))
+    check(kernels, scores, 7, packed([40, 20, 30]))
 
 
 def test_route_topk_never_writes_outside(kernels: Kernels) -> None:

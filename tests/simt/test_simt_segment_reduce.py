@@ -1,11 +1,13 @@
 import pytest
 import torch
-from simt import Kernels
+from simt import Kernels, in_harness, inputs_of
+from test_segment_reduce import CASES, MIXED_CASES
 from torch import Tensor
 
 from mor.ops.segment_reduce import reference
 from mor.testing import assert_close_to_reference
 
+CASES_BY_ID = in_harness([*CASES, *MIXED_CASES])
 REDUCES = ("sum", "mean", "amax")
 SIZES = {
     "one": (1, 1, 1),
@@ -56,6 +58,50 @@ def reduced(
     return out, totals
 
 
+def check(
+    kernels: Kernels,
+    x: Tensor,
+    segments: Tensor,
+    num_segments: int,
+    reduce: str,
+    weights: Tensor | None,
+) -> None:
+    out, totals = reduced(kernels, x, segments, num_segments, reduce, weights)
+    wide = None if weights is None else weights.double()
+    exact = reference(x.double(), segments, num_segments, reduce, wide)
+    assert_close_to_reference("out", out, exact.to(x.dtype), exact, factor=3.0)
+    if reduce == "mean":
+        ones = torch.ones(len(x), dtype=torch.float64) if wide is None else wide
+        want = torch.zeros(num_segments, dtype=torch.float64).index_add(0, segments, ones)
+        torch.testing.assert_close(totals, want.to(totals.dtype))
+
+
+def check_amax_backward(
+    kernels: Kernels, x: Tensor, segments: Tensor, num_segments: int, grad: Tensor
+) -> None:
+    leaf = x.clone().requires_grad_()
+    out = reference(leaf, segments, num_segments, "amax")
+    (want,) = torch.autograd.grad(out, leaf, grad, materialize_grads=True, allow_unused=True)
+    got = torch.full_like(x, float("nan"))
+    kernels.call(
+        "segment_reduce_amax_backward", x.dtype, grad, grad.stride(0), x, x.stride(0),
+        out.detach(), segments, got, torch.empty(2 * num_segments, dtype=torch.int32), len(x),
+        num_segments, x.shape[1],
+    )  # fmt: skip
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES_BY_ID)
+def test_table_of_the_cpu(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
+    inputs = inputs_of(CASES_BY_ID[case], dtype)
+    check(kernels, **inputs)
+    if inputs["reduce"] == "amax":
+        x, segments, num_segments = inputs["x"], inputs["segments"], inputs["num_segments"]
+        grad = torch.randn(num_segments, x.shape[1], generator=torch.Generator().manual_seed(1))
+        check_amax_backward(kernels, x, segments, num_segments, grad.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("reduce", "weighted"),
     [(r, w) for r in REDUCES for w in ("", "same", "float32") if not (r == "amax" and w)],
@@ -64,17 +110,10 @@ def reduced(
 def test_segment_reduce(
     kernels: Kernels, sizes: tuple[int, int, int], dtype: torch.dtype, reduce: str, weighted: str
 ) -> None:
-    num_rows, num_segments, _ = sizes
+    num_segments = sizes[1]
     x, segments, weight = make(sizes, dtype)
     weights = None if not weighted else weight.float() if weighted == "float32" else weight
-    out, totals = reduced(kernels, x, segments, num_segments, reduce, weights)
-    wide = None if weights is None else weights.double()
-    exact = reference(x.double(), segments, num_segments, reduce, wide)
-    assert_close_to_reference("out", out, exact.to(dtype), exact, factor=3.0)
-    if reduce == "mean":
-        ones = torch.ones(num_rows, dtype=torch.float64) if wide is None else wide
-        want = torch.zeros(num_segments, dtype=torch.float64).index_add(0, segments, ones)
-        torch.testing.assert_close(totals, want.to(totals.dtype))
+    check(kernels, x, segments, num_segments, reduce, weights)
 
 
 def test_not_a_number_is_the_largest(kernels: Kernels) -> None:
@@ -98,18 +137,8 @@ def test_strided_rows(kernels: Kernels, reduce: str, offset: int) -> None:
 def test_amax_backward(
     kernels: Kernels, sizes: tuple[int, int, int], dtype: torch.dtype, expanded: bool
 ) -> None:
-    num_rows, num_segments, width = sizes
+    _, num_segments, width = sizes
     x, segments, _ = make(sizes, dtype, rounded=True)
     x.flatten()[::17] = float("nan")
     row = torch.randn(1 if expanded else num_segments, width).to(dtype)
-    grad = row.expand(num_segments, width)
-    leaf = x.clone().requires_grad_()
-    out = reference(leaf, segments, num_segments, "amax")
-    (want,) = torch.autograd.grad(out, leaf, grad, materialize_grads=True, allow_unused=True)
-    got = torch.full_like(x, float("nan"))
-    kernels.call(
-        "segment_reduce_amax_backward", dtype, grad, grad.stride(0), x, x.stride(0), out.detach(),
-        segments, got, torch.empty(2 * num_segments, dtype=torch.int32), num_rows, num_segments,
-        width,
-    )  # fmt: skip
-    assert torch.equal(got, want)
+    check_amax_backward(kernels, x, segments, num_segments, row.expand(num_segments, width))
