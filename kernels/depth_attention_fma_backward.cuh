@@ -7,13 +7,15 @@
 
 namespace mor {
 
+// The weights and the gradients of the scores take turns in one buffer.
 template <class T, int HEAD_DIM>
 struct AttentionBackwardSmem {
   using Acc = acc_t<T>;
   static constexpr int kQueries = AttentionFmaTile<Acc, HEAD_DIM>::kBackward, kKeys = kQueries;
+  using Scores = Acc[kQueries / 16][kKeys / 8];  // a thread's
   RowTile<Acc, kQueries, HEAD_DIM> q, grad_out;
   RowTile<Acc, kKeys, HEAD_DIM> k, v;
-  RowTile<Acc, kQueries, kKeys> weights, d_scores;
+  RowTile<Acc, kQueries, kKeys> scores;
   QueryFacts<Acc, kQueries> queries;
   KeyFacts<Acc, kKeys> keys;
 
@@ -31,12 +33,12 @@ struct AttentionBackwardSmem {
     load_rows(v, p, [&](int r) { return begin + r < end ? p.v.at(begin + r, kv_head) : nullptr; });
   }
 
-  // Fills weights and d_scores of the tiles loaded; key 0 is row `begin` of k.
-  __device__ __forceinline__ void score(const DepthAttention<T>& p, unsigned begin) {
+  // Of the tiles loaded; key 0 is row `begin` of k.
+  __device__ __forceinline__ void score(const DepthAttention<T>& p, unsigned begin, Scores& weights,
+                                        Scores& d_scores) {
     const int down = threadIdx.x / 8, across = threadIdx.x % 8;
-    Acc scores[kQueries / 16][kKeys / 8], d_weights[kQueries / 16][kKeys / 8];
-    dot_rows(scores, q, k);
-    dot_rows(d_weights, grad_out, v);
+    dot_rows(weights, q, k);
+    dot_rows(d_scores, grad_out, v);
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i)
 #pragma unroll
@@ -44,11 +46,20 @@ struct AttentionBackwardSmem {
         const int r = down + 16 * i, n = across + 8 * j;
         const bool visible =
             queries.mask.keys[r].has(begin + n) && keys.depth[n] >= queries.mask.depth[r];
-        const Acc score = scores[i][j] * p.scale + keys.bias[n] - queries.lse[r];
-        const Acc weight = visible ? exp2_acc(score * kLog2E<Acc>) : Acc(0);
-        weights.data[r][n] = weight;
-        d_scores.data[r][n] = visible ? weight * (d_weights[i][j] - queries.delta[r]) : Acc(0);
+        const Acc score = weights[i][j] * p.scale + keys.bias[n] - queries.lse[r];
+        weights[i][j] = visible ? exp2_acc(score * kLog2E<Acc>) : Acc(0);
+        d_scores[i][j] = visible ? weights[i][j] * (d_scores[i][j] - queries.delta[r]) : Acc(0);
       }
+  }
+
+  // Shares a thread's part with the others of the block.
+  __device__ __forceinline__ void share(const Scores& of_thread) {
+#pragma unroll
+    for (int i = 0; i < kQueries / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+        scores.data[threadIdx.x / 8 + 16 * i][threadIdx.x % 8 + 8 * j] = of_thread[i][j];
+    __syncthreads();
   }
 };
 
@@ -80,9 +91,10 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAtt
        begin = next(begin + kKeys)) {
     s.load_keys(p, tile.kv_head, begin, key_end);
     __syncthreads();
-    s.score(p, begin);
-    __syncthreads();
-    add_rows(sums, s.k, [&](int i, int n) { return s.d_scores.data[down + 16 * i][n]; });
+    typename Smem::Scores weights, d_scores;
+    s.score(p, begin, weights, d_scores);
+    s.share(d_scores);
+    add_rows(sums, s.k, [&](int i, int n) { return s.scores.data[down + 16 * i][n]; });
     __syncthreads();
   }
 #pragma unroll
@@ -128,14 +140,18 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_kv_kernel(DepthAt
        tile.move_to(next(tile.first + kQueries))) {
     s.load_queries(p, tile);
     __syncthreads();
-    s.score(p, begin);
+    typename Smem::Scores weights, d_scores;
+    s.score(p, begin, weights, d_scores);
+    s.share(weights);
+    const auto shared = [&](int i, int m) { return s.scores.data[m][down + 16 * i]; };
+    add_rows(sums_v, s.grad_out, shared);
     __syncthreads();
-    add_rows(sums_v, s.grad_out, [&](int i, int m) { return s.weights.data[m][down + 16 * i]; });
-    add_rows(sums_k, s.q, [&](int i, int m) { return s.d_scores.data[m][down + 16 * i]; });
+    s.share(d_scores);
+    add_rows(sums_k, s.q, shared);
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
       if (across != 0 || p.key_bias == nullptr) break;
-      for (int m = 0; m < kQueries; ++m) sums_bias[i] += s.d_scores.data[m][down + 16 * i];
+      for (int m = 0; m < kQueries; ++m) sums_bias[i] += shared(i, m);
     }
     __syncthreads();
   }

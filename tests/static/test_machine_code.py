@@ -67,6 +67,12 @@ def test_shared_memory_stays_in_the_budget(built, tmp_path):
     assert not over
 
 
+def test_every_block_fits_the_shared_memory_of_sm_86():
+    """99 KiB; only the backward of gradcheck's float64 with 256 head dimensions takes more."""
+    larger = {b["kernel"] for b in BUDGETS if b["shared"] > 99 * 1024}
+    assert larger == {f"depth_attention_grad_{of}_kernel<double, 256>" for of in ("q", "kv")}
+
+
 @pytest.mark.parametrize("architecture", SHARED_KIB)
 def test_budgets_give_the_stated_occupancy(architecture):
     fewer = [
