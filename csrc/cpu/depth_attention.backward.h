@@ -244,13 +244,15 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
         differentiate(scores, dp, count, log2_scale, block, seen,
                       {rows.lse + lane, rows.delta + lane}, lane, gradients,
                       p.key_bias ? bias_sums : nullptr);
-        const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
         if constexpr (kPairs) {
+          const int64_t filled = round_up(count, 2) / 2, reduced = best_depth<E>(filled);
+          std::memset(gradients.ds_lanes + filled * kWidth, 0,
+                      (reduced - filled) * kWidth * sizeof(E));
           multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kAdd>(
               padded, reduced, block.k_keys, gradients.ds_lanes, dq + lane * padded);
         } else {
           multiply<E, kVectors, 1, kKeyStride, kLaneStride<E>, kWidth, Into::kAdd>(
-              padded, reduced, block.k_keys, gradients.ds + lane, dq + lane * padded);
+              padded, count, block.k_keys, gradients.ds + lane, dq + lane * padded);
         }
       }
       add_key_sums(block, keys, first_key, limits, seeing, padded, gradients.p, grad_rows, tile,

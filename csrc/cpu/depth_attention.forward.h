@@ -11,10 +11,15 @@
 namespace mor {
 namespace MOR_ISA {
 
-// What a group of lanes carries from block to block, [kWidth] each; `largest` in units of log2.
+// What a group of lanes carries from block to block, [kWidth] each: the score (in units of log2)
+// whose weight is 1, within kSlack of the largest, and the sum of the weights.
 struct RowSums {
-  float *largest, *sum;
+  float *base, *sum;
 };
+
+// The base follows the largest score once that is this much above it. So sums are hardly ever
+// rescaled, which takes them through the cache once more; weights of up to 2^kSlack are as exact.
+constexpr float kSlack = 8;
 
 // Scores to units of log2 with bias and masks applied, when they are not plain.
 inline void mask_scores(float* scores, int64_t count, int64_t first, float scale, const float* bias,
@@ -40,13 +45,13 @@ inline void store_weights(VecF even, VecF odd, int64_t j, int64_t lane, bool, ui
 }
 #endif
 
-// Scores [count][kWidth] times `scale` (log2 units) to weights; returns whether older sums shrank,
+// Scores [count][kWidth] times `scale` (log2 units) to weights; returns whether older sums shrink,
 // by factor[lane].
 template <class E>
 bool softmax_step(const float* scores, int64_t count, float scale, const RowSums& rows, E* weights,
                   float* factor) {
   constexpr int kDegree = kPerElement<E> == 2 ? 4 : 6;
-  bool shrank = false;
+  bool shrinks = false;
   for (int n = 0; n < kVectors; ++n) {
     const int lane = n * kLanes;
     const float* column = scores + lane;
@@ -62,10 +67,11 @@ bool softmax_step(const float* scores, int64_t count, float scale, const RowSums
       largest = a > largest ? a : largest;
     }
     largest = (second > largest ? second : largest) * splat(scale);
-    const VecF before = load(rows.largest + lane);
-    largest = before > largest ? before : largest;
+    const VecF before = load(rows.base + lane);
+    const VecI grew = largest > before + splat(kSlack);
+    const VecF after = grew ? largest : before;
     // A row that has seen nothing: 0 instead of -inf, for -inf - -inf is NaN.
-    const VecF base = largest == splat(-kInfinity) ? VecF{} : largest;
+    const VecF base = after == splat(-kInfinity) ? VecF{} : after;
     VecF even_sum{}, odd_sum{};
     for (j = 0; j < count; j += 2) {
       const bool has_odd = j + 1 < count;
@@ -79,11 +85,11 @@ bool softmax_step(const float* scores, int64_t count, float scale, const RowSums
     const VecF shrink = exp2_vec<6>(before - base);
     store(factor + lane, shrink);
     store(rows.sum + lane, load(rows.sum + lane) * shrink + (even_sum + odd_sum));
-    store(rows.largest + lane, largest);
-    const VecI changed = before != largest;
-    for (int i = 0; i < kLanes; ++i) shrank |= changed[i] != 0;
+    store(rows.base + lane, after);
+    const VecI rescaled = grew & (before != splat(-kInfinity));  // else the sums are zeros
+    for (int i = 0; i < kLanes; ++i) shrinks |= rescaled[i] != 0;
   }
-  return shrank;
+  return shrinks;
 }
 
 // Divides by the sums and turns the lanes of a group, whose first row is `row`, back to rows.
@@ -98,7 +104,7 @@ void write_rows(const AttentionProblem& p, const AttentionTask& task, int64_t ro
     store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd,
               sum != 0 ? 1 / sum : 1);
     static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] =
-        log_sum(rows.largest[lane], sum);
+        log_sum(rows.base[lane], sum);
   });
 }
 
@@ -121,19 +127,21 @@ template <class E>
   };
   score(seeing.begin);
   for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
-    const RowSums group{sums.largest + lane, sums.sum + lane};
+    const RowSums group{sums.base + lane, sums.sum + lane};
     const RowLimits seen = limits.from(lane);
     const int64_t count = count_of(lane);
     const bool plain =
         all_see(seen, block.first, count) && !block.bias && !block.depths && log2_scale > 0;
     if (!plain) mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
     const float scale = plain ? log2_scale : 1.0f;
-    const bool shrank = softmax_step(scores, count, scale, group, weights, factor);
+    const bool shrinks = softmax_step(scores, count, scale, group, weights, factor);
     // Before the weights are used: a tile of AMX can load them only from the cache.
     if (lane + kWidth < seeing.end) score(lane + kWidth);
-    const int64_t reduced = round_up(count, kPerElement<E>) / kPerElement<E>;
+    const int64_t filled = round_up(count, kPerElement<E>) / kPerElement<E>;
+    const int64_t reduced = best_depth<E>(filled);
+    std::memset(weights + filled * kWidth, 0, (reduced - filled) * kWidth * sizeof(E));
     float* group_out = out + lane * padded;
-    if (shrank) {
+    if (shrinks) {
       multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kScaleAndAdd>(
           padded, reduced, block.v_keys, weights, group_out, factor);
     } else {
@@ -169,7 +177,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
   if (keys.mask_depths) block.depths = key_depths;
   pack_lanes<T>(p.q, p, task, padded, q);
   fill_limits(p, task, keys, limits);
-  for (int64_t row = 0; row < groups * kWidth; ++row) sums.largest[row] = -kInfinity;
+  for (int64_t row = 0; row < groups * kWidth; ++row) sums.base[row] = -kInfinity;
   std::memset(sums.sum, 0, groups * kWidth * sizeof(float));
   std::memset(out, 0, groups * padded * kWidth * sizeof(float));
   const float log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
@@ -184,7 +192,7 @@ int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char
   }
   for (int64_t lane = 0; lane < rows; lane += kWidth) {
     write_rows<T>(p, task, task.row_begin + lane, min(kWidth, rows - lane),
-                  {sums.largest + lane, sums.sum + lane}, padded, out + lane * padded);
+                  {sums.base + lane, sums.sum + lane}, padded, out + lane * padded);
   }
   return arena.used;
 }

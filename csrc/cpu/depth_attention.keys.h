@@ -9,7 +9,8 @@ namespace MOR_ISA {
 
 constexpr int kVectors = 2;
 constexpr int kWidth = kVectors * kLanes;  // lanes of a group
-constexpr int kBlockKeys = 64;
+constexpr int kBlockKeys = 128;            // of tiles
+constexpr int kDirectKeys = 64;  // of a block without, in whose time the next is prefetched
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -38,10 +39,13 @@ struct KeyList {
   int64_t row(int64_t i) const { return list ? list[i] : begin + i; }
 };
 
-// The first i in [0, count) that is not passed; what is passed comes first.
+// The first i in [from, count) that is not passed; what is passed comes first. A search near
+// `from` is the shorter.
 template <class Passed>
-inline int64_t first_not(int64_t count, Passed&& passed) {
-  int64_t low = 0, high = count;
+inline int64_t first_not(int64_t from, int64_t count, Passed&& passed) {
+  int64_t low = from, high = low;
+  for (int64_t step = 1; high < count && passed(high); step *= 2) low = high + 1, high += step;
+  high = min(high, count);
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (passed(middle)) low = middle + 1;
@@ -50,17 +54,19 @@ inline int64_t first_not(int64_t count, Passed&& passed) {
   return low;
 }
 
-// The first i in [0, count) whose position exceeds `position`.
-inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int64_t position) {
+// The first i in [from, count) whose position exceeds `position`; `from`: of a position before it.
+inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int64_t position,
+                            int64_t from = 0) {
   if (!p.causal) return keys.count;
-  return first_not(keys.count, [&](int64_t i) { return p.k_positions[keys.row(i)] <= position; });
+  return first_not(from, keys.count,
+                   [&](int64_t i) { return p.k_positions[keys.row(i)] <= position; });
 }
 
-// The first i in [0, count) that the window lets a query at `position` see. Keys up to `count` are
-// not after the query: unsigned differences cannot overflow.
+// The first i in [from, count) that the window lets a query at `position` see. Keys up to `count`
+// are not after the query: unsigned differences cannot overflow.
 inline int64_t passed_keys(const AttentionProblem& p, const KeyList& keys, int64_t position,
-                           int64_t count) {
-  return first_not(p.window == 0 ? 0 : count, [&](int64_t i) {
+                           int64_t count, int64_t from = 0) {
+  return first_not(from, p.window == 0 ? 0 : count, [&](int64_t i) {
     const uint64_t key = static_cast<uint64_t>(p.k_positions[keys.row(i)]);
     return static_cast<uint64_t>(position) - key >= static_cast<uint64_t>(p.window);
   });
@@ -122,17 +128,15 @@ inline RowLimits take_limits(Arena& arena, const AttentionProblem& p, int64_t la
 inline void fill_limits(const AttentionProblem& p, const AttentionTask& task, const KeyList& keys,
                         const RowLimits& all) {
   const int64_t rows = task.row_end - task.row_begin;
+  int64_t first = 0, limit = 0;
   for (int64_t row = 0; row < round_up(rows, kWidth); ++row) {
     const int64_t query = row_index(p, task, task.row_begin + min(row, rows - 1)).query;
-    const bool repeats = row > 0 && (row >= rows || (task.row_begin + row) % p.group != 0);
-    all.limit[row] = static_cast<int32_t>(repeats ? all.limit[row - 1]
-                                                  : visible_keys(p, keys, p.q_positions[query]));
-    if (all.first) {
-      all.first[row] =
-          repeats
-              ? all.first[row - 1]
-              : static_cast<int32_t>(passed_keys(p, keys, p.q_positions[query], all.limit[row]));
+    if (row == 0 || (row < rows && (task.row_begin + row) % p.group == 0)) {
+      limit = visible_keys(p, keys, p.q_positions[query], limit);
+      if (all.first) first = passed_keys(p, keys, p.q_positions[query], limit, first);
     }
+    all.limit[row] = static_cast<int32_t>(limit);
+    if (all.first) all.first[row] = static_cast<int32_t>(first);
     all.depth[row] = p.q_depths ? p.q_depths[query] : 0;
   }
 }

@@ -39,9 +39,13 @@ template <class E>
 constexpr int64_t kKeysElements =
     kPerElement<E> == 1 ? kBlockKeys * kKeyStride : kMaxHeadDim * kKeysRow<E>;
 
-// softmax_lse of a row with its largest score in units of log2.
-inline float log_sum(float largest, float sum) {
-  return sum != 0 ? (largest + __builtin_log2f(sum)) * kLn2 : -kInfinity;
+// softmax_lse of a row from the score, in units of log2, whose weight is 1 in the sum.
+inline float log_sum(float base, float sum) {
+  return sum != 0 ? (base + __builtin_log2f(sum)) * kLn2 : -kInfinity;
+}
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
 }
 
 // Floats from a row, zeros up to the padded width.
@@ -108,12 +112,17 @@ void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const Atte
                 int64_t padded, E* to) {
   const int64_t depth = padded / kPerElement<E>, rows = task.row_end - task.row_begin;
   alignas(64) E lines[kLanes * kRowStride<E>];
+  const auto row = [&](int64_t lane) {
+    const RowIndex at = row_index(p, task, task.row_begin + lane);
+    return x.at<T>(at.query, at.head);
+  };
   for (int64_t first = 0; first < round_up(rows, kWidth); first += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       E* line = lines + i * kRowStride<E>;
+      if (first + kLanes + i < rows)
+        prefetch_row(row(first + kLanes + i), p.dims.head_dim * sizeof(T));
       if (first + i < rows) {
-        const RowIndex at = row_index(p, task, task.row_begin + first + i);
-        copy_row(x.at<T>(at.query, at.head), p.dims.head_dim, padded, line);
+        copy_row(row(first + i), p.dims.head_dim, padded, line);
       } else {
         std::memset(line, 0, depth * sizeof(E));
       }

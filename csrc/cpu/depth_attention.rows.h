@@ -61,10 +61,6 @@ struct KeyPointers {
   const V* v[kBlockKeys];
 };
 
-inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
-}
-
 // sum[i] += products of kCount vectors of the row q and of key i.
 template <int kCount, class E, class K>
 inline void multiply_keys(const E* q, const K* const* keys, int64_t offset, VecF (&sum)[kLanes]) {
@@ -91,7 +87,7 @@ void score_rows(const E* q, const KeyPointers<K, V>& keys, const KeyPointers<K, 
       for (; n + 4 <= vectors; n += 4) multiply_keys<4>(row, keys.k + j, n * kLanes, sum);
       if (vectors & 2) multiply_keys<2>(row, keys.k + j, n * kLanes, sum), n += 2;
       if (vectors & 1) multiply_keys<1>(row, keys.k + j, n * kLanes, sum);
-      store(scores + r * kBlockKeys + j, reduce_each(sum));
+      store(scores + r * kDirectKeys + j, reduce_each(sum));
     }
   }
 }
@@ -115,7 +111,7 @@ void weigh_values(const float* weights, const float* factor, const V* const* val
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int n = 0; n < kCount; ++n) sum[r][n] += splat(weights[r * kBlockKeys + j]) * value[n];
+      for (int n = 0; n < kCount; ++n) sum[r][n] += splat(weights[r * kDirectKeys + j]) * value[n];
     }
   }
 #pragma GCC unroll 4
@@ -172,10 +168,10 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
   float* all_out = arena.take<float>(all_rows * padded);
   float* largest = arena.take<float>(all_rows);
   float* sum = arena.take<float>(all_rows);
-  float* scores = arena.take<float>(kRowsAtOnce * kBlockKeys);
-  T* copies = arena.take<T>(direct ? 0 : 4 * kBlockKeys * padded);  // two blocks of K and V
-  float* bias = arena.take<float>(kBlockKeys);
-  int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
+  float* scores = arena.take<float>(kRowsAtOnce * kDirectKeys);
+  T* copies = arena.take<T>(direct ? 0 : 4 * kDirectKeys * padded);  // two blocks of K and V
+  float* bias = arena.take<float>(kDirectKeys);
+  int32_t* key_depths = arena.take<int32_t>(kDirectKeys);
   const RowLimits limits = take_limits(arena, p, round_up(rows, kWidth));
   const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
   int32_t* list = arena.take<int32_t>(p.q_depths ? sequence_keys : 0);
@@ -200,17 +196,17 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
 
   // Steps: block by block, in each head by head, whose rows are neighbours. While one is worked on,
   // the next is fetched.
-  const int64_t steps = round_up(keys.count, kBlockKeys) / kBlockKeys * task.kv_heads;
+  const int64_t steps = round_up(keys.count, kDirectKeys) / kDirectKeys * task.kv_heads;
   KeyPointers<K, T> pointers[2];
   const auto find_keys = [&](int64_t step) {
-    const int64_t first = step / task.kv_heads * kBlockKeys, side = step % 2;
+    const int64_t first = step / task.kv_heads * kDirectKeys, side = step % 2;
     const int64_t head = task.kv_head + step % task.kv_heads;
-    const int64_t count = min(kBlockKeys, keys.count - first);
+    const int64_t count = min(kDirectKeys, keys.count - first);
     for (int64_t j = 0; j < round_up(count, kLanes); ++j) {
       const int64_t row = keys.row(first + min(j, count - 1));
       const T *k = p.k.at<T>(row, head), *v = p.v.at<T>(row, head);
       if (!direct) {
-        T* copy = copies + (side * kBlockKeys + j) * 2 * padded;
+        T* copy = copies + (side * kDirectKeys + j) * 2 * padded;
         k = pad_row(k, hd, padded, copy), v = pad_row(v, hd, padded, copy + padded);
       }
       pointers[side].k[j] = reinterpret_cast<const K*>(k);
@@ -222,8 +218,8 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
   if (keys.mask_depths) block.depths = key_depths;
   if (steps > 0) find_keys(0), pointers[1] = pointers[0];
   for (int64_t step = 0; step < steps; ++step) {
-    block.first = step / task.kv_heads * kBlockKeys;
-    block.count = min(kBlockKeys, keys.count - block.first);
+    block.first = step / task.kv_heads * kDirectKeys;
+    block.count = min(kDirectKeys, keys.count - block.first);
     if (step + 1 < steps) find_keys(step + 1);  // after the last: rows already here
     const KeyPointers<K, T>&at = pointers[step % 2], &next = pointers[1 - step % 2];
     for (int64_t j = 0; (block.bias || block.depths) && j < block.count; ++j) {
@@ -238,8 +234,9 @@ int64_t forward_rows(const AttentionProblem& p, const AttentionTask& task, char*
       float factor[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
         const RowLimits seen = limits.from(first + r);
-        factor[r] = softmax_row(scores + r * kBlockKeys, block, scale, seen.first ? *seen.first : 0,
-                                *seen.limit, *seen.depth, largest[row + r], sum[row + r]);
+        factor[r] =
+            softmax_row(scores + r * kDirectKeys, block, scale, seen.first ? *seen.first : 0,
+                        *seen.limit, *seen.depth, largest[row + r], sum[row + r]);
       }
       float* out = all_out + row * padded;
       int64_t d = 0;

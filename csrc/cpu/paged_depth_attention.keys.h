@@ -9,7 +9,8 @@
 namespace mor {
 namespace MOR_ISA {
 
-// Element offsets of a block of keys in each cache, of head 0; past its end those of the last key.
+// Element offsets of a block of keys in each cache, of head 0; past its end, up to a multiple of
+// kLanes and to kDirectKeys, those of the last key.
 struct KeyOffsets {
   int64_t k[kBlockKeys], v[kBlockKeys];
 };
@@ -26,7 +27,7 @@ inline void find_offsets(const PagedProblem& p, int64_t entry, int64_t first, in
       offsets.v[j] = v + j * p.v.row_stride;
     }
   }
-  for (int64_t j = count; j < kBlockKeys; ++j) {
+  for (int64_t j = count; j < max(kDirectKeys, round_up(count, kLanes)); ++j) {
     offsets.k[j] = offsets.k[count - 1];
     offsets.v[j] = offsets.v[count - 1];
   }

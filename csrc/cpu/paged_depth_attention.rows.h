@@ -49,7 +49,7 @@ void score_block(const E* q, const K* const* keys, const K* const* far, int64_t 
         if (vectors & 2) multiply_keys<2>(row, keys + j, n * kLanes, sum), n += 2;
         if (vectors & 1) multiply_keys<1>(row, keys + j, n * kLanes, sum);
       }
-      store(scores + r * kBlockKeys + j, reduce_each(sum));
+      store(scores + r * kDirectKeys + j, reduce_each(sum));
     }
   }
 }
@@ -121,7 +121,7 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         int32_t weight;
-        std::memcpy(&weight, reinterpret_cast<const BFloat16*>(weights + r * kBlockKeys) + j, 4);
+        std::memcpy(&weight, reinterpret_cast<const BFloat16*>(weights + r * kDirectKeys) + j, 4);
         const __m512bh both = (__m512bh)_mm512_set1_epi32(weight);
 #pragma GCC unroll 4
         for (int n = 0; n < kCount; ++n)
@@ -148,7 +148,8 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kCount; ++n) sum[r][n] += splat(weights[r * kBlockKeys + j]) * value[n];
+        for (int n = 0; n < kCount; ++n)
+          sum[r][n] += splat(weights[r * kDirectKeys + j]) * value[n];
       }
     }
   }
@@ -197,8 +198,8 @@ int64_t part_rows(const PagedProblem& p, const PagedTask& task, float* part, cha
   float* largest = arena.take<float>(all_rows * kLanes);
   float* sum = arena.take<float>(all_rows * kLanes);
   Visible* visible = arena.take<Visible>(rows);
-  float* scores = arena.take<float>(kRowsAtOnce * kBlockKeys);
-  T* copies = arena.take<T>(direct ? 0 : 2 * kBlockKeys * padded);
+  float* scores = arena.take<float>(kRowsAtOnce * kDirectKeys);
+  T* copies = arena.take<T>(direct ? 0 : 2 * kDirectKeys * padded);
   if (!scratch) return arena.used;
 
   for (int64_t r = 0; r < all_rows; ++r) {
@@ -218,14 +219,14 @@ int64_t part_rows(const PagedProblem& p, const PagedTask& task, float* part, cha
   // Block by block of keys, in each head by head, whose rows are neighbours. While a head of one
   // block is worked on, its share of the rows of the next is fetched, in the order of memory.
   const int64_t num_keys = task.key_end - task.key_begin;
-  const auto count_at = [&](int64_t first) { return min(kBlockKeys, num_keys - first); };
+  const auto count_at = [&](int64_t first) { return min(kDirectKeys, num_keys - first); };
   KeyOffsets offsets[2];
   KeyPointers<K, T> keys, far;
   if (num_keys > 0) find_offsets(p, at.sequence, task.key_begin, count_at(0), offsets[0]);
-  for (int64_t first = 0; first < num_keys; first += kBlockKeys) {
-    const KeyOffsets& here = offsets[first / kBlockKeys % 2];
-    KeyOffsets& there = offsets[1 - first / kBlockKeys % 2];
-    const int64_t next = first + kBlockKeys < num_keys ? first + kBlockKeys : first;
+  for (int64_t first = 0; first < num_keys; first += kDirectKeys) {
+    const KeyOffsets& here = offsets[first / kDirectKeys % 2];
+    KeyOffsets& there = offsets[1 - first / kDirectKeys % 2];
+    const int64_t next = first + kDirectKeys < num_keys ? first + kDirectKeys : first;
     if (next != first) find_offsets(p, at.sequence, task.key_begin + next, count_at(next), there);
     const int64_t count = count_at(first);
     for (int64_t h = 0; h < heads; ++h) {
@@ -245,7 +246,7 @@ int64_t part_rows(const PagedProblem& p, const PagedTask& task, float* part, cha
         else score_block<kRows, 0>(q, keys.k, far.k, count, vectors, scores);
         float factor[kRows];
         for (int64_t r = 0; r < kRows; ++r) {
-          float* row_scores = scores + r * kBlockKeys;
+          float* row_scores = scores + r * kDirectKeys;
           factor[r] = weigh_scores<E>(row_scores, task.key_begin + first, count, scale,
                                       visible[first_row + r], largest + (row + r) * kLanes,
                                       sum + (row + r) * kLanes);

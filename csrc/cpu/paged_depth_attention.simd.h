@@ -30,8 +30,8 @@ struct PagedTask {
 };
 
 // A part is the result of a task, to be merged with those of other keys: for each row, key head
-// after key head, the sum of weighted values [head_dim], the largest score (in units of log2) and
-// the sum of weights.
+// after key head, the sum of weighted values [head_dim], the score (in units of log2) whose weight
+// is 1 in it, and the sum of weights.
 inline int64_t part_stride(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 16; }
 
 // Does the task and writes its part; with scratch null does nothing. Returns the bytes of scratch

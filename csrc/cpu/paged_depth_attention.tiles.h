@@ -23,7 +23,7 @@ inline void write_part(const RowSums& sums, const float* out, int64_t lanes, int
     float* part = parts + lane * part_stride(head_dim);
     float* end = part + part_stride(head_dim) - 2;
     std::memcpy(part, line, head_dim * sizeof(float));
-    end[0] = sums.largest[lane], end[1] = sums.sum[lane];
+    end[0] = sums.base[lane], end[1] = sums.sum[lane];
   });
 }
 
@@ -53,7 +53,7 @@ int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, ch
     if (limits.first) limits.first[row] = seen.first;
     limits.limit[row] = seen.limit;
     limits.depth[row] = 0;
-    sums.largest[row] = -kInfinity;
+    sums.base[row] = -kInfinity;
   }
   std::memset(sums.sum, 0, lanes * sizeof(float));
   std::memset(out, 0, lanes * padded * sizeof(float));
@@ -72,8 +72,8 @@ int64_t part_tiles(const PagedProblem& p, const PagedTask& task, float* part, ch
     attend_block(block, limits, sums, seeing, padded, log2_scale, q, scores, weights, factor, out);
   }
   for (int64_t lane = 0; lane < rows; lane += kWidth) {
-    write_part({sums.largest + lane, sums.sum + lane}, out + lane * padded,
-               min(kWidth, rows - lane), hd, padded, part + lane * part_stride(hd));
+    write_part({sums.base + lane, sums.sum + lane}, out + lane * padded, min(kWidth, rows - lane),
+               hd, padded, part + lane * part_stride(hd));
   }
   return arena.used;
 }

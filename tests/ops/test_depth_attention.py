@@ -132,6 +132,7 @@ CASES = [
     case("unused-slots", queries=[1, 20], keys=[50, 64], heads=(9, 3), positions="unused"),
     case("equal-positions", queries=[19], keys=[35], positions="equal", head_dim=8),
     case("many-tiles", queries=[300], keys=[530], heads=(2, 1), head_dim=32, bias=True),
+    case("rising-scores", queries=[70], keys=[600], heads=(4, 2), head_dim=32, scale=3.0),
     case("many-heads", queries=[3], keys=[40], heads=(70, 1), head_dim=16),
     case("decode", queries=[1, 1, 2], keys=[300, 33, 90], heads=(9, 3), head_dim=64, **BOTH),
     case("decode-many", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, positions="unused"),

@@ -82,6 +82,16 @@ struct Tiles {
 };
 #endif
 
+// The depth to which zeros should lengthen a reduction: on tiles of AMX nothing is left over then.
+template <class E>
+int64_t best_depth(int64_t depth) {
+#if defined(__AMX_BF16__)
+  if (!std::is_same_v<E, float> && isa() == Isa::kAmxBf16)
+    return (depth + kTile - 1) / kTile * kTile;
+#endif
+  return depth;
+}
+
 // As multiply_tile for `rows` rows, rounded up to a multiple of kTileRows; where kDepthA is 1 and
 // the machine has AMX, on Tiles, which the caller has made, and rounded up to 16.
 template <class E, int kVectors, int kRowA, int kDepthA, int kRowB, int kRowC, Into kInto>
