@@ -12,7 +12,7 @@ template <class T, int HEAD_DIM>
 struct AttentionBackwardSmem {
   using Acc = acc_t<T>;
   static constexpr int kQueries = AttentionFmaTile<Acc, HEAD_DIM>::kBackward, kKeys = kQueries;
-  using Scores = Acc[kQueries / 16][kKeys / 8];  // a thread's
+  using Part = Acc[kQueries / 16][kKeys / 8];  // of a thread: its rows and keys of the tile
   RowTile<Acc, kQueries, HEAD_DIM> q, grad_out;
   RowTile<Acc, kKeys, HEAD_DIM> k, v;
   RowTile<Acc, kQueries, kKeys> scores;
@@ -33,9 +33,9 @@ struct AttentionBackwardSmem {
     load_rows(v, p, [&](int r) { return begin + r < end ? p.v.at(begin + r, kv_head) : nullptr; });
   }
 
-  // Of the tiles loaded; key 0 is row `begin` of k.
-  __device__ __forceinline__ void score(const DepthAttention<T>& p, unsigned begin, Scores& weights,
-                                        Scores& d_scores) {
+  // The thread's weights and gradients of scores for the tiles loaded; key 0 is row `begin` of k.
+  __device__ __forceinline__ void score(const DepthAttention<T>& p, unsigned begin, Part& weights,
+                                        Part& d_scores) {
     const int down = threadIdx.x / 8, across = threadIdx.x % 8;
     dot_rows(weights, q, k);
     dot_rows(d_scores, grad_out, v);
@@ -52,8 +52,8 @@ struct AttentionBackwardSmem {
       }
   }
 
-  // Shares a thread's part with the others of the block.
-  __device__ __forceinline__ void share(const Scores& of_thread) {
+  // Fills `scores`, which nobody reads any more, for the whole block; ends with a barrier.
+  __device__ __forceinline__ void share(const Part& of_thread) {
 #pragma unroll
     for (int i = 0; i < kQueries / 16; ++i)
 #pragma unroll
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAtt
        begin = next(begin + kKeys)) {
     s.load_keys(p, tile.kv_head, begin, key_end);
     __syncthreads();
-    typename Smem::Scores weights, d_scores;
+    typename Smem::Part weights, d_scores;
     s.score(p, begin, weights, d_scores);
     s.share(d_scores);
     add_rows(sums, s.k, [&](int i, int n) { return s.scores.data[down + 16 * i][n]; });
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_kv_kernel(DepthAt
        tile.move_to(next(tile.first + kQueries))) {
     s.load_queries(p, tile);
     __syncthreads();
-    typename Smem::Scores weights, d_scores;
+    typename Smem::Part weights, d_scores;
     s.score(p, begin, weights, d_scores);
     s.share(weights);
     const auto shared = [&](int i, int m) { return s.scores.data[m][down + 16 * i]; };

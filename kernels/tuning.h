@@ -6,8 +6,8 @@ namespace mor {
 // depth_attention without tensor cores, 128 threads: 16 threads down, each with kQueries / 16 query
 // rows, by 8 across, each with kKeys / 8 keys. Shared memory must stay within 99 KiB, what sm_86
 // and sm_89 allow (the backward of 256 head dimensions in float64, for gradcheck, does not), and
-// the accumulators of a thread (kQueries / 16 * kHeadDim / 8 numbers, in the backward twice
-// kKeys / 16 * kHeadDim / 8) at about 64 registers.
+// the accumulators of a thread (kQueries / 16 * HEAD_DIM / 8 numbers, in the backward twice
+// kKeys / 16 * HEAD_DIM / 8) at about 64 registers.
 template <class Acc, int HEAD_DIM>
 struct AttentionFmaTile {
   static constexpr int kThreads = 128;

@@ -10,9 +10,10 @@
 namespace mor {
 namespace MOR_ISA {
 
-// [kBlockKeys][kBackwardRows] elements that hold kPerElement neighbouring lanes.
+// [kBlockKeys][kBackwardRows] elements that hold kPerElement neighbouring lanes; rows of an odd
+// number of cache lines.
 template <class E>
-constexpr int kLaneStride = kBackwardRows / kPerElement<E>;
+constexpr int kLaneStride = kBackwardRows / kPerElement<E> + 16;
 
 // Per lane of a step: softmax_lse in log2 units and <dO, out>.
 struct RowGradients {
@@ -184,8 +185,8 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   Arena arena{scratch};
   E* q_lanes = arena.take<E>(kBackwardRows * depth);
   E* grad_lanes = arena.take<E>(kBackwardRows * depth);
-  E* q_rows = arena.take<E>(kLaneStride<E> * kKeyStride);
-  E* grad_rows = arena.take<E>(kLaneStride<E> * kKeyStride);
+  E* q_rows = arena.take<E>(kBackwardRows / kPerElement<E> * kKeyStride);
+  E* grad_rows = arena.take<E>(kBackwardRows / kPerElement<E> * kKeyStride);
   float* dq = arena.take<float>(kBackwardRows * padded);
   const RowGradients rows{arena.take<float>(kBackwardRows), arena.take<float>(kBackwardRows)};
   const RowLimits limits = take_limits(arena, p, kBackwardRows);
@@ -245,9 +246,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
                       {rows.lse + lane, rows.delta + lane}, lane, gradients,
                       p.key_bias ? bias_sums : nullptr);
         if constexpr (kPairs) {
-          const int64_t filled = round_up(count, 2) / 2, reduced = best_depth<E>(filled);
-          std::memset(gradients.ds_lanes + filled * kWidth, 0,
-                      (reduced - filled) * kWidth * sizeof(E));
+          const int64_t reduced = lengthen(gradients.ds_lanes, round_up(count, 2) / 2, kWidth);
           multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kAdd>(
               padded, reduced, block.k_keys, gradients.ds_lanes, dq + lane * padded);
         } else {

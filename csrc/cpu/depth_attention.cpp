@@ -145,11 +145,16 @@ int64_t most_rows(const AttentionProblem& p) {
   return most;
 }
 
+// Fewer tasks are cut smaller, for those who have many threads.
+constexpr int64_t kEnoughTasks = 16;
+
 void tiled_forward(const AttentionProblem& p) {
   int64_t heads = most_rows(p) <= kFewRows ? p.dims.num_kv_heads : 1;
   const int64_t enough = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   while (heads > 1 && p.dims.num_sequences * (p.dims.num_kv_heads / heads) < enough) heads /= 2;
-  const TaskList tasks(p, kForwardRows, heads);
+  int64_t rows = kForwardRows;
+  while (rows > kLeastRows && TaskList(p, rows, heads).size() < kEnoughTasks) rows /= 2;
+  const TaskList tasks(p, rows, heads);
   const auto kernel = MOR_BEST(attention_forward);
   int64_t bytes = 0;
   for (int64_t i = 0; i < tasks.size(); ++i) bytes = std::max(bytes, kernel(p, tasks[i], nullptr));
@@ -161,7 +166,6 @@ void tiled_forward(const AttentionProblem& p) {
 // with sums of their own, added up in a fixed order afterwards: a choice by shape, never by
 // threads.
 void tiled_backward(const AttentionProblem& p) {
-  constexpr int64_t kEnoughTasks = 16;
   const DepthAttentionDims& dims = p.dims;
   const int64_t heads = std::max<int64_t>(dims.num_sequences * dims.num_kv_heads, 1);
   const int64_t wanted = (kEnoughTasks + heads - 1) / heads;

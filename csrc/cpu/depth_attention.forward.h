@@ -17,8 +17,8 @@ struct RowSums {
   float *base, *sum;
 };
 
-// The base follows the largest score once that is this much above it. So sums are hardly ever
-// rescaled, which takes them through the cache once more; weights of up to 2^kSlack are as exact.
+// The base follows the largest score once that is this much above it: sums are hardly ever rescaled
+// then, and floats are as exact for weights of up to 2^kSlack as for those of up to 1.
 constexpr float kSlack = 8;
 
 // Scores to units of log2 with bias and masks applied, when they are not plain.
@@ -135,11 +135,10 @@ template <class E>
     if (!plain) mask_scores(scores, count, block.first, log2_scale, block.bias, block.depths, seen);
     const float scale = plain ? log2_scale : 1.0f;
     const bool shrinks = softmax_step(scores, count, scale, group, weights, factor);
+    const int64_t pairs = round_up(count, kPerElement<E>) / kPerElement<E>;
+    const int64_t reduced = lengthen(weights, pairs, kWidth);
     // Before the weights are used: a tile of AMX can load them only from the cache.
     if (lane + kWidth < seeing.end) score(lane + kWidth);
-    const int64_t filled = round_up(count, kPerElement<E>) / kPerElement<E>;
-    const int64_t reduced = best_depth<E>(filled);
-    std::memset(weights + filled * kWidth, 0, (reduced - filled) * kWidth * sizeof(E));
     float* group_out = out + lane * padded;
     if (shrinks) {
       multiply<E, kVectors, kKeysRow<E>, kKeysDepth<E>, kWidth, kWidth, Into::kScaleAndAdd>(

@@ -9,8 +9,8 @@ namespace MOR_ISA {
 
 constexpr int kVectors = 2;
 constexpr int kWidth = kVectors * kLanes;  // lanes of a group
-constexpr int kBlockKeys = 128;            // of tiles
-constexpr int kDirectKeys = 64;  // of a block without, in whose time the next is prefetched
+constexpr int kBlockKeys = 128;
+constexpr int kDirectKeys = 64;  // of a block of the direct way, which prefetches the next one
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -39,8 +39,8 @@ struct KeyList {
   int64_t row(int64_t i) const { return list ? list[i] : begin + i; }
 };
 
-// The first i in [from, count) that is not passed; what is passed comes first. A search near
-// `from` is the shorter.
+// The first i in [from, count) that is not passed; what is passed comes first. The nearer, the
+// faster.
 template <class Passed>
 inline int64_t first_not(int64_t from, int64_t count, Passed&& passed) {
   int64_t low = from, high = low;
@@ -54,7 +54,8 @@ inline int64_t first_not(int64_t from, int64_t count, Passed&& passed) {
   return low;
 }
 
-// The first i in [from, count) whose position exceeds `position`; `from`: of a position before it.
+// The first i in [from, count) whose position exceeds `position`. `from` is 0, or the answer for a
+// position not after it.
 inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int64_t position,
                             int64_t from = 0) {
   if (!p.causal) return keys.count;

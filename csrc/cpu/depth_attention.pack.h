@@ -119,6 +119,7 @@ void pack_lanes(const AttentionOperand& x, const AttentionProblem& p, const Atte
   for (int64_t first = 0; first < round_up(rows, kWidth); first += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       E* line = lines + i * kRowStride<E>;
+      // The rows of a key head are not one stream, which the hardware would prefetch.
       if (first + kLanes + i < rows)
         prefetch_row(row(first + kLanes + i), p.dims.head_dim * sizeof(T));
       if (first + i < rows) {

@@ -46,7 +46,7 @@ struct AttentionTask {
   int64_t sequence, kv_head, kv_heads, row_begin, row_end;
 };
 
-constexpr int64_t kForwardRows = 512;  // of a task
+constexpr int64_t kForwardRows = 512, kLeastRows = 128;  // of a task
 // Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle. It
 // also gains from taking several key heads at once, whose rows are neighbours in memory.
 constexpr int64_t kFewRows = 12;

@@ -146,7 +146,7 @@ struct Parts {
   int64_t count = 0, memory = 0, longest = 0;
 
   Parts(const PagedProblem& p, std::vector<Tile>& tiles) {
-    constexpr int64_t kUnit = 64;
+    constexpr int64_t kUnit = 128;  // whole blocks of keys
     int64_t keys = 0;
     for (const Tile& tile : tiles) keys += tile.seen.end - tile.seen.begin;
     const int64_t most = std::max(keys / kEnough, kLeastKeys);

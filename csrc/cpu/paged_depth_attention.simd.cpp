@@ -36,15 +36,15 @@ void merge(const PagedProblem& p, const AttentionTask& task, const float* parts,
   alignas(64) float line[kMaxHeadDim];
   for (int64_t r = 0; r < all_rows; ++r) {
     const float* row = parts + r * stride;
-    const auto largest_of = [&](int64_t i) { return row[i * all_rows * stride + stride - 2]; };
-    float largest = largest_of(0);
-    for (int64_t i = 1; i < count; ++i) largest = largest_of(i) > largest ? largest_of(i) : largest;
+    const auto base_of = [&](int64_t i) { return row[i * all_rows * stride + stride - 2]; };
+    float largest = base_of(0);
+    for (int64_t i = 1; i < count; ++i) largest = base_of(i) > largest ? base_of(i) : largest;
     const float base = largest == -kInfinity ? 0.0f : largest;
     std::memset(line, 0, hd * sizeof(float));
     float sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       const float* from = row + i * all_rows * stride;
-      const float factor = exp2_vec<6>(splat(largest_of(i) - base))[0];
+      const float factor = exp2_vec<6>(splat(base_of(i) - base))[0];
       sum += factor * from[stride - 1];
       for (int64_t d = 0; d < hd; ++d) line[d] += factor * from[d];
     }

@@ -14,7 +14,7 @@ from mor.testing import EPSILON
 UNUSED = 2**63 - 1  # position of a cache slot that holds no key
 HEADS = ((1, 1), (2, 2), (2, 1), (6, 2), (9, 3), (17, 1), (0, 1))
 HEAD_DIMS = (1, 3, 8, 15, 16, 17, 24, 32, 33, 64, 96, 256)
-QUERIES, KEYS = (0, 1, 2, 3, 5, 16, 17, 33), (0, 1, 2, 7, 16, 31, 33, 64, 70, 130)
+QUERIES, KEYS = (0, 1, 2, 3, 5, 16, 17, 33), (0, 1, 2, 7, 16, 31, 33, 64, 70, 130, 290)
 OPERANDS = (
     "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k", "q_depths", "k_depths",
     "key_bias", "causal", "scale", "window",

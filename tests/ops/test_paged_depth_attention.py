@@ -119,6 +119,7 @@ CASES = [
     case("prefill", queries=[130, 60], keys=[130, 200], **GQA),
     case("prefill-split", raw=True, queries=[20], keys=[900], heads=(2, 1), head_dim=32),
     case("prefill-window", queries=[100], keys=[700], heads=(3, 1), head_dim=17, window=40),
+    case("prefill-rising", queries=[40], keys=[600], heads=(4, 2), head_dim=32, scale=1.0),
     case("prefill-head-80", queries=[70, 30], keys=[110, 40], heads=(4, 2), head_dim=80),
     case("prefill-head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256, block_size=1),
     case("negative-scale", **MIXED, scale=-0.7),
@@ -135,7 +136,8 @@ def test_paged_depth_attention(op_case: OpCase, dtype: torch.dtype) -> None:
 
 
 VARIED = ("decode", "decode-window", "decode-head-20", "decode-head-128", "decode-8-heads-of-one",
-          "few-queries-any", "mixed", "mixed-any-window", "prefill-split")  # fmt: skip
+          "few-queries-any", "mixed", "mixed-any-window", "prefill-split",
+          "prefill-rising")  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])  # the others ran under the best

@@ -82,12 +82,17 @@ struct Tiles {
 };
 #endif
 
-// The depth to which zeros should lengthen a reduction: on tiles of AMX nothing is left over then.
-template <class E>
-int64_t best_depth(int64_t depth) {
+// Lengthens B [depth][columns] by zeros to what tiles of AMX take whole, where they are used;
+// returns the new depth. What A has there must be finite.
+inline int64_t lengthen(float*, int64_t depth, int64_t) { return depth; }
+inline int64_t lengthen([[maybe_unused]] uint32_t* b, int64_t depth,
+                        [[maybe_unused]] int64_t columns) {
 #if defined(__AMX_BF16__)
-  if (!std::is_same_v<E, float> && isa() == Isa::kAmxBf16)
-    return (depth + kTile - 1) / kTile * kTile;
+  if (isa() == Isa::kAmxBf16) {
+    const int64_t filled = depth;
+    depth = (depth + kTile - 1) / kTile * kTile;
+    std::memset(b + filled * columns, 0, (depth - filled) * columns * sizeof *b);
+  }
 #endif
   return depth;
 }
