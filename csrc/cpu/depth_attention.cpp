@@ -149,11 +149,14 @@ int64_t most_rows(const AttentionProblem& p) {
 constexpr int64_t kEnoughTasks = 16;
 
 void tiled_forward(const AttentionProblem& p) {
-  int64_t heads = most_rows(p) <= kFewRows ? p.dims.num_kv_heads : 1;
+  const int64_t most = most_rows(p);
+  int64_t heads = most <= kFewRows ? p.dims.num_kv_heads : 1;
   const int64_t enough = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   while (heads > 1 && p.dims.num_sequences * (p.dims.num_kv_heads / heads) < enough) heads /= 2;
   int64_t rows = kForwardRows;
-  while (rows > kLeastRows && TaskList(p, rows, heads).size() < kEnoughTasks) rows /= 2;
+  // Sequences of up to kLeastRows rows are not cut in any case.
+  while (most > kLeastRows && rows > kLeastRows && TaskList(p, rows, heads).size() < kEnoughTasks)
+    rows /= 2;
   const TaskList tasks(p, rows, heads);
   const auto kernel = MOR_BEST(attention_forward);
   int64_t bytes = 0;

@@ -67,7 +67,7 @@ inline int64_t visible_keys(const AttentionProblem& p, const KeyList& keys, int6
 // are not after the query: unsigned differences cannot overflow.
 inline int64_t passed_keys(const AttentionProblem& p, const KeyList& keys, int64_t position,
                            int64_t count, int64_t from = 0) {
-  return first_not(from, p.window == 0 ? 0 : count, [&](int64_t i) {
+  return first_not(from, count, [&](int64_t i) {
     const uint64_t key = static_cast<uint64_t>(p.k_positions[keys.row(i)]);
     return static_cast<uint64_t>(position) - key >= static_cast<uint64_t>(p.window);
   });
