@@ -14,6 +14,7 @@ from mor.modules.recursion import (
     RecursionStep,
     add_rows,
     check_capacities,
+    is_recomputing,
 )
 from mor.modules.routers import (
     GATINGS,
@@ -52,6 +53,8 @@ class ExpertChoice(nn.Module):
             `H_t + g_t (f(H)_t - H_t)`.
         aux: "loss" trains the router itself to predict its selection; "router" trains a separate
             mlp-free twin on detached states and uses it in evaluation; None does neither.
+        train_routing: "topk", or "threshold" to select in training as in evaluation: what a trainer
+            needs that compares the two (DPO, KTO). The router still learns the k best tokens.
         eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
         capacity_warmup_steps: training forward calls over which capacities fall from 1 to c_r.
 
@@ -76,6 +79,7 @@ class ExpertChoice(nn.Module):
         gating: str = "weighted",
         aux: str | None = "loss",
         use_z_loss: bool = False,
+        train_routing: str = "topk",
         eval_routing: str = "threshold",
         capacity_warmup_steps: int = 0,
     ) -> None:
@@ -83,8 +87,9 @@ class ExpertChoice(nn.Module):
         self.capacities = check_capacities(capacities, num_recursions)
         if gating not in GATINGS:
             raise ValueError(f"router_gating: expected one of {GATINGS}, got {gating!r}")
-        if eval_routing not in ("threshold", "topk"):
-            raise ValueError(f"eval_routing: expected threshold or topk, got {eval_routing!r}")
+        for name, value in (("train_routing", train_routing), ("eval_routing", eval_routing)):
+            if value not in ("threshold", "topk"):
+                raise ValueError(f"{name}: expected threshold or topk, got {value!r}")
         if aux not in ("loss", "router", None):
             raise ValueError(f"router_aux: expected loss, router or None, got {aux!r}")
         if score.function == "softmax":
@@ -94,7 +99,7 @@ class ExpertChoice(nn.Module):
         self.gating = gating
         self.aux = None if self.random else aux
         self.use_z_loss = use_z_loss and not self.random
-        self.eval_routing = eval_routing
+        self.train_routing, self.eval_routing = train_routing, eval_routing
         self.capacity_warmup_steps = capacity_warmup_steps
         self.routers = nn.ModuleList(
             RandomRouter(1, step)
@@ -110,10 +115,26 @@ class ExpertChoice(nn.Module):
         self.metrics = RoutingMetrics(num_recursions)
 
     def forward(
-        self, hidden: Tensor, packing: Packing, block: Block, keep_states: bool = False
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        block: Block,
+        keep_states: bool = False,
+        generating: bool = False,
     ) -> RecursionOutput:
-        """Runs R recursion steps over hidden [N, D]; keep_states fills `before` and `after`."""
-        capacities = self._capacities_now()
+        """Runs R recursion steps.
+
+        Args:
+            hidden: [N, D].
+            packing: their sequences.
+            block: see `mor.modules.recursion`.
+            keep_states: fill `before` and `after` of the steps.
+            generating: route as in evaluation and count nothing, whatever the module's mode.
+        """
+        learns = self.training and not generating
+        counts = not generating and not is_recomputing()
+        capacities = self._capacities_now(counts) if learns else self.capacities
+        by_rank = (self.train_routing if learns else self.eval_routing) == "topk"
         depths = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         total = tuple(packing.lengths) if packing.lengths is not None else None
@@ -121,33 +142,41 @@ class ExpertChoice(nn.Module):
         aux_losses, z_losses = [], []
         for step, router in enumerate(self.routers):
             candidates = hidden if step == 0 else gather_tokens(hidden, rows)
-            logits = router(candidates, current.positions).squeeze(-1)
+            logits = router(candidates, current.positions, learns).squeeze(-1)
             aux_logits = (
                 self.aux_routers[step](candidates.detach()).squeeze(-1)
                 if self.aux_routers
                 else None
             )
             before_selection = current
-            ranked = logits if aux_logits is None or self.training else aux_logits
+            # Where later tokens are unknown the auxiliary router decides, if there is one.
+            decides = logits if aux_logits is None else aux_logits
+            ranked = logits if by_rank else decides
             if self.random:
                 ranked = ranked - self._random_threshold(step)
-            by_rank = self.training or self.eval_routing == "topk"
+            target: Tensor | None = None  # what the router is taught to select, if not `local`
             if capacities[step] == 1 and current is packing:
                 local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
             elif by_rank:
-                assert total is not None, (
-                    "expert-choice training needs sequence lengths on the host"
-                )
                 local, current = self._select_topk(ranked, current, total, capacities[step])
             else:
+                if learns and self.aux is not None:
+                    target, _ = self._select_topk(logits, current, total, capacities[step])
                 local, current = _select_above_threshold(ranked, current)
-            # Evaluation decides by the auxiliary router, if there is one.
-            decides = ranked if aux_logits is None else aux_logits
-            self.metrics.update(step, decides, local, rows, packing.positions, by_rank)
+            target = local if target is None else target
+            if counts:
+                self.metrics.update(
+                    step,
+                    ranked if self.random else decides,
+                    local,
+                    rows,
+                    packing.positions,
+                    by_rank,
+                )
             if self.aux == "loss":
-                aux_losses.append(aux_loss(logits, local))
+                aux_losses.append(aux_loss(logits, target))
             elif aux_logits is not None:
-                aux_losses.append(aux_loss(aux_logits, local))
+                aux_losses.append(aux_loss(aux_logits, target))
             if self.use_z_loss:
                 z_losses.append(z_loss(logits.unsqueeze(-1)))
 
@@ -176,24 +205,26 @@ class ExpertChoice(nn.Module):
         candidates = self.capacities[step - 1] if step else 1.0
         return 1 - self.capacities[step] / candidates
 
-    def _capacities_now(self) -> list[float]:
-        if not self.training or self.capacity_warmup_steps == 0:
+    def _capacities_now(self, counts: bool) -> list[float]:
+        """Capacities of a call that learns; a recomputation has those of the call it repeats."""
+        if self.capacity_warmup_steps == 0:
             return self.capacities
-        left = _warmed_up(self.warmup_step, self.capacity_warmup_steps)
-        self.warmup_step += 1
+        left = _warmed_up(int(self.warmup_step) - (not counts), self.capacity_warmup_steps)
+        if counts:
+            self.warmup_step += 1
         return [c + (1 - c) * left for c in self.capacities]
 
     def _select_topk(
-        self, logits: Tensor, packing: Packing, total: tuple[int, ...], capacity: float
+        self, logits: Tensor, packing: Packing, total: tuple[int, ...] | None, capacity: float
     ) -> tuple[Tensor, Packing]:
         """The k best candidates of every sequence; k counts from its full length."""
-        assert packing.lengths is not None
+        assert total is not None, "expert-choice training needs sequence lengths on the host"
+        have_rows = packing.lengths or tuple(packing.cu_seqlens.diff().tolist())
         # As the authors: int() of the float product, at least one token, never more than are there.
         wanted = [
-            min(max(1, int(capacity * n)), have)
-            for n, have in zip(total, packing.lengths, strict=True)
+            min(max(1, int(capacity * n)), have) for n, have in zip(total, have_rows, strict=True)
         ]
-        if wanted == list(packing.lengths):
+        if wanted == list(have_rows):
             return torch.arange(packing.num_rows, device=logits.device), packing
         scores = logits.detach()
         if len(set(wanted)) == 1:
@@ -204,9 +235,9 @@ class ExpertChoice(nn.Module):
         return local, packing.select(local, lengths=wanted)
 
 
-def _warmed_up(steps: Tensor, warmup: int) -> float:
+def _warmed_up(steps: int, warmup: int) -> float:
     """Share of a warm-up that is left, 1 to 0 by a half cosine."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, int(steps) / warmup)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, steps / warmup)))
 
 
 def _select_above_threshold(logits: Tensor, packing: Packing) -> tuple[Tensor, Packing]:

@@ -23,15 +23,24 @@ class RoutingMetrics:
         self.num_recursions = num_recursions
         self.reset()
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        """Copies and pickles begin anew: what was counted is no part of a model."""
+        return RoutingMetrics, (self.num_recursions,)
+
     def reset(self) -> None:
         """Forgets everything."""
-        self._tokens = 0
-        self._selected: list[Tensor | int] = [0] * self.num_recursions
-        self._agree: Tensor | int = 0
-        self._candidates = 0
-        self._probability: Tensor | None = None
-        self._load: Tensor | None = None
-        self._reached: Tensor | None = None
+        self._tokens = self._candidates = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Adds to a running sum, on the device of the newest call.
+
+        Never in place: a sum that was made in inference mode could not be updated outside it.
+        """
+        old = self._sums.get(name)
+        if old is not None and old.device != value.device:  # the model was moved
+            old = None if old.is_meta else old.to(value.device)
+        self._sums[name] = value if old is None else old + value
 
     @torch.no_grad()
     def update(
@@ -57,15 +66,14 @@ class RoutingMetrics:
             return
         if step == 0:
             self._tokens += positions.shape[0]
-        self._selected[step] += local.shape[0]
+        steps = torch.arange(self.num_recursions, device=logits.device) == step
+        self._add("selected", steps * local.shape[0])
         if by_rank:
             predicted = logits > 0
             selected = torch.zeros_like(predicted).index_fill(0, local, True)
-            self._agree = self._agree + (predicted == selected).sum()
+            self._add("agree", (predicted == selected).sum())
             self._candidates += logits.shape[0]
-        if self._probability is None:
-            self._probability = logits.new_zeros(self.num_recursions)
-        self._probability[step] += logits.sigmoid().sum()
+        self._add("probability", steps * logits.float().sigmoid().sum())
         if step == self.num_recursions - 1:
             never = torch.zeros(positions.shape[0], dtype=torch.bool, device=positions.device)
             self._reach(positions, never.index_fill(0, rows[local], True))
@@ -78,22 +86,18 @@ class RoutingMetrics:
         if torch.compiler.is_compiling():
             return
         self._tokens += scores.shape[0]
-        at_least = counts.flip(0).cumsum(0).flip(0)
-        for step in range(self.num_recursions):
-            self._selected[step] = self._selected[step] + at_least[step]
-        share = scores.sum(dim=0)
-        self._probability = share if self._probability is None else self._probability + share
-        self._load = counts if self._load is None else self._load + counts
+        self._add("selected", counts.flip(0).cumsum(0).flip(0))
+        self._add("probability", scores.float().sum(dim=0))
+        self._add("load", counts)
         self._reach(positions, choice == self.num_recursions - 1)
 
     def _reach(self, positions: Tensor, reached: Tensor) -> None:
         # Fixed sizes throughout, so that the host reads nothing.
-        if self._reached is None:
-            self._reached = torch.zeros(2, _POSITIONS, dtype=torch.bool, device=positions.device)
         places = positions % _POSITIONS
-        hits = torch.zeros(_POSITIONS, device=positions.device)
-        self._reached[0, places] = True
-        self._reached[1] |= hits.index_add(0, places, reached.to(hits.dtype)) > 0
+        seen = torch.zeros(2, _POSITIONS, dtype=torch.int32, device=positions.device)
+        seen[0].index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        seen[1].index_add_(0, places, reached.to(torch.int32))
+        self._add("reached", seen > 0)  # whose sum is "or"
 
     @torch.no_grad()
     def sum_over_processes(self, device: torch.device) -> None:
@@ -107,42 +111,44 @@ class RoutingMetrics:
         if self.num_recursions == 0:
             return  # a model without a router
         count = self.num_recursions
-        places = (2, _POSITIONS)
-        parts = [
-            torch.tensor([self._tokens, self._candidates, float(self._load is not None)]),
-            torch.as_tensor(self._agree).reshape(1),
-            torch.stack([torch.as_tensor(selected) for selected in self._selected]),
-            torch.zeros(count) if self._probability is None else self._probability,
-            torch.zeros(count) if self._load is None else self._load,
-            torch.zeros(places) if self._reached is None else self._reached,
-        ]
+        shapes = {
+            "agree": (),
+            "selected": (count,),
+            "probability": (count,),
+            "load": (count,),
+            "reached": (2, _POSITIONS),
+        }
+        found = [float(name in self._sums) for name in shapes]
+        parts = [torch.tensor([self._tokens, self._candidates, *found])]
+        parts += [self._sums.get(name, torch.zeros(shape)) for name, shape in shapes.items()]
         flat = torch.cat([part.to(device, torch.float64).reshape(-1) for part in parts])
         torch.distributed.all_reduce(flat)
-        sizes = [3, 1, count, count, count, 2 * _POSITIONS]
-        counts, agree, selected, probability, load, reached = flat.split(sizes)
-        tokens, candidates, routers = counts.tolist()
+        counts, *sums = flat.split([part.numel() for part in parts])
+        tokens, candidates, *found = counts.tolist()
         self._tokens, self._candidates = int(tokens), int(candidates)
-        self._agree, self._selected, self._probability = agree, list(selected), probability
-        self._load = load if routers else None
-        self._reached = reached.reshape(places) > 0
+        self._sums = {
+            name: total.reshape(shape)
+            for (name, shape), total, there in zip(shapes.items(), sums, found, strict=True)
+            if there
+        }
 
     def compute(self) -> dict[str, float]:
         """The metrics since the last reset; empty if there was no forward."""
         if self._tokens == 0:
             return {}
+        sums = {name: total.double().cpu() for name, total in self._sums.items()}
         metrics = {
             f"selected_share_{step + 1}": float(count) / self._tokens
-            for step, count in enumerate(self._selected)
+            for step, count in enumerate(sums["selected"])
         }
         if self._candidates:
-            metrics["sampling_accuracy"] = float(self._agree) / self._candidates
-        if self._probability is not None:
-            share = self._probability / self._probability.sum().clamp(min=1e-30)
-            metrics["entropy"] = float(-(share * share.clamp(min=1e-30).log()).sum())
-        if self._reached is not None:
-            seen, reached = self._reached.sum(dim=1).tolist()
+            metrics["sampling_accuracy"] = float(sums["agree"]) / self._candidates
+        share = sums["probability"] / sums["probability"].sum().clamp(min=1e-30)
+        metrics["entropy"] = float(-(share * share.clamp(min=1e-30).log()).sum())
+        if "reached" in sums:
+            seen, reached = (sums["reached"] > 0).sum(dim=1).tolist()
             metrics["dead_tokens"] = 1 - reached / max(seen, 1)
-        if self._load is not None:
-            load = self._load.double()
+        if "load" in sums:
+            load = sums["load"]
             metrics["max_vio"] = float((load.max() - load.mean()) / load.mean())
         return metrics

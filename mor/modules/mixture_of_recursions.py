@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.packing import Packing, pack
-from mor.modules.recursion import RecursionOutput
+from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
 __all__ = ["MixtureOfRecursions"]
@@ -32,7 +32,7 @@ class MixtureOfRecursions(nn.Module):
         **options: of `ExpertChoice` or `TokenChoice`.
 
     Attributes:
-        routing: the last call's `RecursionOutput`, with its losses; add
+        routing: the `RecursionOutput` of this thread's last call, with its losses; add
             `routing.aux_loss` (expert-choice) or `routing.balancing_loss` (token-choice), times a
             coefficient, to the loss.
 
@@ -67,7 +67,12 @@ class MixtureOfRecursions(nn.Module):
             self.recursion = None
         else:
             raise ValueError(f"router: expected expert, token or None, got {router!r} {options}")
-        self.routing: RecursionOutput | None = None
+        self._last = LastRouting()
+
+    @property
+    def routing(self) -> RecursionOutput | None:
+        """The `RecursionOutput` of this thread's last call."""
+        return self._last.output
 
     def forward(
         self, hidden: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any
@@ -108,12 +113,13 @@ class MixtureOfRecursions(nn.Module):
                 extra[:] = [result]
                 return _first(result)
 
-            return _by_length(call, x, packing, batch.packing.positions[rows])
+            return _by_length(call, x, packing, batch.columns[rows])
 
         batch = pack((batch_size, length), hidden.device, token_mask)
         everyone = batch.rows
-        self.routing = self.recursion(batch.pack(hidden), batch.packing, block)
-        out = self.routing.hidden
+        routing = self.recursion(batch.pack(hidden), batch.packing, block)
+        self._last.output = routing
+        out = routing.hidden
         if everyone is not None:
             out = hidden.reshape(-1, width).index_copy(0, everyone, out)
         out = out.reshape(batch_size, length, width)

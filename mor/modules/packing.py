@@ -90,40 +90,71 @@ class PackedBatch:
     """How a batch [B, S] was packed, to pack its tensors and unpack the result.
 
     Attributes:
-        packing: the sequences; more than B of them where a row holds several documents.
+        packing: the sequences; more than one for a row of the batch that holds several documents.
         shape: (B, S).
         rows: [N] int64 rows of the flattened batch that are tokens; None if all are.
-        source: [B * S] int64 packed row shown at each place of the batch. A pad shows the token
-            before it (so the last place of a right-padded prompt shows its last token), or the
-            first one.
+        source: [B * S] int64 packed row shown at each place of the batch; N + b for the last token
+            that row b of the batch had in earlier calls.
+        shows_earlier: `source` names tokens of earlier calls.
+        has_documents: a row of the batch holds several sequences.
+        past: [B, C] of earlier calls, see `last_positions`; None if there were none.
     """
 
     packing: Packing
     shape: tuple[int, int]
     rows: Tensor | None = None
     source: Tensor | None = None
+    shows_earlier: bool = False
+    has_documents: bool = False
+    past: Tensor | None = None
+
+    @property
+    def columns(self) -> Tensor:
+        """[N] int64: the column of each packed row."""
+        device = self.packing.positions.device
+        rows = (
+            torch.arange(self.packing.num_rows, device=device) if self.rows is None else self.rows
+        )
+        return rows % max(self.shape[1], 1)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] to [N, ...]."""
         flat = x.reshape(-1, *x.shape[2:])
         return flat if self.rows is None else gather_tokens(flat, self.rows)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """[N, ...] to [B, S, ...]."""
+    def unpack(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """[N, ...] to [B, S, ...].
+
+        A pad shows the token before it, so the last column of a right-padded prompt shows its last
+        token, or the first token of its row. What no token of this call can show is `before`.
+
+        Args:
+            x: [N, ...].
+            before: [B, ...] the last token of each row in earlier calls; zeros without it.
+        """
         if self.source is not None:
-            if x.shape[0] == 0:
-                x = x.new_zeros(self.source.shape[0], *x.shape[1:])
-            else:
-                x = gather_tokens(x, self.source)
+            if self.shows_earlier:
+                batch = self.shape[0]
+                x = torch.cat([x, x.new_zeros(batch, *x.shape[1:]) if before is None else before])
+            x = gather_tokens(x, self.source)
         return x.reshape(*self.shape, *x.shape[1:])
 
     def last_positions(self) -> Tensor:
-        """[B] position of the last token of each sequence; -1 for one without tokens."""
-        ends = self.packing.cu_seqlens[1:].long() - 1
-        if self.packing.num_rows == 0:
-            return torch.full_like(ends, -1)
-        last = self.packing.positions[ends.clamp(min=0)]
-        return torch.where(self.packing.cu_seqlens.diff() > 0, last, -1)
+        """[B, C + S] position of the last token up to each column so far; -1 where there is none.
+
+        What a cache has to know of its columns: where a row continues, and which tokens fall away
+        when columns are cropped.
+        """
+        batch, length = self.shape
+        positions = self.packing.positions
+        if self.rows is not None:
+            everywhere = positions.new_full((batch * length,), -1)
+            positions = everywhere.index_copy(0, self.rows, positions)
+        last = positions.reshape(self.shape)
+        if self.rows is not None or self.past is not None:
+            last = torch.cat([self.past[:, -1:] if self.past is not None else last[:, :0], last], 1)
+            last = last.cummax(dim=1).values[:, -length:]
+        return last if self.past is None else torch.cat([self.past, last], dim=1)
 
     def unpack_masked(self, x: Tensor, fill: int) -> Tensor:
         """[N] to [B, S], with `fill` at pads."""
@@ -140,7 +171,7 @@ def pack(
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     *,
-    past_length: int = 0,
+    past: Tensor | None = None,
     documents: bool = True,
 ) -> PackedBatch:
     """Packs a batch of token ids or states.
@@ -148,68 +179,128 @@ def pack(
     Args:
         shape: (B, S) of the batch.
         device: where the batch is.
-        attention_mask: [B, S] or [B, past + S], non-zero at tokens; left and right padding, or any
-            other holes. Costs one host synchronisation.
-        position_ids: [B or 1, S] int64. Without pads, a row whose positions restart at 0 holds
-            several documents, and no token attends to another document.
+        attention_mask: [B, S] or [B, C + S], 0 at pads, which may be anywhere, and 1 at tokens, or
+            the number of the document that a token belongs to. Costs one host synchronisation.
+        position_ids: [B or 1, S] int64; default: the tokens of each row are counted, from where
+            `past` ends. A row whose positions restart at 0 holds several documents, and no token
+            attends to another document.
         cu_seqlens: [documents + 1] int32 for B = 1: document boundaries given outright.
-        past_length: columns already in the cache; positions continue from there.
-        documents: look for documents in `position_ids`.
+        past: [B, C] of a cache, see `PackedBatch.last_positions`.
+        documents: a row may hold several documents.
 
     Raises:
-        ValueError: wrong shapes, or cu_seqlens that do not rise from 0 to S, naming the argument.
+        ValueError: wrong shapes, documents where there can be none, or cu_seqlens that are not
+            non-decreasing from 0 to S, naming the argument.
     """
     batch_size, length = shape
-    positions = _positions(shape, device, position_ids, past_length)
+    if past is not None and past.shape[1] == 0:
+        past = None
+    if past is not None and past.shape[0] != batch_size:
+        raise ValueError(
+            f"past_key_values: expected {past.shape[0]} sequences, as the cache has, got "
+            f"{batch_size}"
+        )
     if cu_seqlens is not None:
+        if past is not None:
+            raise ValueError("cu_seqlens: documents are not continued from a cache")
         lengths = _document_lengths(shape, cu_seqlens, attention_mask)
         if position_ids is None:
             positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        return PackedBatch(Packing.from_lengths(lengths, positions.reshape(-1)), shape)
+        else:
+            positions = _given_positions(shape, device, position_ids)
+        packing = Packing.from_lengths(lengths, positions.reshape(-1))
+        return PackedBatch(packing, shape, has_documents=True)
+    lengths, valid, numbers = [length] * batch_size, None, None
     if attention_mask is not None:
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
-            raise ValueError(
-                f"attention_mask: expected shape [{batch_size}, {length}] (or with past columns), "
-                f"got {list(attention_mask.shape)}"
-            )
-        if attention_mask.shape[1] not in (length, past_length + length):
-            raise ValueError(
-                f"attention_mask: expected {length} columns"
-                f"{f' or {past_length + length}' if past_length else ''}, got "
-                f"{attention_mask.shape[1]}"
-            )
-        valid = attention_mask[:, attention_mask.shape[1] - length :].to(device) != 0
-        lengths = valid.sum(dim=1).tolist()
-        if any(n != length for n in lengths):
-            flat = valid.reshape(-1)
-            rows = flat.nonzero().squeeze(1)
-            shown = (flat.cumsum(0) - 1).reshape(shape)
-            first = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0).unsqueeze(1)
-            source = torch.maximum(shown, first).clamp(max=max(rows.shape[0] - 1, 0)).reshape(-1)
-            packing = Packing.from_lengths(lengths, positions.reshape(-1)[rows])
-            return PackedBatch(packing, shape, rows, source)
-    if documents and position_ids is not None and length > 1:
-        starts = positions[:, 1:] <= positions[:, :-1]
-        if bool(starts.any()):
-            if bool((positions[:, 1:][starts] != 0).any()):
+        past_length = 0 if past is None else past.shape[1]
+        lengths, valid, numbers = _read_mask(shape, device, attention_mask, past_length)
+    rows = None if valid is None else valid.reshape(-1).nonzero().squeeze(1)
+    positions = (
+        _counted_positions(shape, device, valid, past)
+        if position_ids is None
+        else _given_positions(shape, device, position_ids)
+    ).reshape(-1)
+    positions = positions if rows is None else positions[rows]
+    source, shows_earlier = None, past is not None or 0 in lengths
+    if valid is not None:
+        shown = (valid.reshape(-1).cumsum(0) - 1).reshape(shape)
+        first = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0).unsqueeze(1)
+        if shows_earlier:
+            earlier = positions.shape[0] + torch.arange(batch_size, device=device).unsqueeze(1)
+            source = torch.where(shown < first, earlier, shown).reshape(-1)
+        else:
+            source = torch.maximum(shown, first).reshape(-1)
+    if length > 1 and (position_ids is not None or numbers is not None):
+        packing = Packing.from_lengths(lengths, positions)
+        numbers = numbers.reshape(-1) if numbers is not None else None
+        numbers = numbers if numbers is None or rows is None else numbers[rows]
+        ends = _document_ends(packing, numbers, given=position_ids is not None)
+        if ends is not None:
+            if past is not None or not documents:
                 raise ValueError(
-                    "position_ids: expected positions that rise, or restart at 0 for a new "
-                    "document, got positions that fall to another value"
+                    "position_ids, attention_mask: a row holds several documents, which cannot be "
+                    "continued from a cache: they need use_cache=False and no past_key_values"
                 )
-            edge = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
-            begins = torch.cat([edge, starts], dim=1).reshape(-1).nonzero().squeeze(1).tolist()
-            ends = [*begins[1:], batch_size * length]
-            lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
-            return PackedBatch(Packing.from_lengths(lengths, positions.reshape(-1)), shape)
-    return PackedBatch(Packing.uniform(batch_size, length, positions.reshape(-1)), shape)
+            if position_ids is None:
+                starts = torch.tensor([0, *ends[:-1]], device=device)
+                begun = torch.tensor([b - a for a, b in pairwise([0, *ends])], device=device)
+                positions = torch.arange(len(positions), device=device)
+                positions = positions - starts.repeat_interleave(begun)
+            packing = Packing.from_lengths([b - a for a, b in pairwise([0, *ends])], positions)
+            return PackedBatch(packing, shape, rows, source, shows_earlier, has_documents=True)
+    if rows is None:
+        packing = Packing.uniform(batch_size, length, positions)
+    else:
+        packing = Packing.from_lengths(lengths, positions)
+    return PackedBatch(packing, shape, rows, source, shows_earlier, past=past)
 
 
-def _positions(
-    shape: tuple[int, int], device: torch.device, position_ids: Tensor | None, past_length: int
-) -> Tensor:
+def _read_mask(
+    shape: tuple[int, int], device: torch.device, attention_mask: Tensor, past_length: int
+) -> tuple[list[int], Tensor | None, Tensor | None]:
+    """Tokens of each row, where they are (None: everywhere), document numbers (None: none)."""
     batch_size, length = shape
-    if position_ids is None:
-        return torch.arange(past_length, past_length + length, device=device).expand(batch_size, -1)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask: expected shape [{batch_size}, {length}] (or with past columns), got "
+            f"{list(attention_mask.shape)}; documents packed in a row are told apart by "
+            "position_ids that restart at 0"
+        )
+    if attention_mask.shape[1] not in (length, past_length + length):
+        raise ValueError(
+            f"attention_mask: expected {length} columns"
+            f"{f' or {past_length + length}' if past_length else ''}, got "
+            f"{attention_mask.shape[1]}"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - length :].to(device)
+    valid = mask != 0
+    facts = [valid.sum(dim=1)]
+    if mask.dtype != torch.bool and mask.numel():
+        facts += [bound.reshape(1).to(torch.int64) for bound in (mask.amin(), mask.amax())]
+    lengths = torch.cat(facts).tolist()
+    lengths, bounds = lengths[:batch_size], lengths[batch_size:]
+    if bounds and bounds[0] < 0:
+        raise ValueError(
+            "attention_mask: expected 0 at pads and 1 at tokens, got negative values; a mask that "
+            "is added to attention scores cannot be used"
+        )
+    everywhere = all(n == length for n in lengths)
+    return lengths, None if everywhere else valid, mask if bounds and bounds[1] > 1 else None
+
+
+def _counted_positions(
+    shape: tuple[int, int], device: torch.device, valid: Tensor | None, past: Tensor | None
+) -> Tensor:
+    """[B, S] how many tokens of its row are before each; pads are not counted."""
+    if valid is None:
+        counted = torch.arange(shape[1], device=device).expand(shape[0], -1)
+    else:
+        counted = (valid.cumsum(dim=1) - 1).clamp(min=0)
+    return counted if past is None else counted + past[:, -1:] + 1
+
+
+def _given_positions(shape: tuple[int, int], device: torch.device, position_ids: Tensor) -> Tensor:
+    batch_size, length = shape
     if (
         position_ids.dim() != 2
         or position_ids.shape[0] not in (1, batch_size)
@@ -219,6 +310,29 @@ def _positions(
             f"position_ids: expected shape [{batch_size}, {length}], got {list(position_ids.shape)}"
         )
     return position_ids.to(device=device, dtype=torch.int64).expand(batch_size, -1)
+
+
+def _document_ends(packing: Packing, numbers: Tensor | None, given: bool) -> list[int] | None:
+    """Packed rows at which documents end; None if every row of the batch is one document.
+
+    Args:
+        packing: the rows of the batch as sequences.
+        numbers: [N] document numbers of a mask.
+        given: the positions were given, so that they may restart.
+    """
+    positions, sequences = packing.positions, packing.sequence_ids
+    same = sequences[1:] == sequences[:-1]
+    restarts = same & (positions[1:] <= positions[:-1]) if given else torch.zeros_like(same)
+    changes = restarts if numbers is None else restarts | (same & (numbers[1:] != numbers[:-1]))
+    if not bool(changes.any()):
+        return None
+    if bool((positions[1:][restarts] != 0).any()):
+        raise ValueError(
+            "position_ids: expected increasing positions, or 0 where a new document begins, got "
+            "positions that decrease to another value (tokens of the attention_mask counted)"
+        )
+    ends: list[int] = ((changes | ~same).nonzero().squeeze(1) + 1).tolist()
+    return [*ends, packing.num_rows]
 
 
 def _document_lengths(
@@ -238,7 +352,7 @@ def _document_lengths(
     lengths = [b - a for a, b in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != shape[1] or min(lengths, default=0) < 0:
         raise ValueError(
-            f"cu_seqlens: expected values that rise from 0 to {shape[1]}, got {ends[:8]}"
+            f"cu_seqlens: expected non-decreasing values from 0 to {shape[1]}, got {ends[:8]}"
             f"{'...' if len(ends) > 8 else ''}"
         )
     return lengths

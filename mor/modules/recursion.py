@@ -4,9 +4,11 @@ The block is any callable `block(x, packing, step, rows) -> y` from rows [K, D] 
 including its residual stream; `rows` are their places among all N rows. It must accept zero rows.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +19,21 @@ from mor.ops.scatter_tokens import scatter_tokens, scatter_tokens_
 
 __all__ = [
     "Block",
+    "LastRouting",
     "RecursionOutput",
     "RecursionStep",
     "add_rows",
     "check_capacities",
     "default_capacities",
+    "is_recomputing",
 ]
 
 Block = Callable[[Tensor, Packing, int, Tensor], Tensor]
+
+
+def is_recomputing() -> bool:
+    """Whether this call repeats an earlier forward inside a backward pass, as checkpoints do."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def add_rows(
@@ -87,6 +96,19 @@ register_dataclass(RecursionStep, serialized_type_name="mor.RecursionStep")
 register_dataclass(RecursionOutput, serialized_type_name="mor.RecursionOutput")
 
 
+class LastRouting(threading.local):
+    """Where a module leaves the `RecursionOutput` of its last call for whoever looks at it.
+
+    Each thread sees that of its own calls. It is no state of the module: copies and pickles of a
+    module begin without.
+    """
+
+    output: RecursionOutput | None = None
+
+    def __reduce__(self) -> Any:
+        return LastRouting, ()
+
+
 def default_capacities(num_recursions: int) -> list[float]:
     """(R - r) / R for recursion r = 0..R-1, as the paper: 1, 2/3, 1/3 for three recursions."""
     return [(num_recursions - r) / num_recursions for r in range(num_recursions)]
@@ -107,6 +129,7 @@ def check_capacities(capacities: Sequence[float] | None, num_recursions: int) ->
         raise ValueError(f"capacities: expected values in (0, 1], got {values}")
     if any(b > a for a, b in pairwise(values)):
         raise ValueError(
-            f"capacities: expected values that never rise (who left stays out), got {values}"
+            "capacities: expected non-increasing values (a token that exited does not return), got "
+            f"{values}"
         )
     return values

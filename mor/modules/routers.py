@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 __all__ = [
+    "Float32Linear",
     "RandomRouter",
     "Router",
     "RouterScore",
@@ -22,6 +23,20 @@ ROUTER_TYPES = ("linear", "mlp", "wide_mlp", "random")
 GATINGS = ("weighted", "additive", "residual")
 SCORE_FUNCTIONS = ("sigmoid", "tanh", "softmax", "none")
 _WIDTHS = {"mlp": 2, "wide_mlp": 4}
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer whose product is taken in float32 (float64 for float64 input).
+
+    The weight keeps the model's dtype. It is read here alone, when the layer is called, so that
+    adapters, quantisers, offloading and parametrisations find an ordinary linear layer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_features] to [N, out_features] in float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class Router(nn.Module):
@@ -56,35 +71,36 @@ class Router(nn.Module):
             raise ValueError(f"router_temperature: expected a positive number, got {temperature}")
         self.temperature = temperature
         if router_type == "linear":
-            self.layers = nn.ModuleList([nn.Linear(hidden_size, num_outputs, bias=False)])
+            self.layers = nn.ModuleList([Float32Linear(hidden_size, num_outputs, bias=False)])
         else:
             width = _WIDTHS[router_type] * hidden_size
             self.layers = nn.ModuleList(
                 [
-                    nn.Linear(hidden_size, width, bias=False),
-                    nn.Linear(width, num_outputs, bias=False),
+                    Float32Linear(hidden_size, width, bias=False),
+                    Float32Linear(width, num_outputs, bias=False),
                 ]
             )
         for layer in self.layers:
             nn.init.normal_(layer.get_parameter("weight"), std=std)
 
-    def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [N, num_outputs] float32 of the tokens [N, D]; positions are `RandomRouter`'s."""
+    def forward(
+        self, hidden: Tensor, positions: Tensor | None = None, learns: bool = False
+    ) -> Tensor:
+        """Logits [N, num_outputs] float32 of the tokens [N, D]; the rest is `RandomRouter`'s."""
         with torch.autocast(hidden.device.type, enabled=False):
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            x = hidden.to(dtype)
+            x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             if self.temperature != 1.0:
                 x = x / self.temperature
             for i, layer in enumerate(self.layers):
-                weight = layer.get_parameter("weight").to(dtype)
-                x = functional.linear(functional.gelu(x) if i else x, weight)
-            return x
+                x = layer(functional.gelu(x) if i else x)
+            # A quantised layer answers in a dtype of its own.
+            return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RandomRouter(nn.Module):
     """Scores that know nothing of the token: uniform in [0, 1), the ablation's baseline.
 
-    New ones in every training forward. In evaluation they are a hash of the token's position (and
+    New ones in every call that learns. Otherwise they are a hash of the token's position (and
     of `step`, the output, the seed): causal, and the same with and without a cache.
 
     Args:
@@ -97,9 +113,9 @@ class RandomRouter(nn.Module):
         super().__init__()
         self.num_outputs, self.step, self.seed = num_outputs, step, seed
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, learns: bool = False) -> Tensor:
         """Scores [N, num_outputs] float32 of the tokens [N, D] at positions [N]."""
-        if self.training:
+        if learns:
             shape = (hidden.shape[0], self.num_outputs)
             return torch.rand(shape, dtype=torch.float32, device=hidden.device)
         outputs = torch.arange(self.num_outputs, device=hidden.device)

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.packing import Packing
-from mor.modules.recursion import Block, RecursionOutput, RecursionStep, add_rows
+from mor.modules.recursion import (
+    Block,
+    RecursionOutput,
+    RecursionStep,
+    add_rows,
+    is_recomputing,
+)
 from mor.modules.routers import (
     GATINGS,
     RandomRouter,
@@ -89,26 +95,33 @@ class TokenChoice(nn.Module):
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if balancing == "loss_free":
             self.register_buffer("bias", torch.zeros(num_recursions, dtype=torch.float32))
-            # No buffer: DDP would replace it by that of the first process before each forward, and
-            # bfloat16 models could not count in it.
-            self.load = torch.zeros(num_recursions, device="cpu")
+            # No buffer: DDP would replace it by that of the first process before each forward.
+            self.load = torch.zeros(num_recursions, dtype=torch.int64, device="cpu")
         self.metrics = RoutingMetrics(num_recursions)
 
     def forward(
-        self, hidden: Tensor, packing: Packing, block: Block, keep_states: bool = False
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        block: Block,
+        keep_states: bool = False,
+        generating: bool = False,
     ) -> RecursionOutput:
-        """Runs up to R recursion steps over hidden [N, D]; keep_states fills `before`, `after`."""
-        logits = self.router(hidden, packing.positions)
+        """Runs up to R recursion steps; see `ExpertChoice.forward`."""
+        learns = self.training and not generating
+        counted = not generating and not is_recomputing()
+        logits = self.router(hidden, packing.positions, learns)
         scores = self.score(logits)
-        warming_up = self._advance_warmup()
+        warming_up = learns and self._is_warming_up(counted)
         choice = self._choose(scores, warming_up)
         depths = choice + 1
         chosen = scores.gather(1, choice.unsqueeze(1)).squeeze(1)
         gates = torch.ones_like(chosen) if self.gating == "additive" else chosen
         counts = count_choices(choice, self.num_recursions)
-        if self.training and self.balancing == "loss_free" and not warming_up:
-            self.load = self.load.to(counts.device) + counts
-        self.metrics.update_choice(scores, counts, choice, packing.positions)
+        if counted:
+            if learns and self.balancing == "loss_free" and not warming_up:
+                self.load = self.load.to(counts.device) + counts
+            self.metrics.update_choice(scores, counts, choice, packing.positions)
 
         active = _active_tokens(counts, hidden.shape[0])
         x, current, out, steps = hidden, packing, hidden, []
@@ -143,11 +156,12 @@ class TokenChoice(nn.Module):
             gates=gates,
         )
 
-    def _advance_warmup(self) -> bool:
-        """Counts a training forward; whether it still belongs to the warm-up."""
-        if not self.training or self.balance_warmup_steps == 0:
+    def _is_warming_up(self, counted: bool) -> bool:
+        """Counts a call that learns, once; whether it still belongs to the warm-up."""
+        if self.balance_warmup_steps == 0:
             return False
-        self.warmup_step += 1
+        if counted:
+            self.warmup_step += 1
         return int(self.warmup_step) <= self.balance_warmup_steps
 
     def _choose(self, scores: Tensor, warming_up: bool) -> Tensor:
@@ -179,7 +193,8 @@ class TokenChoice(nn.Module):
         self.load = self.load.to(self.bias.device)  # still on the CPU if a warm-up counted nothing
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load)
-        self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)
+        load = self.load.double()
+        self.bias += self.bias_update_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
         self.load = torch.zeros_like(self.load)
 
 
