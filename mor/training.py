@@ -30,6 +30,7 @@ from mor.callbacks import (
     UpdateRouterBias,
     routing_line,
 )
+from mor.models.modeling_mor import at_least_one, batch_share, num_targets
 from mor.optim import parameter_groups
 
 __all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "loss_scale", "training_arguments"]
@@ -105,7 +106,8 @@ class MoRTrainer(Trainer):
         """One forward and backward, counted."""
         if self._window_start is None:
             self._window_start, self._window_step = time.perf_counter(), self.state.global_step
-        self._window_tokens += inputs["input_ids"].numel()
+        rows, length = _shape(inputs)
+        self._window_tokens += rows * length
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite = self._finite & loss.isfinite()
         return loss
@@ -130,7 +132,15 @@ class MoRTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss in training, its language-model loss in evaluation."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        labels = inputs.get("labels")
+        items = None if num_items_in_batch is None else at_least_one(num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, items)
+        if model.training and "labels" not in inputs and labels is not None:
+            # Label smoothing and loss functions of one's own keep the labels from the model.
+            router_loss = outputs.get("router_loss")
+            if router_loss is not None:
+                share = batch_share(num_targets(labels), num_items_in_batch)
+                loss = loss + share * loss_scale(self, num_items_in_batch) * router_loss
         if not model.training:
             lm_loss = outputs.get("lm_loss")
             if lm_loss is not None:
@@ -145,7 +155,7 @@ class MoRTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of a batch, as `mor.analysis` counts them."""
-        rows, length = inputs["input_ids"].shape
+        rows, length = _shape(inputs)
         config = self.accelerator.unwrap_model(self.model).config
         return round(rows * length * flops_per_token(config, length, training=True))
 
@@ -177,6 +187,13 @@ class MoRTrainer(Trainer):
 
     def _routing(self) -> dict[str, float]:
         return routing_line(self.accelerator.unwrap_model(self.model), self.accelerator.device)
+
+
+def _shape(inputs: dict[str, Any]) -> tuple[int, int]:
+    """B and S of a batch, of ids or of embeddings."""
+    ids = inputs.get("input_ids")
+    rows, length = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+    return rows, length
 
 
 def loss_scale(trainer: Any, num_items_in_batch: Tensor | int | None) -> int:

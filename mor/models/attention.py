@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from mor.models.cache import RecursionCacheLayer
+from mor.models.derived_class import Derived, derived_class
 from mor.modules.packing import Packing
 from mor.ops.depth_attention import depth_attention
 
@@ -178,39 +179,39 @@ def mor_attention(
     return out.unsqueeze(0), None
 
 
-class _NoProjection(nn.Module):
-    """Stands for k_proj and v_proj where keys and values are reused: one head of zeros, unread."""
+class _WithoutProjections:
+    """An attention module as its own forward sees it in a call that reuses keys and values.
 
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
+    Everything is that of the module, but k_proj and v_proj, which give one head of zeros, unread.
+    """
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden.new_zeros(1).expand(*hidden.shape[:-1], self.head_dim)
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attention, name)
+
+    def k_proj(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], self.attention.head_dim)
+
+    v_proj = k_proj
+
+
+class _ReusesKeys(Derived):
+    """What `skip_reused_projections` puts before the class of an attention module."""
+
+    def forward(self, *args: Any, mor_context: AttentionContext, **kwargs: Any) -> Any:
+        attention = _WithoutProjections(self) if mor_context.reuses_kv else self
+        return self.dense_class.forward(attention, *args, mor_context=mor_context, **kwargs)
 
 
 def skip_reused_projections(attention: nn.Module) -> None:
     """Makes a Transformers attention module skip k_proj and v_proj in calls that reuse keys.
 
-    By hooks on the call, so that it holds in gradient checkpointing's second forward as well, and
-    whatever the projections have become meanwhile (LoRA).
+    Nothing of the module changes during a call, so threads can share it and any error or interrupt
+    leaves it whole; and whatever the projections have become meanwhile (LoRA) is skipped as well.
     """
-    nothing = _NoProjection(int(attention.head_dim))  # type: ignore[arg-type]
-    projections = ("k_proj", "v_proj")
-    kept: dict[str, nn.Module | None] = {}
-
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs["mor_context"].reuses_kv:
-            for name in projections:
-                kept[name] = module._modules[name]
-                module._modules[name] = nothing
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        for name in list(kept):
-            module._modules[name] = kept.pop(name)
-
-    attention.register_forward_pre_hook(before, with_kwargs=True)
-    attention.register_forward_hook(after, always_call=True)
+    attention.__class__ = derived_class(_ReusesKeys, type(attention))
 
 
 AttentionInterface.register("mor", mor_attention)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from mor.modules.packing import Packing
 
@@ -24,7 +24,10 @@ class RecursionCacheLayer(CacheLayerMixin):
         keys, values: [B, capacity, Hkv, head_dim].
         positions: [B, capacity] int64 position of each slot's token.
         lengths: [B] int64 slots in use.
-        num_columns: columns of the padded batch seen so far, what Transformers calls the length.
+        last_positions: [B, C] position of the last token up to each of the C columns seen so far
+            (-1: none yet), pads among them; Transformers calls C the length.
+        last_states: [B, D] what the model made of each sequence's last token, for a later call in
+            which the sequence has pads only; kept by a model's first layer.
     """
 
     _layer_type = "mor_recursion"
@@ -38,8 +41,8 @@ class RecursionCacheLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.positions: Tensor | None = None
         self.lengths: Tensor | None = None
-        self.num_columns = 0
-        self._last_positions: Tensor | None = None
+        self.last_positions: Tensor | None = None
+        self.last_states: Tensor | None = None
         self._longest = 0  # upper bound of lengths, known without asking the device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -74,16 +77,28 @@ class RecursionCacheLayer(CacheLayerMixin):
             raise ValueError(
                 f"mor cache: expected {self.keys.shape[0]} sequences, got {packing.num_sequences}"
             )
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            # Tensors made in inference mode cannot be updated in place outside it.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.positions, self.lengths = self.positions.clone(), self.lengths.clone()
+        # A graph keeps what it attended over, so nothing of it may be overwritten.
+        in_graph = keys.requires_grad or self.keys.requires_grad
         self._reserve(longest)
-        capacity = self.keys.shape[1]
+        batch, capacity = self.keys.shape[:2]
         slots = packing.sequence_ids * capacity + self.lengths[packing.sequence_ids] + packing.ranks
-        flat_keys, flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        flat_positions = self.positions.flatten()
-        flat_keys.index_copy_(0, slots, keys)
-        flat_values.index_copy_(0, slots, values)
-        flat_positions.index_copy_(0, slots, packing.positions)
-        self.lengths += packing.cu_seqlens.diff()
+        flat = [x.flatten(0, 1) for x in (self.keys, self.values, self.positions)]
+        new = (keys, values, packing.positions)
+        if in_graph:
+            flat = [x.index_copy(0, slots, y) for x, y in zip(flat, new, strict=True)]
+            self.keys, self.values, self.positions = (
+                x.reshape(batch, capacity, *x.shape[1:]) for x in flat
+            )
+        else:
+            for x, y in zip(flat, new, strict=True):
+                x.index_copy_(0, slots, y)
+        self.lengths = self.lengths + packing.cu_seqlens.diff()
         steps = torch.arange(packing.num_sequences + 1, dtype=torch.int32, device=keys.device)
+        flat_keys, flat_values, flat_positions = flat
         return flat_keys, flat_values, flat_positions, steps * capacity
 
     def _reserve(self, more: int) -> None:
@@ -102,10 +117,14 @@ class RecursionCacheLayer(CacheLayerMixin):
         self.values = _grow(self.values, grown)
         self.positions = _grow(self.positions, grown, _UNUSED)
 
-    def advance(self, num_columns: int, last_positions: Tensor) -> None:
-        """Notes that a forward call of so many columns is over; last_positions [B]."""
-        self.num_columns += num_columns
-        self._last_positions = last_positions
+    @property
+    def num_columns(self) -> int:
+        """C."""
+        return 0 if self.last_positions is None else self.last_positions.shape[1]
+
+    def advance(self, last_positions: Tensor) -> None:
+        """Notes that a forward call is over: `last_positions` [B, C] with its columns."""
+        self.last_positions = last_positions
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -133,12 +152,15 @@ class RecursionCacheLayer(CacheLayerMixin):
         """Forgets the last columns; `tokens_to_remove` is negative or 0, as in Transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"mor cache: crop takes a number <= 0, got {tokens_to_remove}")
-        self.num_columns += tokens_to_remove
-        if self._last_positions is None:
+        if self.last_positions is None or tokens_to_remove == 0:
             return
-        self._last_positions = self._last_positions + tokens_to_remove
+        kept = max(self.num_columns + tokens_to_remove, 0)
+        self.last_positions, self.last_states = self.last_positions[:, :kept], None
         if self.positions is not None:
-            self.positions.masked_fill_(self.positions > self._last_positions.unsqueeze(1), _UNUSED)
+            # Positions ascend in a sequence, so its last token names the slots that go.
+            before = self.positions.new_full((self.positions.shape[0], 1), -1)
+            last = torch.cat([before, self.last_positions], dim=1)[:, -1:]
+            self.positions = self.positions.masked_fill(self.positions > last, _UNUSED)
             self.lengths = (self.positions != _UNUSED).sum(dim=1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -147,19 +169,26 @@ class RecursionCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence."""
-        if self.lengths is not None:
-            rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)
+        if self.last_positions is not None:
+            rows = torch.arange(self.last_positions.shape[0], device=self.last_positions.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given sequences."""
-        if self.keys is None:
-            return
-        assert self.values is not None and self.positions is not None and self.lengths is not None
-        self.keys, self.values = self.keys[indices], self.values[indices]
-        self.positions, self.lengths = self.positions[indices], self.lengths[indices]
-        if self._last_positions is not None:
-            self._last_positions = self._last_positions[indices]
+        for name in ("keys", "values", "positions", "lengths", "last_positions", "last_states"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[indices])
+
+
+def _refuse_static(**kwargs: Any) -> None:
+    raise ValueError(
+        "mor cache: expected DynamicCache(config=model.config), got a StaticCache, which has no "
+        "place for sequences of different lengths"
+    )
+
+
+STATIC_LAYER_TYPE_MAPPING[RecursionCacheLayer._layer_type] = _refuse_static
 
 
 def _grow(x: Tensor, capacity: int, fill: int = 0) -> Tensor:

@@ -69,6 +69,9 @@ class MoRConfig(PreTrainedConfig):
         relaxation_targets: names of the linear layers that get one ("q_proj", ...); default all.
         recursion_encoding: multiplies the output of every recursion's block (sequence strategies:
             of every use of a layer) by a learnt vector of its own, which starts at ones.
+        train_routing: expert-choice in training: "topk" (the paper's), or "threshold", as in
+            evaluation: causal, and what trainers need that compare a model in training with one in
+            evaluation (DPO, KTO).
         eval_routing: expert-choice in evaluation: "threshold" (causal) or "topk", which looks at
             later tokens and exists to reproduce published numbers.
 
@@ -122,6 +125,7 @@ class MoRConfig(PreTrainedConfig):
     relaxation_alpha: float | int | None = None
     relaxation_targets: list[str] | tuple[str, ...] | None = None
     recursion_encoding: bool = False
+    train_routing: str = "topk"
     eval_routing: str = "threshold"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -260,6 +264,7 @@ class MoRConfig(PreTrainedConfig):
             "router_aux": ("loss", "router", None),
             "router_balancing": ("loss", "loss_free", None),
             "relaxation": ("lora", "dora", None),
+            "train_routing": ("topk", "threshold"),
             "eval_routing": ("threshold", "topk"),
         }
         for name, allowed in options.items():

@@ -76,6 +76,7 @@ def recursion(config: MoRConfig) -> ExpertChoice | TokenChoice | None:
             config.num_recursions,
             capacities=config.capacities,
             aux=config.router_aux,
+            train_routing=config.train_routing,
             eval_routing=config.eval_routing,
             capacity_warmup_steps=config.capacity_warmup_steps,
             **common,

@@ -19,6 +19,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from mor.models.attention import layer_types_at, skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
@@ -34,7 +38,17 @@ from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel", "batch_share"]
+__all__ = [
+    "MoRForCausalLM",
+    "MoRModel",
+    "MoRPreTrainedModel",
+    "at_least_one",
+    "batch_share",
+    "num_targets",
+    "refuse_generation_options",
+    "refuse_unused",
+    "wants_tuple",
+]
 
 
 class MoRPreTrainedModel(PreTrainedModel):
@@ -44,7 +58,6 @@ class MoRPreTrainedModel(PreTrainedModel):
     config: MoRConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["recursion.bias"]  # noqa: RUF012 - of loss-free balancing
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - Transformers' convention
     _supports_attention_backend = True
 
@@ -111,6 +124,8 @@ class MoRModel(MoRPreTrainedModel):
         one_kind = getattr(base.rotary_emb, "layer_types", None) is None
         self.rotary_types = [None] * len(base.layers) if one_kind else base.config.layer_types
         self.recursion = recursion(config)
+        if isinstance(self.recursion, TokenChoice) and config.router_balancing == "loss_free":
+            self._keep_in_fp32_modules_strict = ["recursion.bias"]
         self.recursion_encoding = (
             nn.Parameter(torch.ones(len(self.encoded_depths), config.hidden_size))
             if config.recursion_encoding
@@ -146,30 +161,42 @@ class MoRModel(MoRPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        generating: bool = False,
         **kwargs: Any,
-    ) -> MoRModelOutput:
+    ) -> MoRModelOutput | tuple[Any, ...]:
         """Hidden states of a batch.
 
         Args:
             input_ids: [B, S] int64; or
             inputs_embeds: [B, S, D].
-            attention_mask: [B, S] (or [B, past + S]), non-zero at tokens. Pads, on either side, are
-                left out of everything: attention, routing capacity, cache.
-            position_ids: [B, S] int64. Without pads, positions that restart at 0 inside a row
-                separate documents, which do not attend to each other.
-            past_key_values: cache of earlier columns.
+            attention_mask: [B, S] (or [B, past + S]), 0 at pads, 1 (or the number of its document)
+                at tokens. Pads, anywhere, are left out of everything: attention, routing capacity,
+                cache.
+            position_ids: [B, S] int64; default: the tokens of each row are counted. Positions that
+                restart at 0 inside a row separate documents, which do not attend to each other.
+            past_key_values: cache of earlier columns; routing is then that of evaluation.
             use_cache: make and return a cache; default `config.use_cache` in evaluation, False in
                 training.
-            output_hidden_states: return the states of all unrolled layers.
+            output_hidden_states: return the states of all unrolled layers; default that of the
+                configuration.
+            return_dict: False gives a tuple; default `config.return_dict`.
             cu_seq_lens_q: [documents + 1] int32 for B = 1, document boundaries given outright.
-            **kwargs: passed to the decoder layers.
+            generating: route as in evaluation and count nothing, also in training mode; `generate`
+                says so, and a call with a cache of earlier columns.
+            **kwargs: other arguments of Transformers' models, None or False; anything else is
+                refused.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, one of wrong shape, tokens
                 outside the vocabulary (on the CPU), masks of wrong shape, a cache that is not
-                MoR's.
+                MoR's, an argument that is not used.
         """
+        if position_ids is not None or cu_seq_lens_q is not None:
+            for name in _REDUNDANT:
+                kwargs.pop(name, None)
+        refuse_unused(kwargs, self.config, "MoRModel")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MoRModel: expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -179,54 +206,61 @@ class MoRModel(MoRPreTrainedModel):
                 f"inputs_embeds: expected [B, S, {self.config.hidden_size}], got "
                 f"{list(inputs_embeds.shape)}"
             )
-        if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training
-        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers):
-            use_cache, past_key_values = False, None  # the recomputation would append twice
-            _check_checkpointing(self)
-        if self.config.router == "expert" and self.config.eval_routing == "topk":
-            if past_key_values is not None:
-                raise ValueError(
-                    'MoRModel: eval_routing="topk" ranks whole sequences, so it has no cache: pass '
-                    'use_cache=False, or choose eval_routing="threshold"'
-                )
-            use_cache = False
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        continues = past_key_values is not None
+        # What is continued from a cache cannot be ranked as a whole.
+        generating = generating or continues or (self.training and bool(use_cache))
+        use_cache = self._uses_cache(use_cache, past_key_values, generating)
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config)
+        layers = past_key_values.layers if past_key_values is not None else None
         batch = pack(
             (inputs_embeds.shape[0], inputs_embeds.shape[1]),
             inputs_embeds.device,
             attention_mask,
             position_ids,
             cu_seq_lens_q,
-            past_length=past_length,
-            documents=past_key_values is None,
+            past=layers[0].last_positions if layers is not None else None,
+            documents=layers is None,
         )
-        if batch.packing.num_sequences != batch.shape[0]:
+        if batch.has_documents:
             use_cache = False  # documents packed in a row are not continued
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            _check_cache(past_key_values, self.config)
-
-        if batch.packing.num_rows == 0:
+            layers = past_key_values.layers
+        if batch.packing.num_rows == 0 and not continues:
             raise ValueError("MoRModel: expected at least one token, got a batch of pads only")
+
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
-        call = UnrolledLayers(self, batch, past_key_values, kwargs)
         hidden = batch.pack(inputs_embeds)
         if states is not None:
             states.append(hidden)
-        hidden, routing = self._run_all(hidden, call, states)
+        if batch.packing.num_rows == 0:  # a chunk of pads: no layer has anything to do
+            routing = RecursionOutput(hidden, batch.packing.positions)
+            if states is not None:
+                states += [hidden] * len(self.schedule)
+        else:
+            call = UnrolledLayers(self, hidden, batch, past_key_values)
+            hidden, routing = self._run_all(hidden, call, states, generating)
         hidden = self.norm(hidden)
         if states is not None:
             states[-1] = hidden
-        if past_key_values is not None:
+        before = layers[0].last_states if layers is not None else None
+        unpacked = batch.unpack(hidden, before)
+        if layers is not None:
             last = batch.last_positions()
-            for layer in past_key_values.layers:
-                layer.advance(batch.shape[1], last)
-        return MoRModelOutput(
-            last_hidden_state=batch.unpack(hidden),
-            past_key_values=past_key_values,
-            hidden_states=tuple(batch.unpack(s) for s in states) if states is not None else None,
+            for layer in layers:
+                layer.advance(last)
+            layers[0].last_states = unpacked[:, -1].detach()
+        output = MoRModelOutput(
+            last_hidden_state=unpacked,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(
+                tuple([*(batch.unpack(s) for s in states[:-1]), unpacked])
+                if states is not None
+                else None
+            ),
             token_depths=batch.unpack_masked(routing.depths, 0),
             aux_loss=routing.aux_loss,
             z_loss=routing.z_loss,
@@ -234,9 +268,36 @@ class MoRModel(MoRPreTrainedModel):
             router_loss=_router_loss(routing, self.config),
             routing=routing,
         )
+        return output.to_tuple() if wants_tuple(return_dict, self.config) else output
+
+    def _uses_cache(self, use_cache: bool | None, cache: Cache | None, generating: bool) -> bool:
+        """Whether this call fills a cache, given or new.
+
+        Raises:
+            ValueError: a cache where there can be none.
+        """
+        if use_cache is None:
+            use_cache = cache is not None or (bool(self.config.use_cache) and not self.training)
+        if self.training and torch.is_grad_enabled() and _is_checkpointed(self):
+            if cache is not None:  # the recomputation would append twice
+                raise ValueError(
+                    "MoRModel: expected no past_key_values with gradient checkpointing in training"
+                )
+            _check_checkpointing(self)
+            return False
+        by_threshold = self.training and not generating and self.config.train_routing
+        by_threshold = (by_threshold or self.config.eval_routing) == "threshold"
+        if self.config.router == "expert" and not by_threshold:
+            if cache is not None:
+                raise ValueError(
+                    'MoRModel: eval_routing="topk" ranks whole sequences, so it has no cache: pass '
+                    'use_cache=False, or choose eval_routing="threshold"'
+                )
+            return False
+        return bool(use_cache)
 
     def _run_all(
-        self, hidden: Tensor, call: UnrolledLayers, states: list[Tensor] | None
+        self, hidden: Tensor, call: UnrolledLayers, states: list[Tensor] | None, generating: bool
     ) -> tuple[Tensor, RecursionOutput]:
         """All unrolled layers on packed rows [N, D]; appends [N, D] to `states` after each."""
         ends = 1 if self.config.sharing.startswith("middle") else 0
@@ -246,30 +307,29 @@ class MoRModel(MoRPreTrainedModel):
 
         def block(x: Tensor, current: Packing, step: int, rows: Tensor) -> Tensor:
             first = ends + step * block_depth
-            spare = torch.compiler.is_compiling() and current.lengths is None
-            if spare:
-                x, current = call.add_spare_row(x, current)
+            with_dummy, at = torch.compiler.is_compiling() and current.lengths is None, rows
+            if with_dummy:
+                x, current, at = call.add_dummy_row(x, current, rows)
             elif x.shape[0] == 0:
                 return call.run_without_rows(x, range(first, first + block_depth))
             outputs.append([])
-            rotary = call.rotary(x, current)
+            angles = call.angles if current is packing else call.rotary(at)
             for depth in range(first, first + block_depth):
-                x = call.run(depth, x, current, rotary, rows)
+                x = call.run(depth, x, current, angles, rows)
                 if states is not None:
-                    outputs[-1].append(x[:-1] if spare else x)
-            return x[:-1] if spare else x
+                    outputs[-1].append(x[:-1] if with_dummy else x)
+            return x[:-1] if with_dummy else x
 
-        everything = call.rotary(hidden, packing)
         if ends:
-            hidden = call.run(0, hidden, packing, everything)
+            hidden = call.run(0, hidden, packing, call.angles)
             if states is not None:
                 states.append(hidden)
         if self.recursion is not None:
-            routing = self.recursion(hidden, packing, block, states is not None)
+            routing = self.recursion(hidden, packing, block, states is not None, generating)
             hidden = routing.hidden
         else:
             for depth in range(ends, last + 1 - ends):
-                hidden = call.run(depth, hidden, packing, everything)
+                hidden = call.run(depth, hidden, packing, call.angles)
                 if states is not None:
                     states.append(hidden)
             depths = torch.full_like(packing.positions, self.config.num_recursions)
@@ -277,7 +337,7 @@ class MoRModel(MoRPreTrainedModel):
         if states is not None and self.recursion is not None:
             states.extend(states_of_all_tokens(routing, outputs, block_depth))
         if ends:
-            hidden = call.run(last, hidden, packing, everything)
+            hidden = call.run(last, hidden, packing, call.angles)
             if states is not None:
                 states.append(hidden)
         return hidden, routing
@@ -306,8 +366,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         self.model = MoRModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.generation_config = GenerationConfig.from_model_config(config.base_config)
-        if config.tie_word_embeddings:  # not in checkpoints, so the Trainer must not miss it there
-            self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.post_init()
 
     @classmethod
@@ -397,6 +455,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoRCausalLMOutput | tuple[Any, ...]:
@@ -404,10 +463,11 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: this and what is not named here: see `MoRModel.forward`.
-            labels: [B, S] int64, not shifted; -100 is ignored.
+            labels: [B, S] int64, not shifted; -100 is ignored. A batch without targets adds 0.
             logits_to_keep: number of last columns (0: all), or their indices.
             num_items_in_batch: valid targets of the whole optimizer step, as the Trainer passes.
-            return_dict: False gives a tuple.
+            shift_labels: [B, S] the target of every token as it is, instead of `labels`.
+            return_dict: False gives a tuple; default `config.return_dict`.
 
         Raises:
             ValueError: see `MoRModel.forward`.
@@ -420,6 +480,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         hidden = base.last_hidden_state
@@ -430,21 +491,25 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             hidden = hidden[:, logits_to_keep]
         logits = self.lm_head(hidden)
         loss = lm_loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"labels: expected shape {list(logits.shape[:2])} (one for every token with "
-                    f"logits), got {list(labels.shape)}"
-                )
+        if labels is not None or shift_labels is not None:
+            for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+                if targets is not None and targets.shape != logits.shape[:2]:
+                    raise ValueError(
+                        f"{name}: expected shape {list(logits.shape[:2])} (one for every token "
+                        f"with logits), got {list(targets.shape)}"
+                    )
+            count = num_targets(labels, shift_labels)
+            items = count if num_items_in_batch is None else num_items_in_batch
             lm_loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=at_least_one(items),
+                shift_labels=shift_labels,
             )
             loss = lm_loss.clone()  # the Trainer scales it in place
             if base.router_loss is not None:
-                loss = lm_loss + batch_share(labels, num_items_in_batch) * base.router_loss
+                loss = lm_loss + batch_share(count, num_items_in_batch) * base.router_loss
         output = MoRCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -458,31 +523,35 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             router_loss=base.router_loss,
             routing=base.routing,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output.to_tuple() if wants_tuple(return_dict, self.config) else output
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As Transformers, with positions counted from the mask: right padding works too."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, **kwargs
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         if attention_mask is not None and attention_mask.dim() == 2:
-            columns = inputs.get("input_ids", inputs.get("inputs_embeds")).shape[1]
+            given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else None
+            columns = (inputs["inputs_embeds"] if given is None else given).shape[1]
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -columns:]
+        inputs.pop("tokenizer", None)  # of stop_strings
+        inputs["generating"] = True
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers; the cache is recursion-wise and grows.
+        """As Transformers, in training mode too; the cache is recursion-wise and grows.
 
         Raises:
-            ValueError: a cache_implementation other than dynamic.
+            ValueError: a cache_implementation other than dynamic, or assistant_early_exit.
         """
-        config = kwargs.get("generation_config") or self.generation_config
-        wanted = kwargs.get("cache_implementation") or config.cache_implementation
-        if wanted not in (None, "dynamic", "dynamic_full"):
-            raise ValueError(f"MoR: expected a dynamic cache, got cache_implementation={wanted!r}")
+        refuse_generation_options(self.generation_config, kwargs)
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -523,17 +592,82 @@ def _router_loss(routing: RecursionOutput, config: MoRConfig) -> Tensor | None:
     return torch.stack(parts).sum() if parts else None
 
 
-def batch_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This batch's share of the targets of the optimizer step: the weight of its router loss."""
+def num_targets(labels: Tensor | None, shift_labels: Tensor | None = None) -> Tensor:
+    """How many tokens of a batch have a target."""
+    if shift_labels is not None:
+        return (shift_labels != -100).sum()
+    assert labels is not None
+    return (labels[:, 1:] != -100).sum()
+
+
+def at_least_one(items: Tensor | int) -> Tensor | int:
+    """A divisor for sums over targets, which are 0 where there is none."""
+    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
+def batch_share(count: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A batch's share of the targets of the optimizer step: the weight of its router loss.
+
+    Args:
+        count: its own targets; without any, the batch adds nothing.
+        num_items_in_batch: those of the step; None for a batch that is the whole step.
+    """
     if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return count > 0
+    return count / at_least_one(num_items_in_batch)
+
+
+def wants_tuple(return_dict: bool | None, config: Any) -> bool:
+    """Whether a call asks for a tuple, itself or by the configuration."""
+    return not (config.return_dict if return_dict is None else return_dict)
+
+
+def refuse_generation_options(default: Any, options: dict[str, Any]) -> None:
+    """Refuses what `generate` cannot do with a cache that differs between tokens.
+
+    Raises:
+        ValueError: names the option.
+    """
+    config = options.get("generation_config") or default
+    for name in ("cache_implementation", "assistant_early_exit"):
+        wanted = options.get(name) or getattr(config, name, None)
+        if wanted in (None, "dynamic", "dynamic_full"):
+            continue
+        if name == "cache_implementation":
+            raise ValueError(f"MoR: expected a dynamic cache, got cache_implementation={wanted!r}")
+        raise ValueError(
+            f"MoR: assistant_early_exit={wanted!r} is not supported: tokens leave by their own "
+            "router; pass an assistant_model to speculate"
+        )
+
+
+#: Arguments by which collators describe documents a second time, beside position_ids.
+_REDUNDANT = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def refuse_unused(kwargs: dict[str, Any], config: Any, where: str) -> None:
+    """Refuses arguments that nothing would read.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    asked = {"output_attentions": getattr(config, "output_attentions", False), **kwargs}
+    for name, value in asked.items():
+        if value is None or value is False:
+            continue
+        if name == "output_attentions":
+            raise ValueError(f"{where}: output_attentions: depth_attention keeps no weights")
+        raise ValueError(f"{where}: no use for the argument {name!r}: expected none of that name")
+
+
+def _is_checkpointed(model: MoRModel) -> bool:
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
 
 
 def _check_checkpointing(model: MoRModel) -> None:
     """Reentrant checkpoints cut the graph between the first and later uses of shared keys."""
     options = getattr(model.layers[0]._gradient_checkpointing_func, "keywords", {})
-    if model.config.kv_strategy != "recursion" and options.get("use_reentrant"):
+    if model.config.kv_strategy != "recursion" and options.get("use_reentrant") is True:
         raise ValueError(
             f"MoRModel: kv_strategy {model.config.kv_strategy} needs gradient checkpointing with "
             "use_reentrant=False"
@@ -552,6 +686,9 @@ def _check_cache(cache: Cache, config: MoRConfig) -> None:
         )
 
 
+# By these names Transformers' Trainer and tests know what a model is: whose labels it shifts.
+MODEL_MAPPING_NAMES["mor"] = "MoRModel"
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mor"] = "MoRForCausalLM"
 AutoConfig.register("mor", MoRConfig, exist_ok=True)
 AutoModel.register(MoRConfig, MoRModel, exist_ok=True)
 AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the MoR models return."""
+"""Outputs of the MoR models."""
 
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ class MoRModelOutput(ModelOutput):
         past_key_values: the cache, if one is used.
         hidden_states: L + 1 states [B, S, D], embeddings first, on request. Inside the recursions a
             token that is not active keeps its state.
+        attentions: None; depth_attention keeps no weights.
         token_depths: [B, S] int64 recursion steps each token took; 0 for pads.
         aux_loss, z_loss, balancing_loss: unscaled router losses; None where not used.
         router_loss: their weighted sum, what the loss contains besides the language-model loss.
@@ -29,6 +30,7 @@ class MoRModelOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     token_depths: Tensor | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
@@ -52,6 +54,7 @@ class MoRCausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     token_depths: Tensor | None = None
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None

@@ -4,14 +4,15 @@ The adapters are `peft`'s LoRA and DoRA layers, injected in place under the name
 `recursion_1`, ...; norms, which no product of two matrices can move cheaply, get a copy per use.
 """
 
+import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mor.models.configuration_mor import MoRConfig
+from mor.models.derived_class import Derived, derived_class
 
 __all__ = ["initialise_adapters", "relax", "shared_part", "start_as_shared", "start_from_dense"]
 
@@ -54,8 +55,10 @@ def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
             copies = [name for name in norms if use and name not in unread]
             _inject(layer, config, f"{_PREFIX}{use}", names, copies)
         layer.requires_grad_(True)  # peft freezes what is no adapter
-        kind: Any = type(layer)
-        layer.__class__ = _relaxed(kind)
+        for module in list(layer.modules()):
+            if hasattr(module, "_active_adapter"):
+                module.__class__ = derived_class(_Adapted, type(module))
+        layer.__class__ = derived_class(_Relaxed, type(layer))
 
 
 def _linears(layer: nn.Module, targets: Sequence[str] | None) -> list[str]:
@@ -101,43 +104,62 @@ def shared_part(module: nn.Module) -> Any:
     return getattr(module, "base_layer", getattr(module, "original_module", module))
 
 
-@cache
-def _relaxed(kind: Any) -> Any:
-    """The decoder layer whose forward first turns on the adapters of the use it is called for.
+class _Call(threading.local):
+    """The use of its layer that this thread is computing; None outside relaxed layers."""
 
-    A subclass, because the choice must be made again inside gradient checkpointing's second
-    forward, which repeats the class's `forward` and no hook of the layer.
+    use: int | None = None
+
+
+_call = _Call()
+
+
+class _Relaxed(Derived):
+    """Before the class of a decoder layer: its forward computes the use that it is called for.
+
+    In the class's forward, because the choice must be made again inside gradient checkpointing's
+    second forward, which repeats that and no hook of the layer.
     """
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _select(self, kwargs["mor_context"].use)
-        return kind.forward(self, *args, **kwargs)
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _made_again, (kind,), self.__dict__  # pickle finds no class that has no name
-
-    methods = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), methods)
-
-
-def _made_again(kind: Any) -> Any:
-    made = _relaxed(kind)
-    return made.__new__(made)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        use = kwargs["mor_context"].use
+        if torch.compiler.is_compiling():  # which knows no state of threads
+            for module in self.modules():  # type: ignore[attr-defined]
+                if isinstance(module, _Adapted):
+                    module.__dict__["_active_adapter"] = module.names_for(use)
+            return self.dense_class.forward(self, *args, **kwargs)
+        before, _call.use = _call.use, use
+        try:
+            return self.dense_class.forward(self, *args, **kwargs)
+        finally:
+            _call.use = before
 
 
-def _select(layer: Any, use: int) -> None:
-    """Makes `recursion_USE` the active adapter; others, of a user's own LoRA, stay as they are.
+class _Adapted(Derived):
+    """Before the class of one of peft's layers: its adapter is that of the use being computed.
 
-    Not by peft's `set_adapter`, which also stops the gradients of the adapters it turns off, those
-    of the uses before in this forward among them.
+    Not by peft's `set_adapter`, which changes the module, that other threads may be using, and
+    stops the gradients of the adapters it turns off, those of the uses before among them.
     """
-    for module in layer.modules():
-        if hasattr(module, "_active_adapter"):
-            if hasattr(module, "lora_A"):
-                others = [n for n in module.active_adapters if not n.startswith(_PREFIX)]
-                module._active_adapter = [f"{_PREFIX}{use}", *others]
-            else:
-                module._active_adapter = f"{_PREFIX}{use}"
+
+    def names_for(self, use: int) -> list[str]:
+        """`recursion_USE`, and adapters of a user's own."""
+        active = self.__dict__.get("_active_adapter", [])
+        active = [active] if isinstance(active, str) else active
+        others = [name for name in active if not name.startswith(_PREFIX)]
+        return [f"{_PREFIX}{use}", *(others if "lora_A" in self.__dict__["_modules"] else [])]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """As peft's."""
+        use = None if torch.compiler.is_compiling() else _call.use
+        stored = self.__dict__.get("_active_adapter", [])
+        active: Any = stored if use is None else self.names_for(use)
+        return [active] if isinstance(active, str) else active
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """As peft's."""
+        return self.active_adapters
 
 
 @torch.no_grad()

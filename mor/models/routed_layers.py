@@ -1,22 +1,45 @@
 """Decoder layers of a Transformers model as one routed block: what `mor.swap` puts in."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.utils.output_capturing import _active_collector
 
 from mor.models.attention import AttentionContext
 from mor.models.cache import RecursionCacheLayer
+from mor.models.outputs import MoRModelOutput
+from mor.models.unrolled import states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.packing import Packing, pack
-from mor.modules.recursion import RecursionOutput
+from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["RoutedLayers"]
+__all__ = ["RoutedLayers", "SwapCall"]
+
+
+@dataclass(eq=False)
+class SwapCall:
+    """One forward call of a swapped model, from its arguments to its output.
+
+    Attributes:
+        attention_mask: [B, S] or [B, past + S] as the caller gave it.
+        generating: see `ExpertChoice.forward`.
+        routing: of the routed block.
+        token_depths: [B, S] recursion steps that each token took; 0 for pads.
+        output: of the decoder.
+    """
+
+    attention_mask: Tensor | None = None
+    generating: bool = False
+    routing: RecursionOutput | None = None
+    token_depths: Tensor | None = None
+    output: MoRModelOutput | None = None
 
 
 class RoutedLayers(nn.Module):
@@ -36,7 +59,7 @@ class RoutedLayers(nn.Module):
         **options: of `ExpertChoice` or `TokenChoice`.
 
     Attributes:
-        routing: the last call's `RecursionOutput`.
+        routing: the `RecursionOutput` of this thread's last call.
     """
 
     def __init__(
@@ -64,28 +87,34 @@ class RoutedLayers(nn.Module):
         attention._attn_implementation = "mor"
         for layer in self.layers:
             layer.get_submodule("self_attn").config = attention
-        self.routing: RecursionOutput | None = None
+        self._last = LastRouting()
+
+    @property
+    def routing(self) -> RecursionOutput | None:
+        """The `RecursionOutput` of this thread's last call."""
+        return self._last.output
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        mor_call: SwapCall | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """As a decoder layer: [B, S, D] to [B, S, D].
 
         Args:
             hidden_states: [B, S, D].
-            attention_mask: what the model makes for its attention: None (causal), [B, S], or
-                [B, 1, S, past + S].
+            attention_mask: what the model made of its mask; not used, see `SwapCall`.
             position_ids: [B or 1, S].
             past_key_values: the model's cache.
             use_cache: not used.
             position_embeddings: cos and sin [B or 1, S, head_dim].
+            mor_call: what this call of the model knows; gets its routing.
             **kwargs: passed to the layers.
         """
         assert position_embeddings is not None, "expected a model with rotary positions"
@@ -93,44 +122,66 @@ class RoutedLayers(nn.Module):
             raise NotImplementedError(
                 "swap: generate_batch has no place for tokens that leave early; use generate()"
             )
+        call = SwapCall() if mor_call is None else mor_call
         batch_size, length, _ = hidden_states.shape
         caches = self._caches(past_key_values)
         batch = pack(
             (batch_size, length),
             hidden_states.device,
-            _token_mask(attention_mask, length),
+            call.attention_mask,
             position_ids,
-            documents=caches[0] is None or caches[0].num_columns == 0,
+            past=None if caches[0] is None else caches[0].last_positions,
+            documents=past_key_values is None,
         )
-        if past_key_values is not None and batch.packing.num_sequences != batch_size:
-            # The dense layers would not separate them either: Transformers does so without a cache.
-            raise ValueError("swap: documents packed in a row need use_cache=False")
+        if batch.has_documents and call.attention_mask is not None:
+            # The dense layers would not separate them: Transformers does so without a mask only.
+            raise ValueError(
+                "swap: documents packed in a row are told apart by position_ids alone: expected no "
+                "attention_mask beside position_ids that restart, and only 0 and 1 in it"
+            )
         cos, sin = (batch.pack(x.expand(batch_size, *x.shape[1:])) for x in position_embeddings)
         depth = len(self.layers)
+        captured = _active_collector.get()
+        keep_states = captured is not None and "hidden_states" in captured
+        outputs: list[list[Tensor]] = []
 
         def block(x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
             empty = x.shape[0] == 0
-            turn = cos[rows].unsqueeze(0), sin[rows].unsqueeze(0)
+            angles = cos[rows].unsqueeze(0), sin[rows].unsqueeze(0)
             if empty:  # every process runs every layer; see MoRModel
                 x = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
                 packing = Packing.uniform(1, 1, packing.positions.new_zeros(1))
-                turn = cos[:1].unsqueeze(0), sin[:1].unsqueeze(0)
+                angles = (x.new_ones(1, 1, cos.shape[-1]), x.new_zeros(1, 1, sin.shape[-1]))
+            else:
+                outputs.append([])
             for index, layer in enumerate(self.layers):
                 cache = None if empty else caches[step * depth + index]
                 out = layer(
                     x.unsqueeze(0),
-                    position_embeddings=turn,
+                    position_embeddings=angles,
                     mor_context=AttentionContext(packing, cache, length),
                     **kwargs,
                 )
                 x = (out[0] if isinstance(out, tuple) else out).squeeze(0)
+                if keep_states and not empty:
+                    outputs[-1].append(x)
             return x[:0] if empty else x
 
-        self.routing = self.recursion(batch.pack(hidden_states), batch.packing, block)
-        for cache in caches:
-            if cache is not None:
-                cache.advance(length, batch.last_positions())
-        return batch.unpack(self.routing.hidden)
+        packed = batch.pack(hidden_states)
+        with _own_capturing() if keep_states else nullcontext():
+            routing = self.recursion(packed, batch.packing, block, keep_states, call.generating)
+        if keep_states:
+            states = states_of_all_tokens(routing, outputs, depth)
+            _record(captured, hidden_states, [batch.unpack(state) for state in states])
+        self._last.output = routing
+        if call.routing is None:  # a recomputation changes nothing
+            call.routing, call.token_depths = routing, batch.unpack_masked(routing.depths, 0)
+        if past_key_values is not None:
+            last = batch.last_positions()
+            for cache in caches:
+                assert cache is not None
+                cache.advance(last)
+        return batch.unpack(routing.hidden)
 
     def _caches(self, cache: Cache | None) -> list[RecursionCacheLayer | None]:
         if cache is None:
@@ -148,11 +199,18 @@ class RoutedLayers(nn.Module):
         return [cache.layers[slot] for slot in self.slots]
 
 
-def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """[B, S] mask of tokens from whatever the model made: who sees itself is no pad."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 2:
-        return attention_mask[:, -length:]
-    own = attention_mask[:, 0, :, -length:].diagonal(dim1=-2, dim2=-1)
-    return own if own.dtype == torch.bool else own >= 0
+@contextmanager
+def _own_capturing() -> Iterator[None]:
+    """Transformers' hooks on the layers inside see nothing: they would record packed rows."""
+    token = _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.reset(token)
+
+
+def _record(captured: Any, first: Tensor, states: list[Tensor]) -> None:
+    """Adds states [B, S, D] to those that Transformers captures, as its hooks do."""
+    found, wanted = captured["hidden_states"], captured.get("_hidden_states_layers")
+    for state in states if found else [first, *states]:
+        found.append(state if wanted is None or len(found) in wanted else None)

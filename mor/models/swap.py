@@ -1,22 +1,39 @@
 """mor.swap: replaces a range of decoder layers of a loaded model by one routed, shared block."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from mor.models.attention import check_attention
-from mor.models.modeling_mor import batch_share
-from mor.models.routed_layers import RoutedLayers
+from mor.models.swapped_model import SAVED_MODEL_TYPE, install, span_of, swapped_class
 from mor.modules.routers import RouterScore
 
-__all__ = ["load_swapped", "swap"]
+__all__ = ["SWAPPABLE", "load_swapped", "swap"]
 
-_COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
+#: Architectures whose dense logits an identity swap reproduces, padded and cached (a test runs
+#: each). Others keep state outside the cache, mix in attention of another kind, hand their layers
+#: further arguments or add losses of their own layers.
+SWAPPABLE = (
+    "cohere",
+    "gemma",
+    "glm4",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+)
 
 
 def swap(
@@ -35,7 +52,8 @@ def swap(
     model becomes R - 1 layers deeper for the tokens that go all the way.
 
     Args:
-        model: a causal language model of the Llama family (`model.model.layers`).
+        model: a causal language model of one of the architectures `SWAPPABLE`; it stays in the
+            mode it is in.
         layers: range, or (first, one after the last), or the index of one layer.
         num_recursions: R; divides the number of layers of a range.
         router: "expert" or "token".
@@ -45,12 +63,13 @@ def swap(
             `RouterScore`'s fields.
 
     Returns:
-        The same model. It trains (the router's losses are part of `output.loss`), generates, and
-        saves with `save_pretrained`; `mor.load_swapped` loads it.
+        The same model. It trains (the router's losses are part of `output.loss`, and its outputs
+        are `MoRCausalLMOutput`), generates, and saves with `save_pretrained`; `mor.load_swapped`
+        loads it.
 
     Raises:
-        ValueError: layers outside the model, a count that R does not divide, a model without the
-            expected structure.
+        ValueError: layers outside the model, a count that R does not divide, an architecture that
+            cannot be swapped.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,108 +79,48 @@ def swap(
         >>> len(model.model.layers)
         3
     """
-    stack = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(stack, nn.ModuleList):
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in SWAPPABLE:
+        raise ValueError(f"swap: expected a model of one of {list(SWAPPABLE)}, got {kind!r}")
+    if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
         raise ValueError(f"swap: expected a model with model.layers, got {type(model).__name__}")
-    span = _span(layers)
-    if span.step != 1 or not 0 <= span.start < span.stop <= len(stack):
-        raise ValueError(
-            f"swap: expected the index of a layer below {len(stack)}, or (first, end) with "
-            f"0 <= first < end <= {len(stack)}, got {layers}"
-        )
-    if num_recursions < 1:
-        raise ValueError(f"swap: expected num_recursions of at least 1, got {num_recursions}")
-    slots, kept = list(span), list(stack[span.start : span.stop])
-    if isinstance(layers, int):
-        slots += range(len(stack), len(stack) + num_recursions - 1)
-    elif len(span) % num_recursions:
-        raise ValueError(
-            f"swap: {num_recursions} recursions must divide the {len(span)} layers of {span}; one "
-            f"layer to be used again and again is given by its index, as in layers={span.start}"
-        )
-    else:
-        kept = kept[: len(span) // num_recursions]
-    if any(isinstance(layer, RoutedLayers) for layer in stack):
-        raise ValueError("swap: the model has routed layers already")
-    coefficients = {**_COEFFICIENTS, **(loss_coefficients or {})}
-    if len(coefficients) > len(_COEFFICIENTS):
-        raise ValueError(
-            f"swap: loss_coefficients: expected names among {list(_COEFFICIENTS)}, got "
-            f"{list(loss_coefficients or {})}"
-        )
-    check_attention(model.config, "swap")
-    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
-    if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
-        raise ValueError(f"swap: expected layers of one attention type, got {kinds}; see MoRConfig")
-    score = options.get("score")
-    if isinstance(score, RouterScore):
-        options["score"] = asdict(score)
-    made = {**options, **({"score": RouterScore(**options["score"])} if score else {})}
-    routed = RoutedLayers(kept, model.config, slots, num_recursions, router, **made)
-    routed.to(device=model.device, dtype=model.dtype)
-    model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
-    model.config.mor_swap = {
+    if isinstance(options.get("score"), RouterScore):
+        options["score"] = asdict(options["score"])
+    span = span_of(layers)
+    if span.step != 1:
+        raise ValueError(f"swap: expected a range of adjacent layers, got {layers}")
+    settings = {
         "layers": layers if isinstance(layers, int) else [span.start, span.stop],
         "num_recursions": num_recursions,
         "router": router,
         "loss_coefficients": loss_coefficients,
         **options,
     }
-
-    def add_losses(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        loss = getattr(output, "loss", None)
-        if loss is None or routed.routing is None:
-            return output
-        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        share = 1.0 if labels is None else batch_share(labels, items)
-        for name, coefficient in coefficients.items():
-            part = getattr(routed.routing, name)
-            if part is not None:
-                loss = loss + coefficient * share * part
-        output.loss = loss
-        return output
-
-    model.register_forward_hook(add_losses, with_kwargs=True)
+    routed = install(model, settings)
+    routed.to(device=model.device, dtype=model.dtype)
+    model.config.mor_swap = settings
+    model.__class__ = swapped_class(type(model))
     return model
-
-
-def _span(layers: Any) -> range:
-    if isinstance(layers, int):
-        return range(layers, layers + 1)
-    if isinstance(layers, range):
-        return layers
-    if isinstance(layers, Sequence) and [type(bound) for bound in layers] == [int, int]:
-        return range(layers[0], layers[1])
-    raise ValueError(
-        "swap: expected layers to be a range, (first, one after the last) or the index of one "
-        f"layer, got {layers!r}"
-    )
 
 
 def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Loads a model that was swapped and saved with `save_pretrained`, in evaluation mode.
 
     Args:
-        path: the directory.
-        **kwargs: passed to `AutoModelForCausalLM.from_config` (dtype, ...).
+        path: the directory, or a name on the hub.
+        **kwargs: those of `from_pretrained` (dtype, device_map, quantization_config, ...).
 
     Raises:
-        ValueError: a directory of a model that was not swapped.
+        ValueError: a model that was not swapped.
     """
-    config = AutoConfig.from_pretrained(path)
-    options = dict(getattr(config, "mor_swap", None) or {})
-    if not options:
+    values, kwargs = PreTrainedConfig.get_config_dict(path, **kwargs)
+    settings = dict(values.get("mor_swap") or {})
+    if not settings:
         raise ValueError(f"load_swapped: {path} holds no swapped model (no mor_swap in its config)")
-    model = swap(AutoModelForCausalLM.from_config(config, **kwargs), **options)
-    weights: dict[str, Tensor] = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        weights |= load_file(file)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    if unexpected or set(missing) - tied:
-        raise ValueError(
-            f"load_swapped: {path} does not fit its config: missing {sorted(set(missing) - tied)}, "
-            f"unexpected {unexpected}"
-        )
-    model.tie_weights()
-    return model.eval()
+    saved_type = values["model_type"]
+    dense_type = settings.pop("model_type") if saved_type == SAVED_MODEL_TYPE else saved_type
+    config = CONFIG_MAPPING[dense_type].from_dict(
+        {**values, "model_type": dense_type, "mor_swap": settings}
+    )
+    kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return kind.from_pretrained(path, config=config, **kwargs)

@@ -1,6 +1,6 @@
 """One forward call of the unrolled layers: packing, caches and shared keys."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from mor.models.attention import AttentionContext, SharedKV
 from mor.modules.packing import PackedBatch, Packing
 from mor.modules.recursion import RecursionOutput
+from mor.ops.gather_tokens import gather_tokens
 
 if TYPE_CHECKING:
     from mor.models.modeling_mor import MoRModel
@@ -23,21 +24,34 @@ class UnrolledLayers:
     """The layers of a model during one forward call: packing, cache and shared keys."""
 
     def __init__(
-        self, model: "MoRModel", batch: PackedBatch, cache: Cache | None, kwargs: dict[str, Any]
+        self,
+        model: "MoRModel",
+        hidden: Tensor,
+        batch: PackedBatch,
+        cache: Cache | None,
     ) -> None:
-        self.model, self.packing, self.kwargs = model, batch.packing, kwargs
+        self.model, self.packing = model, batch.packing
         self.caches = cache.layers if cache is not None else [None] * len(model.schedule)
         self.longest = batch.shape[1]
         self.strategy = model.config.kv_strategy
         self.uses = model.uses
         self.shared: dict[int, SharedKV] = {}
 
-    def rotary(self, x: Tensor, packing: Packing) -> Rotary:
-        """Rotary cos and sin at the original positions."""
-        at = x.unsqueeze(0), packing.positions.unsqueeze(0)
+        # Once for all recursions: angles of some rotary types depend on the length of the call.
+        at = hidden.unsqueeze(0), self.packing.positions.unsqueeze(0)
+        self.angles: Rotary = {
+            kind: model.rotary_emb(*at, *([] if kind is None else [kind]))
+            for kind in dict.fromkeys(model.rotary_types)
+        }
+
+    def rotary(self, rows: Tensor) -> Rotary:
+        """Rotary cos and sin of some rows, at their original positions."""
         return {
-            kind: self.model.rotary_emb(*at, *([] if kind is None else [kind]))
-            for kind in dict.fromkeys(self.model.rotary_types)
+            kind: (
+                gather_tokens(cos[0], rows).unsqueeze(0),
+                gather_tokens(sin[0], rows).unsqueeze(0),
+            )
+            for kind, (cos, sin) in self.angles.items()
         }
 
     def run(
@@ -75,7 +89,7 @@ class UnrolledLayers:
         """
         row = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
         packing = Packing.uniform(1, 1, self.packing.positions.new_zeros(1))
-        rotary = self.rotary(row, packing)
+        rotary = self.rotary(packing.positions)
         for depth in depths:
             unique = self.model.schedule[depth]
             context = AttentionContext(packing, use=self.uses[depth])
@@ -93,7 +107,9 @@ class UnrolledLayers:
             return x
         return x * encoding[self.model.encoded_depths.index(depth)].to(x.dtype)
 
-    def add_spare_row(self, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+    def add_dummy_row(
+        self, x: Tensor, packing: Packing, rows: Tensor
+    ) -> tuple[Tensor, Packing, Tensor]:
         """One more row, of zeros, after all tokens, so that no token attends to it.
 
         For torch.compile, whose one graph must do with and without rows; see `run_without_rows`.
@@ -101,12 +117,13 @@ class UnrolledLayers:
         ends, after = packing.cu_seqlens, self.packing.positions.max().unsqueeze(0) + 1
         ends = torch.cat([ends[:-1], ends[-1:] + 1])
         positions = torch.cat([packing.positions, after])
-        return torch.cat([x, x.new_zeros(1, x.shape[1])]), Packing(ends, positions)
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+        return x, Packing(ends, positions), torch.cat([rows, rows.new_zeros(1)])
 
     def _layer(self, unique: int, x: Tensor, rotary: Rotary, context: AttentionContext) -> Tensor:
-        turn = rotary[self.model.rotary_types[unique]]
+        angles = rotary[self.model.rotary_types[unique]]
         out = self.model.layers[unique](
-            x.unsqueeze(0), position_embeddings=turn, mor_context=context, **self.kwargs
+            x.unsqueeze(0), position_embeddings=angles, mor_context=context
         )
         return (out[0] if isinstance(out, tuple) else out).squeeze(0)
 

@@ -373,7 +373,7 @@ def test_documents_are_found_beside_a_mask_of_ones():
         ({"gating": "residual"}, "no option 'gating'; did you mean 'router_gating'"),
         ({"router_loss": 0.1}, "no option 'router_loss'; did you mean 'router'"),
         ({"capacities": [1.0, 0.5]}, "capacities: expected one for each of the 3"),
-        ({"capacities": [0.5, 0.6, 0.1]}, "capacities: expected values that never rise"),
+        ({"capacities": [0.5, 0.6, 0.1]}, "capacities: expected non-increasing values"),
         ({"capacities": [1.0, 0.5, 0.0]}, r"capacities: expected values in \(0, 1\]"),
         ({"capacities": [1.5, 0.5, 0.1]}, r"capacities: expected values in \(0, 1\]"),
         (
@@ -417,13 +417,13 @@ def test_bad_inputs():
         model(tokens, position_ids=torch.zeros(2, 5, dtype=torch.int64))
     falling = torch.tensor([[0, 1, 2, 3, 2, 1], [0, 1, 2, 3, 4, 5]])
     for mask in (None, torch.ones_like(tokens)):
-        with pytest.raises(ValueError, match="position_ids: expected positions that rise"):
+        with pytest.raises(ValueError, match="position_ids: expected increasing positions"):
             model(tokens, position_ids=falling, attention_mask=mask)
     with pytest.raises(ValueError, match="cu_seqlens: expected integers"):
         model(tokens[:1], cu_seq_lens_q=torch.tensor([0.0, 6.0]))
     with pytest.raises(ValueError, match="cu_seqlens: expected one packed row"):
         model(tokens, cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
-    with pytest.raises(ValueError, match="cu_seqlens: expected values that rise from 0 to 6"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing values from 0 to 6"):
         model(tokens[:1], cu_seq_lens_q=torch.tensor([0, 4, 3, 6], dtype=torch.int32))
     for wrong in (tokens[0], tokens.float(), tokens[:, :, None]):
         with pytest.raises(ValueError, match=r"input_ids: expected integers \[B, S\], got"):

@@ -28,8 +28,8 @@ def test_gate_one_and_full_capacity_keep_the_model(name):
     recursion = model.model.layers[1].recursion
     original = type(recursion).forward
 
-    def replaced(self, hidden, packing, block, keep_states=False):
-        out = original(self, hidden, packing, block, keep_states)
+    def replaced(self, hidden, packing, block, keep_states=False, generating=False):
+        out = original(self, hidden, packing, block, keep_states, generating)
         rows = torch.arange(hidden.shape[0])
         out.hidden = block(hidden, packing, 0, rows)
         return out

@@ -1,0 +1,268 @@
+"""A dense model some of whose layers are routed: what `mor.swap` makes of its class.
+
+The class of a swapped model is that of the dense model with a few methods before it. It is made at
+run time, so copies and pickles make it anew; nothing is hooked, and what a call needs to know
+travels in the call, as `SwapCall`.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mor.models.attention import check_attention
+from mor.models.derived_class import Derived, derived_class
+from mor.models.modeling_mor import (
+    at_least_one,
+    batch_share,
+    num_targets,
+    refuse_generation_options,
+    refuse_unused,
+    wants_tuple,
+)
+from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
+from mor.models.routed_layers import RoutedLayers, SwapCall
+from mor.modules.routers import RouterScore
+
+__all__ = ["SAVED_MODEL_TYPE", "coefficients_of", "install", "span_of", "swapped_class"]
+
+#: In the saved configuration, so that Auto classes refuse what they would load as a dense model.
+SAVED_MODEL_TYPE = "mor_swap"
+
+_COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
+
+
+def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
+    """Puts the routed block that `settings` describe (see `swap`) into a dense model."""
+    options = dict(settings)
+    layers, num_recursions, router = (
+        options.pop(name) for name in ("layers", "num_recursions", "router")
+    )
+    options.pop("loss_coefficients", None)
+    options.pop("model_type", None)  # of a saved configuration
+    coefficients_of(settings)
+    stack, span = model.model.layers, span_of(layers)
+    if not 0 <= span.start < span.stop <= len(stack):
+        got = layers if isinstance(layers, int) else (span.start, span.stop)
+        raise ValueError(
+            f"swap: expected the index of a layer below {len(stack)}, or (first, end) with "
+            f"0 <= first < end <= {len(stack)}, got {got}"
+        )
+    if num_recursions < 1:
+        raise ValueError(f"swap: expected num_recursions of at least 1, got {num_recursions}")
+    slots, kept = list(span), list(stack[span.start : span.stop])
+    if isinstance(layers, int):
+        slots += range(len(stack), len(stack) + num_recursions - 1)
+    elif len(span) % num_recursions:
+        raise ValueError(
+            f"swap: {num_recursions} recursions must divide the {len(span)} layers of {span}; one "
+            f"layer to be used again and again is given by its index, as in layers={span.start}"
+        )
+    else:
+        kept = kept[: len(span) // num_recursions]
+    if any(isinstance(layer, RoutedLayers) for layer in stack):
+        raise ValueError("swap: the model has routed layers already")
+    check_attention(model.config, "swap")
+    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
+    if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
+        raise ValueError(f"swap: expected layers of one attention type, got {kinds}; see MoRConfig")
+    if score := options.get("score"):
+        options["score"] = RouterScore(**score)
+    routed = RoutedLayers(kept, model.config, slots, num_recursions, router, **options)
+    routed.train(model.training)
+    model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
+    model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
+    return routed
+
+
+def coefficients_of(settings: dict[str, Any]) -> dict[str, float]:
+    """Weights of the router's losses of a swapped model, defaults filled in."""
+    given = settings.get("loss_coefficients") or {}
+    if unknown := set(given) - set(_COEFFICIENTS):
+        raise ValueError(
+            f"swap: loss_coefficients: expected names among {list(_COEFFICIENTS)}, got "
+            f"{sorted(unknown)}"
+        )
+    return {**_COEFFICIENTS, **given}
+
+
+def span_of(layers: Any) -> range:
+    """The layers that an argument `layers` of `swap` names."""
+    if isinstance(layers, int):
+        return range(layers, layers + 1)
+    if isinstance(layers, range):
+        return layers
+    if isinstance(layers, Sequence) and [type(bound) for bound in layers] == [int, int]:
+        return range(layers[0], layers[1])
+    raise ValueError(
+        "swap: expected layers to be a range, (first, one after the last) or the index of one "
+        f"layer, got {layers!r}"
+    )
+
+
+class _SwappedDecoder(Derived):
+    """Before the class of a dense decoder (`LlamaModel`)."""
+
+    config: Any
+    training: bool
+
+    @classmethod
+    def attributes(cls, dense: Any) -> dict[str, Any]:
+        """The call of the dense decoder, and a block that stays on one device."""
+        split = {*(getattr(dense, "_no_split_modules", None) or ()), "RoutedLayers"}
+        return {"forward": _forward(dense), "_no_split_modules": sorted(split)}
+
+    def call_dense(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= zip(_parameters(self.dense_class), args, strict=False)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+            shape = "a mask for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
+            raise ValueError(
+                f"swap: attention_mask: expected [B, S], got {shape}; documents packed in a row "
+                "are told apart by position_ids that restart at 0"
+            )
+        if cache is not None and type(cache) is not DynamicCache:
+            raise ValueError(
+                "swap: expected past_key_values = DynamicCache(config=model.config), got "
+                f"{type(cache).__name__}"
+            )
+        if kwargs.get("use_cache") is None and cache is None and self.training:
+            kwargs["use_cache"] = False  # a recomputation would append twice
+        call = kwargs.setdefault("mor_call", SwapCall())
+        call.attention_mask = mask
+        call.generating = kwargs.pop("generating", call.generating) or cache is not None
+        return_dict = kwargs.pop("return_dict", None)
+        output = self.dense_class.forward(self, return_dict=True, **kwargs)
+        routing, coefficients = call.routing, coefficients_of(self.config.mor_swap)
+        assert isinstance(output, BaseModelOutputWithPast) and routing is not None
+        losses = [
+            coefficient * getattr(routing, name)
+            for name, coefficient in coefficients.items()
+            if getattr(routing, name) is not None
+        ]
+        call.output = MoRModelOutput(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            token_depths=call.token_depths,
+            aux_loss=routing.aux_loss,
+            z_loss=routing.z_loss,
+            balancing_loss=routing.balancing_loss,
+            router_loss=torch.stack(losses).sum() if losses else None,
+            routing=routing,
+        )
+        return call.output.to_tuple() if wants_tuple(return_dict, self.config) else call.output
+
+
+class _SwappedModel(Derived):
+    """Before the class of a dense language model (`LlamaForCausalLM`)."""
+
+    config: Any
+    generation_config: Any
+
+    @classmethod
+    def attributes(cls, dense: Any) -> dict[str, Any]:
+        """The call of the dense model; in generation it says so."""
+
+        @functools.wraps(dense.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            inputs = dense.prepare_inputs_for_generation(self, *args, **kwargs)
+            return {**inputs, "generating": True}
+
+        kept = [*(getattr(dense, "_keep_in_fp32_modules_strict", None) or ()), "recursion.bias"]
+        return {
+            "forward": _forward(dense),
+            "prepare_inputs_for_generation": prepare_inputs_for_generation,
+            "_keep_in_fp32_modules_strict": kept,
+        }
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        self.dense_class.__init__(self, config, *args, **kwargs)
+        install(self, config.mor_swap)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def call_dense(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= zip(_parameters(self.dense_class), args, strict=False)
+        attentions = kwargs.pop("output_attentions", None)
+        refuse_unused({"output_attentions": attentions}, self.config, "swap")
+        call = kwargs["mor_call"] = SwapCall(generating=kwargs.pop("generating", False))
+        return_dict = kwargs.pop("return_dict", None)
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        if labels is not None:
+            count = num_targets(labels, kwargs.get("shift_labels"))
+            kwargs["num_items_in_batch"] = at_least_one(count if items is None else items)
+        output = self.dense_class.forward(self, return_dict=True, **kwargs)
+        base = call.output
+        assert base is not None
+        loss = lm_loss = output.loss
+        if loss is not None and labels is not None and base.router_loss is not None:
+            loss = loss + batch_share(count, items) * base.router_loss
+        if isinstance(output, CausalLMOutputWithPast):
+            output = MoRCausalLMOutput(
+                loss=loss,
+                logits=output.logits,
+                past_key_values=output.past_key_values,
+                hidden_states=output.hidden_states,
+                token_depths=base.token_depths,
+                lm_loss=lm_loss,
+                aux_loss=base.aux_loss,
+                z_loss=base.z_loss,
+                balancing_loss=base.balancing_loss,
+                router_loss=base.router_loss,
+                routing=base.routing,
+            )
+        else:  # a head of another kind
+            output.loss = loss
+        return output.to_tuple() if wants_tuple(return_dict, self.config) else output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the dense model, in training mode too.
+
+        Raises:
+            ValueError: a cache_implementation other than dynamic, or assistant_early_exit.
+        """
+        refuse_generation_options(self.generation_config, kwargs)
+        return self.dense_class.generate(self, *args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As the dense model, with a configuration that only `mor.load_swapped` takes."""
+        self.dense_class.save_pretrained(self, save_directory, **kwargs)
+        path = Path(save_directory) / "config.json"
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "mor_swap" in values and values["model_type"] != SAVED_MODEL_TYPE:
+            values["mor_swap"]["model_type"] = values["model_type"]
+            values["model_type"] = SAVED_MODEL_TYPE
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if push_to_hub:  # which saves once more, and uploads
+            self.push_to_hub(  # type: ignore[attr-defined]
+                kwargs.get("repo_id") or Path(save_directory).name
+            )
+
+
+def swapped_class(dense: type[PreTrainedModel]) -> Any:
+    """The class of a swapped model: that of a dense one, routing and its losses added."""
+    return derived_class(_SwappedModel, dense)
+
+
+def _forward(dense: Any) -> Any:
+    """`call_dense` with the dense forward's signature, by which libraries choose arguments."""
+
+    @functools.wraps(dense.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.call_dense(*args, **kwargs)
+
+    return forward
+
+
+@functools.cache
+def _parameters(dense: type[PreTrainedModel]) -> tuple[str, ...]:
+    return tuple(inspect.signature(dense.forward).parameters)[1:]
