@@ -11,7 +11,7 @@ installed := $(VENV)/.installed
 built := $(VENV)/.built
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-slow fuzz mutation-test sanitize build lint format typecheck docs-test bench-smoke bench-check \
+.PHONY: help demo test test-slow fuzz mutation-test sanitize build lint format typecheck docs-test hf-suite bench-smoke bench-check \
   cuda-check wheel-check clean
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint         check format and style of Python, C++ and CUDA (make format: repair)"
 	@echo "make typecheck    mypy --strict"
 	@echo "make docs-test    run the examples in docstrings, README and docs"
+	@echo "make hf-suite     run Hugging Face's own model tests on the MoR models"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
 	@echo "make cuda-check   fail if the build has no CUDA operators (it compiles them, warnings as errors, with nvcc)"
@@ -81,6 +82,10 @@ typecheck: $(built)
 docs-test: $(built)
 	$(bin)/python -m pytest -q --doctest-modules mor
 	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md)
+
+# Hugging Face's own model tests, from the source distribution of the installed Transformers.
+hf-suite: $(built)
+	$(bin)/python tools/hf_suite.py build/hf-suite
 
 bench-smoke: $(built)
 	@set -e; for benchmark in benchmarks/bench_*.py; do $(bin)/python $$benchmark --smoke; done
