@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mor.ops._transforms import forward_mode, has_tangent
+
 __all__ = [
     "FLOATING",
     "check_block_table",
@@ -136,6 +138,13 @@ def check_block_table(t: Tensor, reference: Tensor, op: str) -> None:
 
 def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:
     """For operators without a gradient: an error where one would be needed, not silent zeros."""
+    if forward_mode():
+        for name, t in operands.items():
+            if t is not None and has_tangent(t):
+                raise RuntimeError(
+                    f"{op}: expected operands that need no gradient, got {name} with a tangent "
+                    f"(forward mode); use {instead}"
+                )
     if torch.is_grad_enabled():
         for name, t in operands.items():
             if t is not None and t.requires_grad:

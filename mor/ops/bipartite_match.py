@@ -14,6 +14,7 @@ from mor.ops._checks import (
     check_same_device,
     dtype_str,
 )
+from mor.ops._transforms import transformed
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.scatter_tokens import scatter_tokens
 
@@ -53,6 +54,8 @@ def bipartite_match(
         >>> bipartite_match(a, b, cu_seqlens, cu_seqlens)
         (tensor([1.0000, 0.7071]), tensor([1, 0]))
     """
+    if transformed():
+        return reference(a, b, cu_seqlens_a, cu_seqlens_b, metric)
     scores, index = _operator(a, b, cu_seqlens_a, cu_seqlens_b, metric)
     return scores, index
 

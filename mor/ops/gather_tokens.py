@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index
+from mor.ops._transforms import transformed
 
 __all__ = ["gather_tokens", "reference"]
 
@@ -35,6 +36,8 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
+    if transformed():
+        return reference(x, rows)
     if x.dim() == 1:
         return _operator(x.unsqueeze(1), rows).squeeze(1)
     if x.dim() > 2:
@@ -80,6 +83,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (rows,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: this will be differentiated
+        from mor.ops.scatter_tokens import scatter_tokens  # which needs this file
+
+        return scatter_tokens(grad.new_zeros(ctx.num_rows, grad.shape[1]), grad, rows), None
     return torch.ops.mor.gather_tokens_backward(grad, rows, ctx.num_rows), None
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 import mor.ops._scatter_tokens_rules  # noqa: F401  (registers fake kernels and autograd)
 from mor.ops._checks import refuse_gradients
+from mor.ops._transforms import transformed
 
 __all__ = ["reference", "scatter_tokens", "scatter_tokens_"]
 
@@ -49,6 +50,8 @@ def scatter_tokens(
                 [0.0000, 0.0000],
                 [2.0000, 2.0000]])
     """
+    if transformed():
+        return reference(base, updates, rows, gate, base_scale)
     return _operator(base, updates, rows, gate, base_scale)
 
 
