@@ -129,13 +129,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_base, need_updates = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    if torch.is_grad_enabled():  # create_graph: this will be differentiated
-        return _differentiable_backward(grad, *ctx.saved_tensors, need_base, need_updates)
     base, updates, rows, gate, base_scale = ctx.saved_tensors
-    grads = torch.ops.mor.scatter_tokens_backward(
-        grad, base, updates, rows, gate, base_scale, need_base, need_updates
-    )
+    need_base, need_updates = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    operands = grad, base, updates, rows, gate, base_scale, need_base, need_updates
+    if torch.is_grad_enabled():  # create_graph: this will be differentiated
+        return _differentiable_backward(*operands)
+    grads = torch.ops.mor.scatter_tokens_backward(*operands)
     grad_base = grad if base_scale is None else grads[0]  # unscaled, it is grad itself
     return (
         grad_base if need_base else None,
