@@ -1,5 +1,8 @@
 """The checks of csrc/checks.h for fake kernels, in the same words."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ __all__ = [
     "check_same_device",
     "check_size",
     "dtype_str",
+    "explain_operands",
     "refuse_gradients",
 ]
 
@@ -152,3 +156,23 @@ def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:
                     f"{op}: expected operands that need no gradient, got {name} with "
                     f"requires_grad; use {instead}"
                 )
+
+
+def explain_operands(
+    error: Exception, operator: Callable[..., Any], arguments: dict[str, Any]
+) -> Exception:
+    """The error to raise for `error` of an operator: another one if an operand is no tensor.
+
+    Called where an operator has failed, so that looking costs a call nothing.
+    """
+    op = operator.__name__
+    for name, kind in operator.__annotations__.items():
+        if kind not in (Tensor, Tensor | None) or name not in arguments:
+            continue
+        got = arguments[name]
+        if not isinstance(got, Tensor) and (got is not None or kind is Tensor):
+            return TypeError(
+                f"{op}: expected {name} as a tensor, got {type(got).__name__}; "
+                f"use torch.as_tensor({name})"
+            )
+    return error

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import mor.ops._depth_attention_rules  # noqa: F401  (registers fake kernels and autograd)
+from mor.ops._checks import explain_operands
 from mor.ops._transforms import transformed
 
 __all__ = ["depth_attention", "reference"]
@@ -67,20 +68,24 @@ def depth_attention(
         >>> depth_attention(q, k, v, torch.tensor([1]), torch.tensor([0, 1]), cu_q, cu_k)[0]
         tensor([[[1., 1.]]])
     """
-    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if transformed():
-        return reference(
-            q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths=q_depths,
-            k_depths=k_depths, key_bias=key_bias, causal=causal, scale=scale, window=window,
+    try:
+        if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if transformed():
+            return reference(
+                q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths=q_depths,
+                k_depths=k_depths, key_bias=key_bias, causal=causal, scale=scale, window=window,
+            )  # fmt: skip
+        if scale is None:
+            # A wrong rank is refused below.
+            scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0
+        return _operator(
+            q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths,
+            key_bias, causal, scale, window,
         )  # fmt: skip
-    if scale is None:
-        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
-    return _operator(
-        q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias,
-        causal, scale, window,
-    )  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, depth_attention, locals()) from None
 
 
 def reference(

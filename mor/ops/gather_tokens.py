@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index
+from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index, explain_operands
 from mor.ops._transforms import transformed
 
 __all__ = ["gather_tokens", "reference"]
@@ -36,14 +36,17 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
-    if transformed():
-        return reference(x, rows)
-    if x.dim() == 1:
-        return _operator(x.unsqueeze(1), rows).squeeze(1)
-    if x.dim() > 2:
-        y = _operator(x.flatten(1), rows)
-        return y.view(y.shape[0], *x.shape[1:])
-    return _operator(x, rows)
+    try:
+        if transformed():
+            return reference(x, rows)
+        if x.dim() == 1:
+            return _operator(x.unsqueeze(1), rows).squeeze(1)
+        if x.dim() > 2:
+            y = _operator(x.flatten(1), rows)
+            return y.view(y.shape[0], *x.shape[1:])
+        return _operator(x, rows)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, gather_tokens, locals()) from None
 
 
 def reference(x: Tensor, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import mor.ops._segment_reduce_rules  # noqa: F401  (registers fake kernels and autograd)
+from mor.ops._checks import explain_operands
 from mor.ops._transforms import transformed
 
 __all__ = ["reference", "segment_reduce"]
@@ -47,11 +48,14 @@ def segment_reduce(
                 [3.5000],
                 [0.0000]])
     """
-    if transformed():
-        return reference(x, segments, num_segments, reduce, weights)
-    rows = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
-    out, _ = _operator(rows, segments, num_segments, reduce, weights)
-    return out if x.dim() == 2 else out.view(num_segments, *x.shape[1:])
+    try:
+        if transformed():
+            return reference(x, segments, num_segments, reduce, weights)
+        rows = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
+        out, _ = _operator(rows, segments, num_segments, reduce, weights)
+        return out if x.dim() == 2 else out.view(num_segments, *x.shape[1:])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, segment_reduce, locals()) from None
 
 
 def reference(
