@@ -8,6 +8,7 @@ time over ours, so above 1 ours is faster.
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -208,9 +209,11 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
     found = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

@@ -1,7 +1,12 @@
 """The checks of csrc/checks.h for fake kernels, in the same words."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from mor.ops._transforms import forward_mode, has_tangent
 
 __all__ = [
     "FLOATING",
@@ -16,6 +21,7 @@ __all__ = [
     "check_same_device",
     "check_size",
     "dtype_str",
+    "explain_operands",
     "refuse_gradients",
 ]
 
@@ -136,6 +142,13 @@ def check_block_table(t: Tensor, reference: Tensor, op: str) -> None:
 
 def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:
     """For operators without a gradient: an error where one would be needed, not silent zeros."""
+    if forward_mode():
+        for name, t in operands.items():
+            if t is not None and has_tangent(t):
+                raise RuntimeError(
+                    f"{op}: expected operands that need no gradient, got {name} with a tangent "
+                    f"(forward mode); use {instead}"
+                )
     if torch.is_grad_enabled():
         for name, t in operands.items():
             if t is not None and t.requires_grad:
@@ -143,3 +156,23 @@ def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:
                     f"{op}: expected operands that need no gradient, got {name} with "
                     f"requires_grad; use {instead}"
                 )
+
+
+def explain_operands(
+    error: Exception, operator: Callable[..., Any], arguments: dict[str, Any]
+) -> Exception:
+    """The error to raise for `error` of an operator: another one if an operand is no tensor.
+
+    Called where an operator has failed, so that looking costs a call nothing.
+    """
+    op = operator.__name__
+    for name, kind in operator.__annotations__.items():
+        if kind not in (Tensor, Tensor | None) or name not in arguments:
+            continue
+        got = arguments[name]
+        if not isinstance(got, Tensor) and (got is not None or kind is Tensor):
+            return TypeError(
+                f"{op}: expected {name} as a tensor, got {type(got).__name__}; "
+                f"use torch.as_tensor({name})"
+            )
+    return error

@@ -13,6 +13,7 @@ from mor.ops._checks import (
     check_same_device,
     dtype_str,
 )
+from mor.ops.gather_tokens import gather_tokens
 
 
 def check_rows_like(t: Tensor, num_rows: int, like: Tensor, op: str, name: str, shape: str) -> None:
@@ -130,9 +131,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     base, updates, rows, gate, base_scale = ctx.saved_tensors
     need_base, need_updates = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    grads = torch.ops.mor.scatter_tokens_backward(
-        grad, base, updates, rows, gate, base_scale, need_base, need_updates
-    )
+    operands = grad, base, updates, rows, gate, base_scale, need_base, need_updates
+    if torch.is_grad_enabled():  # create_graph: this will be differentiated
+        return _differentiable_backward(*operands)
+    grads = torch.ops.mor.scatter_tokens_backward(*operands)
     grad_base = grad if base_scale is None else grads[0]  # unscaled, it is grad itself
     return (
         grad_base if need_base else None,
@@ -141,6 +143,42 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads[2] if updates is not None else None,
         grads[3] if base is not None else None,
     )
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    base: Tensor | None,
+    updates: Tensor | None,
+    rows: Tensor,
+    gate: Tensor | None,
+    base_scale: Tensor | None,
+    need_base: bool,
+    need_updates: bool,
+) -> tuple[Tensor | None, ...]:
+    """The same of operations with a derivative; `base` and `updates` ask as in the operator."""
+    taken = gather_tokens(grad, rows)
+    return (
+        scale_rows(grad, base_scale) if need_base else None,
+        scale_rows(taken, gate) if need_updates else None,
+        None,
+        dot_rows(taken, updates).to(gate.dtype)
+        if gate is not None and updates is not None
+        else None,
+        dot_rows(grad, base).to(base_scale.dtype)
+        if base_scale is not None and base is not None
+        else None,
+    )
+
+
+def scale_rows(x: Tensor, factors: Tensor | None) -> Tensor:
+    """Each row times its factor, in the dtype of x; differentiable to any order."""
+    return x if factors is None else (x * factors[:, None]).to(x.dtype)
+
+
+def dot_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Products of rows, in float32 (float64 for float64); differentiable to any order."""
+    total = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (x.to(total) * y.to(total)).sum(1)
 
 
 torch.library.register_autograd("mor::scatter_tokens", _backward, setup_context=_setup_context)

@@ -13,7 +13,9 @@ from mor.ops._checks import (
     check_dtype,
     check_same_device,
     dtype_str,
+    explain_operands,
 )
+from mor.ops._transforms import transformed
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.scatter_tokens import scatter_tokens
 
@@ -53,8 +55,13 @@ def bipartite_match(
         >>> bipartite_match(a, b, cu_seqlens, cu_seqlens)
         (tensor([1.0000, 0.7071]), tensor([1, 0]))
     """
-    scores, index = _operator(a, b, cu_seqlens_a, cu_seqlens_b, metric)
-    return scores, index
+    try:
+        if transformed():
+            return reference(a, b, cu_seqlens_a, cu_seqlens_b, metric)
+        scores, index = _operator(a, b, cu_seqlens_a, cu_seqlens_b, metric)
+        return scores, index
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, bipartite_match, locals()) from None
 
 
 def reference(

@@ -1,11 +1,11 @@
 """depth_attention: attention over packed sequences, restricted by position and depth."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mor.ops.depth_attention_check import check, check_backward
+import mor.ops._depth_attention_rules  # noqa: F401  (registers fake kernels and autograd)
+from mor.ops._checks import explain_operands
+from mor.ops._transforms import transformed
 
 __all__ = ["depth_attention", "reference"]
 
@@ -68,15 +68,24 @@ def depth_attention(
         >>> depth_attention(q, k, v, torch.tensor([1]), torch.tensor([0, 1]), cu_q, cu_k)[0]
         tensor([[[1., 1.]]])
     """
-    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if scale is None:
-        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
-    return _operator(
-        q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths, key_bias,
-        causal, scale, window,
-    )  # fmt: skip
+    try:
+        if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if transformed():
+            return reference(
+                q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths=q_depths,
+                k_depths=k_depths, key_bias=key_bias, causal=causal, scale=scale, window=window,
+            )  # fmt: skip
+        if scale is None:
+            # A wrong rank is refused below.
+            scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0
+        return _operator(
+            q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths,
+            key_bias, causal, scale, window,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, depth_attention, locals()) from None
 
 
 def reference(
@@ -107,38 +116,3 @@ def reference(
     scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~visible, 0).to(q.dtype)
     return torch.einsum("hij,jhd->ihd", weights, v), scores.detach().logsumexp(-1)
-
-
-@torch.library.register_fake("mor::depth_attention")
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    check(q, *rest)
-    total = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=total)
-
-
-@torch.library.register_fake("mor::depth_attention_backward")
-def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> Any:
-    check_backward(grad_out, q, k, v, out, lse, *rest)
-    bias = rest[6]
-    grad_bias = q.new_empty(0, dtype=lse.dtype) if bias is None else bias.new_empty(bias.shape)
-    return *(t.new_empty(t.shape) for t in (q, k, v)), grad_bias
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.scale, ctx.window = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: gradient checkpointing lets it be read a single time
-    *grads, grad_bias = torch.ops.mor.depth_attention_backward(
-        grad, *saved, ctx.causal, ctx.scale, ctx.window
-    )
-    bias = None if saved[-1] is None else grad_bias
-    return *grads, *(None,) * 6, bias, None, None, None
-
-
-torch.library.register_autograd("mor::depth_attention", _backward, setup_context=_setup_context)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index
+from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index, explain_operands
+from mor.ops._transforms import transformed
 
 __all__ = ["gather_tokens", "reference"]
 
@@ -35,12 +36,17 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
-    if x.dim() == 1:
-        return _operator(x.unsqueeze(1), rows).squeeze(1)
-    if x.dim() > 2:
-        y = _operator(x.flatten(1), rows)
-        return y.view(y.shape[0], *x.shape[1:])
-    return _operator(x, rows)
+    try:
+        if transformed():
+            return reference(x, rows)
+        if x.dim() == 1:
+            return _operator(x.unsqueeze(1), rows).squeeze(1)
+        if x.dim() > 2:
+            y = _operator(x.flatten(1), rows)
+            return y.view(y.shape[0], *x.shape[1:])
+        return _operator(x, rows)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, gather_tokens, locals()) from None
 
 
 def reference(x: Tensor, rows: Tensor) -> Tensor:
@@ -80,6 +86,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (rows,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: this will be differentiated
+        from mor.ops.scatter_tokens import scatter_tokens  # which needs this file
+
+        return scatter_tokens(grad.new_zeros(ctx.num_rows, grad.shape[1]), grad, rows), None
     return torch.ops.mor.gather_tokens_backward(grad, rows, ctx.num_rows), None
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mor.ops._checks import check_cu_seqlens, check_dim, check_dtype
+from mor.ops._checks import check_cu_seqlens, check_dim, check_dtype, explain_operands
 
 __all__ = ["group_rows", "reference"]
 
@@ -36,7 +36,10 @@ def group_rows(
         >>> group_rows(torch.tensor([1, 0, 1, 1]), 2)
         (tensor([1, 0, 2, 3]), tensor([0, 1, 4]))
     """
-    return _operator(keys, num_keys, cu_seqlens)
+    try:
+        return _operator(keys, num_keys, cu_seqlens)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, group_rows, locals()) from None
 
 
 def reference(

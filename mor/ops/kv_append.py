@@ -9,6 +9,7 @@ from mor.ops._checks import (
     check_kv_cache,
     check_same_device,
     dtype_str,
+    explain_operands,
     refuse_gradients,
 )
 
@@ -45,10 +46,13 @@ def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mappi
         >>> k_cache.flatten(), v_cache.flatten()
         (tensor([0., 3., 1., 0.]), tensor([ 0., -3., -1.,  0.]))
     """
-    refuse_gradients(
-        "kv_append", "torch.no_grad()", k_cache=k_cache, v_cache=v_cache, k=k, v=v
-    )  # fmt: skip
-    _operator(k_cache, v_cache, k, v, slot_mapping)
+    try:
+        refuse_gradients(
+            "kv_append", "torch.no_grad()", k_cache=k_cache, v_cache=v_cache, k=k, v=v
+        )  # fmt: skip
+        _operator(k_cache, v_cache, k, v, slot_mapping)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, kv_append, locals()) from None
 
 
 def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

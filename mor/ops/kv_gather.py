@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from mor.ops._checks import check_block_table, check_int_vector, check_kv_cache, refuse_gradients
+from mor.ops._checks import (
+    check_block_table,
+    check_int_vector,
+    check_kv_cache,
+    explain_operands,
+    refuse_gradients,
+)
 
 __all__ = ["kv_gather", "reference"]
 
@@ -45,8 +51,11 @@ def kv_gather(
         >>> k.flatten(), cu
         (tensor([4., 5., 0., 2.]), tensor([0, 3, 4], dtype=torch.int32))
     """
-    refuse_gradients("kv_gather", "torch.no_grad()", k_cache=k_cache, v_cache=v_cache)
-    return _operator(k_cache, v_cache, block_table, seq_lens, num_rows)
+    try:
+        refuse_gradients("kv_gather", "torch.no_grad()", k_cache=k_cache, v_cache=v_cache)
+        return _operator(k_cache, v_cache, block_table, seq_lens, num_rows)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, kv_gather, locals()) from None
 
 
 def reference(

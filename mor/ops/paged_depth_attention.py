@@ -11,6 +11,7 @@ from mor.ops._checks import (
     check_kv_cache,
     check_same_device,
     dtype_str,
+    explain_operands,
     refuse_gradients,
 )
 
@@ -68,15 +69,19 @@ def paged_depth_attention(
         >>> paged_depth_attention(q, cache, cache, table, lens, cu)[0].flatten()
         tensor([3., 2.])
     """
-    refuse_gradients(
-        "paged_depth_attention", "torch.no_grad(), or depth_attention",
-        q=q, k_cache=k_cache, v_cache=v_cache,
-    )  # fmt: skip
-    if scale is None:
-        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0  # a wrong rank: refused below
-    return _operator(
-        q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, context_starts, scale
-    )
+    try:
+        refuse_gradients(
+            "paged_depth_attention", "torch.no_grad(), or depth_attention",
+            q=q, k_cache=k_cache, v_cache=v_cache,
+        )  # fmt: skip
+        if scale is None:
+            # A wrong rank is refused below.
+            scale = max(q.shape[-1], 1) ** -0.5 if q.dim() == 3 else 1.0
+        return _operator(
+            q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, context_starts, scale
+        )
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, paged_depth_attention, locals()) from None
 
 
 def reference(

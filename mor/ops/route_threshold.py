@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.ops._checks import explain_operands
 from mor.ops.route_threshold_check import check
 
 __all__ = ["reference", "route_threshold"]
@@ -66,13 +67,16 @@ def route_threshold(
         >>> route_threshold(scores, 0.8, cu_seqlens, kind="mass")
         (tensor([1, 2, 3]), tensor([0, 1, 3], dtype=torch.int32))
     """
-    each = threshold if isinstance(threshold, Tensor) else None
-    one = 0.0 if isinstance(threshold, Tensor) else threshold
-    most = -1 if max_k is None else max_k
-    rows, chosen = _operator(
-        scores, one, each, cu_seqlens, kind, inclusive, min_k, most, candidates, max_rows
-    )
-    return rows, chosen
+    try:
+        each = threshold if isinstance(threshold, Tensor) else None
+        one = 0.0 if isinstance(threshold, Tensor) else threshold
+        most = -1 if max_k is None else max_k
+        rows, chosen = _operator(
+            scores, one, each, cu_seqlens, kind, inclusive, min_k, most, candidates, max_rows
+        )
+        return rows, chosen
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, route_threshold, locals()) from None
 
 
 def reference(

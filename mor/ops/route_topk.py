@@ -11,6 +11,7 @@ from mor.ops._checks import (
     check_row_mask,
     check_same_device,
     check_size,
+    explain_operands,
 )
 
 __all__ = ["reference", "route_topk"]
@@ -58,14 +59,17 @@ def route_topk(
         >>> route_topk(scores, 2, torch.tensor([0, 3, 5], dtype=torch.int32))
         tensor([1, 2, 3, 4])
     """
-    k_all, k_each = (0, k) if isinstance(k, Tensor) else (k, None)
-    if num_rows is None:
-        num_rows = k_all * (cu_seqlens.numel() - 1) if k_each is None else int(k_each.sum())
-        if protected_rows is not None:
-            num_rows += int(protected_rows.sum())
-    return _operator(
-        scores, k_all, k_each, cu_seqlens, num_rows, candidates, protected_rows, by_score
-    )
+    try:
+        k_all, k_each = (0, k) if isinstance(k, Tensor) else (k, None)
+        if num_rows is None:
+            num_rows = k_all * (cu_seqlens.numel() - 1) if k_each is None else int(k_each.sum())
+            if protected_rows is not None:
+                num_rows += int(protected_rows.sum())
+        return _operator(
+            scores, k_all, k_each, cu_seqlens, num_rows, candidates, protected_rows, by_score
+        )
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, route_topk, locals()) from None
 
 
 def reference(

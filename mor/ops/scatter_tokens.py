@@ -4,7 +4,11 @@ import torch
 from torch import Tensor
 
 import mor.ops._scatter_tokens_rules  # noqa: F401  (registers fake kernels and autograd)
-from mor.ops._checks import refuse_gradients
+from mor.ops._checks import (
+    explain_operands,
+    refuse_gradients,
+)
+from mor.ops._transforms import transformed
 
 __all__ = ["reference", "scatter_tokens", "scatter_tokens_"]
 
@@ -49,7 +53,12 @@ def scatter_tokens(
                 [0.0000, 0.0000],
                 [2.0000, 2.0000]])
     """
-    return _operator(base, updates, rows, gate, base_scale)
+    try:
+        if transformed():
+            return reference(base, updates, rows, gate, base_scale)
+        return _operator(base, updates, rows, gate, base_scale)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, scatter_tokens, locals()) from None
 
 
 def scatter_tokens_(
@@ -66,12 +75,15 @@ def scatter_tokens_(
     Raises:
         RuntimeError: as `scatter_tokens`; also where a gradient would be needed: there is none.
     """
-    refuse_gradients(
-        "scatter_tokens_", "scatter_tokens, or torch.no_grad()",
-        base=base, updates=updates, gate=gate, base_scale=base_scale,
-    )  # fmt: skip
-    _operator_(base, updates, rows, gate, base_scale)
-    return base
+    try:
+        refuse_gradients(
+            "scatter_tokens_", "scatter_tokens, or torch.no_grad()",
+            base=base, updates=updates, gate=gate, base_scale=base_scale,
+        )  # fmt: skip
+        _operator_(base, updates, rows, gate, base_scale)
+        return base
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, scatter_tokens_, locals()) from None
 
 
 def reference(

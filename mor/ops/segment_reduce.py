@@ -1,11 +1,11 @@
 """segment_reduce: rows that share a destination become one."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mor.ops.segment_reduce_check import check, check_amax_backward
+import mor.ops._segment_reduce_rules  # noqa: F401  (registers fake kernels and autograd)
+from mor.ops._checks import explain_operands
+from mor.ops._transforms import transformed
 
 __all__ = ["reference", "segment_reduce"]
 
@@ -48,9 +48,14 @@ def segment_reduce(
                 [3.5000],
                 [0.0000]])
     """
-    rows = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
-    out, _ = _operator(rows, segments, num_segments, reduce, weights)
-    return out if x.dim() == 2 else out.view(num_segments, *x.shape[1:])
+    try:
+        if transformed():
+            return reference(x, segments, num_segments, reduce, weights)
+        rows = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
+        out, _ = _operator(rows, segments, num_segments, reduce, weights)
+        return out if x.dim() == 2 else out.view(num_segments, *x.shape[1:])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise explain_operands(error, segment_reduce, locals()) from None
 
 
 def reference(
@@ -62,10 +67,11 @@ def reference(
 ) -> Tensor:
     """The same in plain PyTorch, in the dtype of x."""
     if reduce == "amax":
-        rows = torch.full((num_segments, *x.shape[1:]), x.shape[0], device=x.device)
+        nowhere, found = torch.full(x.shape[1:], x.shape[0], device=x.device), {}
         for s in segments.unique().tolist():
             members = (segments == s).nonzero()[:, 0]
-            rows[s] = members[x[members].argmax(0)]  # of equals the first, and NaN is the largest
+            found[s] = members[x[members].argmax(0)]  # of equals the first, and NaN is the largest
+        rows = torch.stack([nowhere, *(found.get(s, nowhere) for s in range(num_segments))])[1:]
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).gather(0, rows)
     weights = x.new_ones(x.shape[0]) if weights is None else weights.to(x.dtype)
     columns = (slice(None),) + (None,) * (x.dim() - 1)
@@ -76,63 +82,3 @@ def reference(
     totals = weights.new_zeros(num_segments).index_add(0, segments, weights)
     empty = totals == 0
     return (out / totals.masked_fill(empty, 1)[columns]).masked_fill(empty[columns], 0)
-
-
-@torch.library.register_fake("mor::segment_reduce")
-def _(
-    x: Tensor, segments: Tensor, num_segments: int, reduce: str, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    check(x, segments, num_segments, reduce, weights)
-    total = torch.float64 if x.dtype == torch.float64 else torch.float32
-    num_totals = num_segments if reduce == "mean" else 0
-    return x.new_empty(num_segments, x.shape[1]), x.new_empty(num_totals, dtype=total)
-
-
-@torch.library.register_fake("mor::segment_reduce_amax_backward")
-def _(grad: Tensor, x: Tensor, out: Tensor, segments: Tensor) -> Tensor:
-    check_amax_backward(grad, x, out, segments)
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, segments, _, ctx.reduce, weights = inputs
-    ctx.mark_non_differentiable(output[1])
-    amax = ctx.reduce == "amax"
-    weighted = weights is not None and ctx.needs_input_grad[4]
-    # What no gradient needs is not kept alive.
-    ctx.save_for_backward(
-        x if amax or weighted else None,
-        output[0] if amax or (weighted and ctx.reduce == "mean") else None,
-        output[1],
-        segments,
-        weights,
-    )
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, out, totals, segments, weights = ctx.saved_tensors
-    if ctx.reduce == "amax":
-        grad_x = torch.ops.mor.segment_reduce_amax_backward(grad, x, out, segments)
-        return grad_x, None, None, None, None
-    factors, share = weights, None
-    if ctx.reduce == "mean":
-        share = torch.where(totals == 0, 0, 1 / totals)[segments]
-        factors = share if weights is None else weights * share
-    weighted = weights is not None and ctx.needs_input_grad[4]
-    # x_i came in by its factor, and the mean also divides by what weights[i] adds to the total.
-    _, grad_x, grad_weights, own = torch.ops.mor.scatter_tokens_backward(
-        grad, out, x, segments, factors, totals if out is not None else None, False,
-        ctx.needs_input_grad[0],
-    )  # fmt: skip
-    if weighted and share is not None:
-        grad_weights = (grad_weights - own[segments]) * share
-    return (
-        grad_x if ctx.needs_input_grad[0] else None,
-        None,
-        None,
-        None,
-        grad_weights.to(weights.dtype) if weighted else None,
-    )
-
-
-torch.library.register_autograd("mor::segment_reduce", _backward, setup_context=_setup_context)

@@ -1,6 +1,7 @@
 """The operator tests once more, on CPU operators built with sanitizers: `make sanitize`."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ for _ in range(100):
 @pytest.fixture(scope="module")
 def sanitizer(request: pytest.FixtureRequest) -> str:
     """Builds what changed of the operators for one sanitizer."""
+    for tool in ("cmake", "ninja", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} to build the operators with")
     name: str = request.param
     folder = ROOT / "build" / f"sanitize-{name}"
     options = [f"-DMOR_SANITIZE={name}", "-DMOR_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]

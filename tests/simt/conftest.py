@@ -10,15 +10,17 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from simt import Kernels
 
 HERE = Path(__file__).parent
-BUILD_FOLDER = HERE.parents[1] / "build" / "simt"
 UNDER_SANITIZERS = "MOR_SIMT_SANITIZERS" in os.environ
 BUILDS = ["asan"] if UNDER_SANITIZERS else ["plain-0", "plain-1", "plain-2", "race"]
+# g++ 12 lacks -shared-libasan and takes more than ten minutes for the kernels under sanitizers.
+NEEDS_CLANG = "the sanitizers need clang++ (Debian: clang-19 libclang-rt-19-dev)"
 # "BUILD:LIBRARY": kernels with a seeded bug, see test_simt_mutations.py.
 MUTANT = os.environ.get("MOR_SIMT_MUTANT")
 if MUTANT is not None:
@@ -30,6 +32,10 @@ def compiler() -> str | None:
     return next(filter(shutil.which, ("clang++-19", "clang++", "g++")), None)
 
 
+# One for each compiler, so that installing another does not throw the first one's away.
+BUILD_FOLDER = HERE.parents[1] / "build" / "simt" / str(compiler())
+
+
 @functools.cache
 def build(target: str) -> Path:
     """Compiles what changed and returns the library; skips the test where that is impossible."""
@@ -38,12 +44,18 @@ def build(target: str) -> Path:
         return Path(library) if built == target else pytest.skip(f"the mutant is a {built} build")
     if platform.machine() != "x86_64":
         pytest.skip("the SIMT harness switches stacks on x86-64 only")
-    if not shutil.which("cmake") or not shutil.which("ninja") or compiler() is None:
+    # The virtual environment has a ninja, which `make test` does not put on PATH.
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not shutil.which("cmake") or not ninja or compiler() is None:
         pytest.skip("no cmake, ninja or C++ compiler")
+    if target == "asan" and compiler() == "g++":
+        pytest.skip(NEEDS_CLANG)
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if not any(home and (Path(home) / "include/cuda_runtime_api.h").exists() for home in homes):
-        pytest.skip("no CUDA headers (set CUDA_HOME)")
-    options = ["-G", "Ninja", f"-DCMAKE_CXX_COMPILER={compiler()}"]
+    headers = "include/cuda_runtime_api.h", "include/cccl/cub"  # CUDA 12 keeps CUB elsewhere
+    if not any(home and all((Path(home) / h).exists() for h in headers) for home in homes):
+        pytest.skip("no headers of CUDA 13 (set CUDA_HOME)")
+    options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    options.append(f"-DCMAKE_CXX_COMPILER={compiler()}")
     options.append("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")  # for test_simt_mutations.py
     for command in (
         ["cmake", "-S", HERE, "-B", BUILD_FOLDER, *options],

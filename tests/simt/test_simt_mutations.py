@@ -35,9 +35,12 @@ FOUND = re.compile(
     re.MULTILINE,
 )
 MUTATIONS = [
-    pytest.param(n, m, id=f"{n}-{m.id}", marks=() if m.sample else pytest.mark.slow)
+    pytest.param(
+        n, m, id=f"{n}-{m.id}",
+        marks=[pytest.mark.slow] * (not m.sample) + [pytest.mark.clang] * (m.build == "asan"),
+    )
     for n, m in all_mutations()
-]
+]  # fmt: skip
 UNCHANGED = {n: m for n, m in all_mutations() if m.build != "asan"}
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import HERE, UNDER_SANITIZERS, build, compiler
 
-pytestmark = pytest.mark.skipif(UNDER_SANITIZERS, reason="this is the inner run")
+pytestmark = [
+    pytest.mark.clang,
+    pytest.mark.skipif(UNDER_SANITIZERS, reason="this is the inner run"),
+]
 PAST_THE_END = """
 import sys, torch
 from simt import Kernels

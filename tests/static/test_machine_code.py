@@ -23,6 +23,8 @@ import mor.ops  # noqa: F401 - loads the library
 def built() -> list[Kernel]:
     if cuobjdump() is None:
         pytest.skip("nvidia-cuda-cuobjdump is not installed")
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt (Debian: binutils) to read the names of kernels")
     library = next(p for p in torch.ops.loaded_libraries if Path(p).name == "_ops.so")
     found = kernels(Path(library))
     if not found:
