@@ -4,6 +4,7 @@ Their directories hold a Llama configuration of the unrolled depth, the options 
 and a state dict with every copy of a shared layer, or with one where duplicates were removed.
 """
 
+import functools
 import json
 import logging
 import pickle
@@ -21,7 +22,7 @@ from mor.models.authors_options import mor_options, options_files, read_options
 from mor.models.configuration_mor import MoRConfig
 from mor.models.modeling_mor import MoRForCausalLM
 
-__all__ = ["is_authors_checkpoint", "load_authors_checkpoint"]
+__all__ = ["load_authors_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +30,12 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _NAMES_SHOWN = 16
 
 
-def is_authors_checkpoint(folder: str | Path) -> bool:
-    """Whether a directory holds options, or names an architecture, of the authors' code."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return False
-    config = folder / "config.json"
-    return bool(options_files(folder)) or (
-        config.is_file() and '"MoRLlamaForCausalLM"' in config.read_text(errors="replace")
-    )
-
-
 def load_authors_checkpoint(
-    path: str | Path, config: str | Path | None = None, *, eval_routing: str = "threshold"
+    path: str | Path,
+    config: str | Path | None = None,
+    *,
+    eval_routing: str = "threshold",
+    dtype: torch.dtype | None = None,
 ) -> MoRForCausalLM | LlamaForCausalLM:
     """Loads a checkpoint that the authors' code saved.
 
@@ -54,10 +48,10 @@ def load_authors_checkpoint(
         config: YAML file with the options of the run; default the one in the directory.
         eval_routing: expert-choice in evaluation: "threshold" is causal; "topk" is what the
             authors' evaluation did, and looks at later tokens.
+        dtype: of the weights; default the checkpoint's.
 
     Returns:
-        The model in evaluation mode, in the dtype of the checkpoint: a plain Llama if it was
-        trained without recursion.
+        The model in evaluation mode: a plain Llama if it was trained without recursion.
 
     Raises:
         ValueError: options or weights that are missing, unknown, of another shape, or differ
@@ -86,19 +80,23 @@ def load_authors_checkpoint(
     counter = wanted.pop("model.recursion.warmup_step", None)
     if base.tie_word_embeddings:
         wanted.pop(_HEAD)
-    found = _assign(wanted, _source_names(model_config), _read_weights(folder), folder, model_config)
+    found = _assign(
+        wanted, _source_names(model_config), _read_weights(folder), folder, model_config
+    )
     if counter is not None:
         found["model.recursion.warmup_step"] = torch.zeros((), dtype=torch.int64)
-    dtypes = [t.dtype for name, t in found.items() if not name.startswith("model.recursion")]
-    dtype = dtypes[0]
-    for other in dtypes:
-        dtype = torch.promote_types(dtype, other)
     model: Any = model_class.from_pretrained(
-        None, config=model_config, state_dict=found, dtype=dtype
+        None, config=model_config, state_dict=found, dtype=dtype or _widest_dtype(found)
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def _widest_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that holds every weight; routing's own tensors have theirs."""
+    dtypes = {t.dtype for name, t in state.items() if not name.startswith("model.recursion.")}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _options_file(folder: Path, config: str | Path | None) -> Path:
@@ -212,7 +210,9 @@ def _source_names(config: MoRConfig | LlamaConfig) -> Callable[[str], list[str]]
             rest = ".".join(parts[3:])
             schedule = config.layer_schedule
             return [
-                f"{layer(at)}.{rest}" for at, unique in enumerate(schedule) if unique == int(parts[2])
+                f"{layer(at)}.{rest}"
+                for at, unique in enumerate(schedule)
+                if unique == int(parts[2])
             ]
         if name == "model.recursion.bias":
             return [f"model.layers.{first}.router_bias"]
@@ -252,7 +252,7 @@ def _assign(
             if tensor.shape != like.shape or not tensor.is_floating_point():
                 got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                 wrong.append(f"{name} ({got}, expected {list(like.shape)})")
-            elif not torch.equal(tensor, tensors[there[0]]):
+            elif name != there[0] and not torch.equal(tensor, tensors[there[0]]):
                 apart.append(name)
         if there:
             found[ours] = tensors[there[0]].clone()  # not a view of a file
@@ -266,11 +266,18 @@ def _assign(
             f"load_authors_checkpoint: the weights in {folder} do not fit its config.json and "
             f"options: {'; '.join(told)}"
         )
+    if _HEAD in apart:
+        raise ValueError(
+            f"load_authors_checkpoint: {_HEAD} differs from {_EMBEDDING} in {folder}, though "
+            "config.json and the options say they are one: for a head of its own set "
+            "tie_word_embeddings to false in config.json"
+        )
     if apart:
         raise ValueError(
-            f"load_authors_checkpoint: {_few(apart)} differ from their copies in other recursions "
-            "(or, the head, from the embedding), so no shared layer can hold them: the checkpoint "
-            "was trained before the authors fixed their weight tying, and only their code runs it"
+            f"load_authors_checkpoint: {_few(apart)} in {folder} differ from their copies in other "
+            "recursions, which no shared layer can hold: the checkpoint was trained before the "
+            "authors fixed their weight tying (only their code runs it), or the options are of "
+            "another run"
         )
     for name, reason in ignored.items():
         logger.warning("load_authors_checkpoint: %s is not used: %s", name, reason)

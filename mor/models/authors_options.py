@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["mor_options", "options_files", "read_options"]
+__all__ = ["is_authors_checkpoint", "mor_options", "options_files", "read_options"]
 
 _EXAMPLE = "https://github.com/raymin0223/mixture_of_recursions, conf/pretrain"
 
@@ -30,6 +30,17 @@ _KNOWN = {
     "save_total_limit logging_steps dataloader_num_workers gradient_checkpointing deepspeed "
     "evaluation",
 }
+
+
+def is_authors_checkpoint(folder: str | Path) -> bool:
+    """Whether a directory holds options, or names an architecture, of the authors' code."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return False
+    config = folder / "config.json"
+    return bool(options_files(folder)) or (
+        config.is_file() and '"MoRLlamaForCausalLM"' in config.read_text(errors="replace")
+    )
 
 
 def options_files(folder: Path) -> list[Path]:
@@ -123,9 +134,7 @@ def _as_float(text: str) -> float | None:
 _GATINGS = {"weighted": "weighted", "additive": "additive"}
 # Their wide_mlp is as wide as their mlp.
 _ROUTERS = {"linear": "linear", "mlp": "mlp", "wide_mlp": "mlp"}
-_SHARINGS = {
-    name: name for name in ("cycle", "sequence", "middle_cycle", "middle_sequence")
-}
+_SHARINGS = {name: name for name in ("cycle", "sequence", "middle_cycle", "middle_sequence")}
 
 
 def mor_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
