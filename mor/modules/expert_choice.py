@@ -51,7 +51,7 @@ class ExpertChoice(nn.Module):
         gating: "weighted", "additive" for `H_t + f(H)_t` or "residual" for
             `H_t + g_t (f(H)_t - H_t)`.
         aux: "loss" trains the router itself to predict its selection; "router" trains a separate
-            mlp-free twin on detached states and uses it in evaluation; None does neither.
+            mlp-free twin on detached states and uses it in causal evaluation; None does neither.
         eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
         capacity_warmup_steps: training forward calls over which capacities fall from 1 to c_r.
 
@@ -128,10 +128,10 @@ class ExpertChoice(nn.Module):
                 else None
             )
             before_selection = current
-            ranked = logits if aux_logits is None or self.training else aux_logits
+            by_rank = self.training or self.eval_routing == "topk"
+            ranked = logits if aux_logits is None or by_rank else aux_logits
             if self.random:
                 ranked = ranked - self._random_threshold(step)
-            by_rank = self.training or self.eval_routing == "topk"
             if capacities[step] == 1 and current is packing:
                 local = torch.arange(hidden.shape[0], device=hidden.device)  # nothing to decide
             elif by_rank:

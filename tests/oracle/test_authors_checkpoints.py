@@ -260,6 +260,17 @@ def test_every_variant(variant: str, tmp_path: Path):
     same(MoRForCausalLM.from_pretrained(tmp_path / "ours"), model)
 
 
+@pytest.mark.parametrize("variant", ["linear", "aux_router", "aux_mlp", "capacity", "hybrid"])
+def test_topk_evaluation_ranks_by_the_main_router(variant: str, tmp_path: Path):
+    """As training, and as their evaluation: neither asks the auxiliary router."""
+    kind, changes = VARIANTS[variant]
+    make(tmp_path, kind, **changes)
+    model = mor.load_authors_checkpoint(tmp_path, eval_routing="topk")
+    tokens = torch.arange(40).view(2, 20)
+    evaluated = logits_of(model, tokens)
+    torch.testing.assert_close(evaluated, logits_of(model.train(), tokens), rtol=0, atol=LOGITS)
+
+
 def test_scores_without_function_are_not_scaled():
     options = authors_options("expert", mor={"expert": {"router_func": None, "alpha": 0.3}})
     assert mor_options(options)["router_alpha"] == 1.0
