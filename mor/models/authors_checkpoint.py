@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mor.models.authors_options import mor_options, options_files, read_options
+from mor.models.authors_options import mor_options, read_options
 from mor.models.configuration_mor import MoRConfig
 from mor.models.modeling_mor import MoRForCausalLM
 
@@ -62,9 +63,9 @@ def load_authors_checkpoint(
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"load_authors_checkpoint: expected a directory, got {folder}")
-    options = read_options(_options_file(folder, config))
-    base = _base_config(folder, options)
+    options = read_options(folder, config)
     ours = mor_options(options)
+    base = _base_config(folder, options)
     # The authors' recursive models without a router say they tie their heads, and do not.
     recursive = (options.get("recursive") or {}).get("enable") is True
     if recursive and (ours is None or ours["router"] is None):
@@ -99,19 +100,6 @@ def _widest_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _options_file(folder: Path, config: str | Path | None) -> Path:
-    if config is not None:
-        return Path(config)
-    files = options_files(folder)
-    if len(files) != 1:
-        names = ", ".join(path.name for path in files) or "none"
-        raise ValueError(
-            f"load_authors_checkpoint: expected one YAML file with the options of the run in "
-            f"{folder}, got {names}; name the file to use (config=..., --authors-config FILE)"
-        )
-    return files[0]
-
-
 def _base_config(folder: Path, options: Mapping[str, Any]) -> LlamaConfig:
     """The Llama configuration; its depth is the unrolled one."""
     path = folder / "config.json"
@@ -135,7 +123,10 @@ def _base_config(folder: Path, options: Mapping[str, Any]) -> LlamaConfig:
             )
     for name in ("architectures", "kv_sharing"):  # of their classes
         values.pop(name, None)
-    config: LlamaConfig = LlamaConfig.from_dict(values)
+    try:
+        config: LlamaConfig = LlamaConfig.from_dict(values)
+    except StrictDataclassError as error:
+        raise ValueError(f"load_authors_checkpoint: {path}: {error}") from error
     return config
 
 
@@ -261,7 +252,7 @@ def _assign(
     ignored = {name: reason for name in tensors if (reason := _not_needed(name, config))}
     unexpected = [name for name in tensors if name not in ignored]
     problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
-    if told := [f"{_few(listed)} {problem}" for problem, listed in problems if listed]:
+    if told := [f"{problem} {_few(listed)}" for problem, listed in problems if listed]:
         raise ValueError(
             f"load_authors_checkpoint: the weights in {folder} do not fit its config.json and "
             f"options: {'; '.join(told)}"

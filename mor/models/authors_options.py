@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["is_authors_checkpoint", "mor_options", "options_files", "read_options"]
+__all__ = ["is_authors_checkpoint", "mor_options", "read_options"]
 
 _EXAMPLE = "https://github.com/raymin0223/mixture_of_recursions, conf/pretrain"
 
@@ -38,12 +38,12 @@ def is_authors_checkpoint(folder: str | Path) -> bool:
     if not folder.is_dir():
         return False
     config = folder / "config.json"
-    return bool(options_files(folder)) or (
+    return bool(_options_files(folder)) or (
         config.is_file() and '"MoRLlamaForCausalLM"' in config.read_text(errors="replace")
     )
 
 
-def options_files(folder: Path) -> list[Path]:
+def _options_files(folder: Path) -> list[Path]:
     """YAML files of a directory that have the authors' section `recursive`, readable or not."""
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".yaml", ".yml")]
     return [
@@ -53,12 +53,13 @@ def options_files(folder: Path) -> list[Path]:
     ]
 
 
-def read_options(path: Path) -> dict[str, Any]:
-    """The options of a YAML file of the authors.
+def read_options(folder: Path, config: str | Path | None = None) -> dict[str, Any]:
+    """The options of a YAML file of the authors: `config`, or the only one in `folder`.
 
     Raises:
-        ValueError: no such file, not YAML, or not options of theirs.
+        ValueError: no such file, or several; not YAML, or not options of theirs.
     """
+    path = _options_file(folder, config)
     if not path.is_file():
         raise ValueError(f"authors' options: no file {path}; expected the YAML file of the run")
     try:
@@ -71,6 +72,19 @@ def read_options(path: Path) -> dict[str, Any]:
             f"checkpoint was trained with (as in {_EXAMPLE})"
         )
     return options
+
+
+def _options_file(folder: Path, config: str | Path | None) -> Path:
+    if config is not None:
+        return Path(config)
+    files = _options_files(folder)
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise ValueError(
+            f"authors' options: expected one YAML file with the options of the run in "
+            f"{folder}, got {names}; name the file to use (config=..., --authors-config FILE)"
+        )
+    return files[0]
 
 
 class _Section:
@@ -147,6 +161,7 @@ def mor_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     top = _Section(options)
     top.refuse_unknown()
+    _Section(options.get("model_config"), "model_config")
     recursive = _Section(options.get("recursive"), "recursive")
     kv_sharing = _Section(options.get("kv_sharing"), "kv_sharing")
     mor = _Section(options.get("mor"), "mor")

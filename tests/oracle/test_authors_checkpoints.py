@@ -357,11 +357,11 @@ def test_tensors_without_a_use_are_named(tmp_path: Path, caplog: pytest.LogCaptu
 
 BLOCK = "model.layers.2.block.0.mlp.up_proj.weight"
 BAD_STATES = {
-    "missing": (lambda s: s.pop("model.norm.weight"), r"model\.norm\.weight missing"),
-    "router": (lambda s: s.pop("model.layers.2.mor_router.router.weight"), "mor_router.* missing"),
-    "unexpected": (lambda s: s.update(extra=torch.ones(1)), "extra unexpected"),
-    "shape": (lambda s: s.update({BLOCK: torch.ones(3, 2)}), r"up_proj.*\[3, 2\].* another shape"),
-    "integers": (lambda s: s.update({BLOCK: s[BLOCK].to(torch.int8)}), "up_proj.*int8.*shape"),
+    "missing": (lambda s: s.pop("model.norm.weight"), r"missing model\.norm\.weight"),
+    "router": (lambda s: s.pop("model.layers.2.mor_router.router.weight"), "missing .*mor_router"),
+    "unexpected": (lambda s: s.update(extra=torch.ones(1)), "unexpected extra"),
+    "shape": (lambda s: s.update({BLOCK: torch.ones(3, 2)}), r"another shape .*up_proj.*\[3, 2\]"),
+    "integers": (lambda s: s.update({BLOCK: s[BLOCK].to(torch.int8)}), "shape .*up_proj.*int8"),
     "untied": (lambda s: s[BLOCK].add_(1), f"{BLOCK} in .* differ from their copies"),
     "head": (lambda s: s["lm_head.weight"].add_(1), "lm_head.weight differs .*tie_word_embeddings"),
     "no state dict": (lambda s: s.update(step=3), "expected a state dict"),
@@ -380,7 +380,9 @@ def test_weights_that_do_not_fit_are_named(fault: str, tmp_path: Path):
 def test_a_lost_copy_among_three_is_damage_not_deduplication(tmp_path: Path):
     make(tmp_path, recursive={"num_recursion": 4})
     rewrite(tmp_path, lambda state: state.pop("model.layers.3.block.0.mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match=r"layers\.3\.block\.0\.mlp\.up_proj\.weight missing"):
+    with pytest.raises(
+        ValueError, match=r"missing model\.layers\.3\.block\.0\.mlp\.up_proj\.weight"
+    ):
         mor.load_authors_checkpoint(tmp_path)
 
 
@@ -408,6 +410,8 @@ BAD_OPTIONS = {
     "recursions": ({"recursive": {"num_recursion": None}}, r"recursive\.num_recursion"),
     "depth": ({"recursive": {"num_recursion": 3}}, "num_recursions: 3 .*must divide"),
     "no section": ({"mor": {"expert": 3}}, r"mor\.expert: expected a section"),
+    "no sections": ({"recursive": 3}, "recursive: expected a section"),
+    "no sizes": ({"model_config": "smollm"}, "model_config: expected a section"),
     "flag": ({"mor": {"enable": "yes"}}, r"mor\.enable: expected one of true, false"),
     "router alone": ({"recursive": {"enable": False}}, r"mor\.enable: expected false where"),
     "another run": ({"model_config": {"rms_norm_eps": 1.0}}, r"model_config\.rms_norm_eps"),
@@ -461,6 +465,9 @@ def test_directories_that_are_not_whole(tmp_path: Path):
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="no weights"):
+        mor.load_authors_checkpoint(tmp_path)
+    rewrite_json(tmp_path, num_attention_heads="two")
+    with pytest.raises(ValueError, match=r"config\.json: .*num_attention_heads"):
         mor.load_authors_checkpoint(tmp_path)
     rewrite_json(tmp_path, model_type="gpt2")
     with pytest.raises(ValueError, match="expected model_type 'llama', got 'gpt2'"):
