@@ -9,7 +9,14 @@ from types import ModuleType
 
 from mor.version import __version__  # isort: skip - before the rest, which may read it
 
-from mor.models import MoRConfig, MoRForCausalLM, MoRModel, load_swapped, swap
+from mor.models import (
+    MoRConfig,
+    MoRForCausalLM,
+    MoRModel,
+    load_authors_checkpoint,
+    load_swapped,
+    swap,
+)
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _LAZY = ("analysis", "callbacks", "convert", "data", "distributed", "optim", "training", "viz")
@@ -19,6 +26,7 @@ __all__ = [
     "MoRForCausalLM",
     "MoRModel",
     "__version__",
+    "load_authors_checkpoint",
     "load_swapped",
     "swap",
 ]

@@ -43,6 +43,14 @@ def _is_default(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT"
 
 
+def _refuse_options_of_dense_models(ctx: typer.Context) -> None:
+    allowed = ("source", "output_dir", "dtype", "authors_config")
+    given = [name for name in ctx.params if name not in allowed and not _is_default(ctx, name)]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"a model of the authors has its own options: leave out {names}")
+
+
 def _options_as_parameters(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command `(ctx, **options)` one parameter for each field of RunOptions."""
     hints = get_type_hints(RunOptions, include_extras=True)
@@ -121,9 +129,13 @@ def generate(
 
 @app.command()
 def convert(
+    ctx: typer.Context,
     source: Annotated[
         Path,
-        typer.Argument(help="Folder of a dense model in Transformers' format, or a GGUF file."),
+        typer.Argument(
+            help="Folder of a dense model in Transformers' format, or of a model that the authors' "
+            "code saved, or a GGUF file."
+        ),
     ],
     output_dir: Annotated[Path, typer.Argument(help="Folder for the MoR model.")],
     num_recursions: Annotated[int, typer.Option(help="Times the shared block is applied.")] = 3,
@@ -164,22 +176,31 @@ def convert(
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, float64.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the routers and of --init random.")] = 0,
+    authors_config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of a model of the authors. Default: the one in its folder."),
+    ] = None,
 ) -> None:
     """Convert a dense checkpoint, with its tokenizer, to a Mixture-of-Recursions one."""
     from transformers.utils.logging import disable_progress_bar
 
     from mor.convert import convert_checkpoint
+    from mor.models.authors_options import is_authors_checkpoint
     from mor.run import parse_capacities
 
     disable_progress_bar()
+    authors = authors_config is not None or is_authors_checkpoint(source)
     depth = {} if layers is None else {"num_hidden_layers": layers}
     with _one_sentence():
+        if authors:
+            _refuse_options_of_dense_models(ctx)
         model = convert_checkpoint(
             source,
             output_dir,
             init=init,
             seed=seed,
             dtype=dtype,
+            authors_config=authors_config,
             num_recursions=num_recursions,
             sharing=sharing,
             router=None if router == "none" else router,
@@ -193,7 +214,8 @@ def convert(
             **depth,
         )
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    typer.echo(f"Model of {millions:.1f}M parameters saved in {output_dir}; it needs training")
+    next_step = "" if authors else "; it needs training"
+    typer.echo(f"Model of {millions:.1f}M parameters saved in {output_dir}{next_step}")
 
 
 @app.command()

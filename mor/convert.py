@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from mor.models import MoRForCausalLM
+from mor.models import MoRForCausalLM, load_authors_checkpoint
+from mor.models.authors_options import is_authors_checkpoint
 
 __all__ = ["convert_checkpoint"]
 
@@ -24,9 +25,12 @@ def convert_checkpoint(
     init: str = "stepwise",
     seed: int = 0,
     dtype: str = "auto",
+    authors_config: str | Path | None = None,
     **options: Any,
-) -> MoRForCausalLM:
+) -> MoRForCausalLM | LlamaForCausalLM:
     """Converts a dense checkpoint to a MoR one with its tokenizer; nothing is downloaded.
+
+    A checkpoint of the authors becomes one of this package: see `load_authors_checkpoint`.
 
     Args:
         source: a directory in Transformers' format, or a GGUF file.
@@ -34,6 +38,8 @@ def convert_checkpoint(
         init: see `MoRForCausalLM.from_dense`.
         seed: of the routers, and of init "random".
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or "float64".
+        authors_config: YAML file of a checkpoint of the authors; default the one beside it, by
+            which it is recognised. `init`, `seed` and the options are not used.
         **options: of `MoRForCausalLM.from_dense` and `MoRConfig`.
 
     Returns:
@@ -59,9 +65,13 @@ def convert_checkpoint(
     if dtype not in dtypes:
         raise ValueError(f"expected dtype to be one of {list(dtypes)}, got {dtype!r}")
     try:
-        model = MoRForCausalLM.from_dense(
-            path, init=init, seed=seed, gguf_file=gguf_file, dtype=dtypes[dtype], **options
-        )
+        model: MoRForCausalLM | LlamaForCausalLM
+        if gguf_file is None and (authors_config is not None or is_authors_checkpoint(path)):
+            model = load_authors_checkpoint(path, authors_config, dtype=dtypes[dtype])
+        else:
+            model = MoRForCausalLM.from_dense(
+                path, init=init, seed=seed, gguf_file=gguf_file, dtype=dtypes[dtype], **options
+            )
         tokenizer = None
         if gguf_file or any((path / name).exists() for name in _TOKENIZER_FILES):
             tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)

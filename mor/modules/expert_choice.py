@@ -52,7 +52,7 @@ class ExpertChoice(nn.Module):
         gating: "weighted", "additive" for `H_t + f(H)_t` or "residual" for
             `H_t + g_t (f(H)_t - H_t)`.
         aux: "loss" trains the router itself to predict its selection; "router" trains a separate
-            mlp-free twin on detached states and uses it in evaluation; None does neither.
+            mlp-free twin on detached states and uses it in causal evaluation; None does neither.
         train_routing: "topk", or "threshold" to select in training as in evaluation: what a trainer
             needs that compares the two (DPO, KTO). The router still learns the k best tokens.
         eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
