@@ -4,22 +4,32 @@ The last one is the default: about 9 MB of real text (code, docstrings, the lang
 `pydoc_data`) that is on every machine that runs Python, so training needs no network.
 """
 
+import codecs
 import hashlib
 import itertools
 import json
+import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-__all__ = ["Corpus", "Document", "open_corpus", "split_documents"]
+__all__ = ["Corpus", "Document", "clean_text", "open_corpus", "read_text", "split_documents"]
 
 #: Share of the documents that is held out for validation.
 HELD_OUT = 0.05
 #: With fewer documents than this, the end of the text is held out instead of whole documents.
 FEW_DOCUMENTS = 40
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+#: UTF-32's little-endian mark begins with UTF-16's.
+_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 #: Parts of the standard library that are tests, vendored or generated tables, or not there on every
@@ -44,12 +54,28 @@ class Corpus:
     Attributes:
         name: what messages call it.
         identity: a string that changes whenever the text may have changed.
-        documents: starts a new pass over the documents, always in the same order.
+        documents: starts a new pass over the documents, always in the same order; a record whose
+            text is null or missing is an empty one.
+        files: how many files are read; 0 where the source is not files.
+        skipped: how many files of a directory are not read, by the end of their names.
     """
 
     name: str
     identity: str
     documents: Callable[[], Iterator[Document]]
+    files: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Name and number of files, for people."""
+        parts = [self.name]
+        if self.files > 1 or self.skipped:
+            parts.append(f"{self.files:,} file{'s' * (self.files != 1)}")
+        if self.skipped:
+            largest = sorted(self.skipped.items(), key=lambda item: -item[1])[:5]
+            kinds = ", ".join(f"{n:,} {kind or 'without ending'}" for kind, n in largest)
+            parts.append(f"{sum(self.skipped.values()):,} not read ({kinds})")
+        return ", ".join(parts)
 
 
 def open_corpus(
@@ -97,18 +123,19 @@ def open_corpus(
             )
         return _local_corpus(str(path), path.parent, [path], text_field)
     if path.is_dir():
-        files = [
+        found = [
             file
             for file in sorted(path.rglob("*"))
-            if file.suffix in _SUFFIXES
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
             and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
+        files = [file for file in found if file.suffix in _SUFFIXES]
         if not files:
             raise ValueError(
                 f"no text in {path}: it holds no file ending in {', '.join(_SUFFIXES)}"
             )
-        return _local_corpus(str(path), path, files, text_field)
+        skipped = Counter(file.suffix for file in found if file.suffix not in _SUFFIXES)
+        return _local_corpus(str(path), path, files, text_field, skipped)
     if (
         isinstance(source, Path)
         or path.suffix in _SUFFIXES
@@ -129,14 +156,39 @@ def split_documents(corpus: Corpus) -> Iterator[tuple[str, bool]]:
     first = list(itertools.islice(documents, FEW_DOCUMENTS))
     by_document = len(first) == FEW_DOCUMENTS
     for key, text in itertools.chain(first, documents):
-        yield text, by_document and _stable_fraction(key) < HELD_OUT
+        yield clean_text(text), by_document and _stable_fraction(key) < HELD_OUT
+
+
+def clean_text(text: str) -> str:
+    """Replaces halves of surrogate pairs, which no tokenizer takes, by U+FFFD.
+
+    JSON may escape them, and cut texts do.
+    """
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file: UTF-8, or UTF-16 or UTF-32 with a byte-order mark; the mark is left out.
+
+    Raises:
+        ValueError: it cannot be read, or is neither.
+    """
+    with _opened(path) as file:
+        return file.read()
 
 
 def _stable_fraction(key: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"mor/{key}".encode()).digest()[:8], "big") / 2**64
+    data = f"mor/{key}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
 
 
-def _local_corpus(name: str, root: Path, files: list[Path], text_field: str) -> Corpus:
+def _local_corpus(
+    name: str,
+    root: Path,
+    files: list[Path],
+    text_field: str,
+    skipped: Mapping[str, int] | None = None,
+) -> Corpus:
     def documents() -> Iterator[Document]:
         for path in files:
             for record in _read(path, text_field):
@@ -150,30 +202,79 @@ def _local_corpus(name: str, root: Path, files: list[Path], text_field: str) -> 
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
     listing = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    return Corpus(name, json.dumps([str(root.resolve()), text_field, listing]), documents)
+    identity = json.dumps([str(root.resolve()), text_field, listing])
+    return Corpus(name, identity, documents, len(files), skipped or {})
 
 
 def _read(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        if path.suffix == ".parquet":
+    if path.suffix == ".parquet":
+        try:
             yield from _read_parquet(path, text_field)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of(json.loads(line), text_field, f"{path}, line {number}")
-        elif path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8"))
-            for number, record in enumerate(records if isinstance(records, list) else [records], 1):
-                yield _text_of(record, text_field, f"{path}, record {number}")
-        else:
-            yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {path}: not JSON ({error})") from error
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    elif path.suffix == ".jsonl":
+        with _opened(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    record = _json(line, path, f" in line {number}")
+                    yield _text_of(record, text_field, f"{path}, line {number}")
+    elif path.suffix == ".json":
+        records = _json(read_text(path), path)
+        for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+            yield _text_of(record, text_field, f"{path}, record {number}")
+    else:
+        yield read_text(path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """The file as text, whatever its byte-order mark says; errors name it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(5)
+        # A mark alone is no text.
+        encoding = "utf-8-sig"
+        for name, marks in _MARKS.items():
+            if start.startswith(marks) and len(start) > len(marks[0]):
+                encoding = name
+                break
+        with path.open(encoding=encoding) as text:
+            yield text
+    except UnicodeError as error:
+        raise _not_text(path, encoding) from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _not_text(path: Path, encoding: str) -> ValueError:
+    """Finds the place, which a decoder that works through a file in parts does not know."""
+    name = encoding.removesuffix("-sig").upper()
+    place = ""
+    if encoding == "utf-8-sig":  # in which no character but a line's end holds its byte
+        done = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    place = f" (byte {done + error.start}) in line {number}"
+                    break
+                done += len(line)
+    return ValueError(
+        f"cannot read {path}: not {name} text{place}; convert it, as with iconv -f LATIN1 -t UTF-8"
+    )
+
+
+def _json(text: str, path: Path, place: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if place else f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"cannot read {path}: not JSON{place} ({error.msg}: {where})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise ValueError(
+            f"cannot read {path}: not JSON that Python reads{place} ({error})"
+        ) from error
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -193,7 +294,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
 def _missing_field(field: str, found: Iterable[str], where: str) -> ValueError:
     return ValueError(
-        f"no text field {field!r} in {where}; its fields are {', '.join(sorted(found)) or 'none'}"
+        f"no text field {field!r} in {where}; its fields are "
+        f"{', '.join(sorted(found)) or 'none'} (--text-field names one)"
     )
 
 
@@ -205,6 +307,8 @@ def _text_of(record: Any, field: str, where: str) -> str:
         )
     if field not in record:
         raise _missing_field(field, record, where)
+    if record[field] is None:
+        return ""
     if not isinstance(record[field], str):
         raise ValueError(
             f"expected text in field {field!r} of {where}, got {type(record[field]).__name__}"

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mor
-from mor.cli import app
 from mor.options import RunOptions
+from mor_cli.commands import app
 
-TINY = (
-    "--layers 5 --hidden-size 32 --heads 2 --vocab-size 300 --seq-len 16 --batch-size 4 --steps 4 "
-    "--log-every 1 --eval-every 2 --eval-rows 4 --save-every 2 --report-to none --no-progress"
+SHORT = (
+    "--seq-len 16 --batch-size 4 --steps 4 --log-every 1 --eval-every 2 --eval-rows 4 "
+    "--save-every 2 --report-to none --no-progress"
 ).split()
+TINY = [*"--layers 5 --hidden-size 32 --heads 2 --vocab-size 300".split(), *SHORT]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +43,10 @@ def _mor(*arguments: object) -> tuple[int, str, str]:
 
 
 def _train(text: Path, output_dir: Path, *options: object) -> tuple[int, str, str]:
-    return _mor("train", "--data", text, "--output-dir", output_dir, *TINY, *options)
+    named = {"--model", "--config", "--tokenizer"}.intersection(options)
+    sizes = {"--config": ["--vocab-size", 300], "--tokenizer": TINY[:6]}  # those that are not given
+    own = [*SHORT, *(sizes.get(named.pop(), []) if len(named) == 1 else [])] if named else TINY
+    return _mor("train", "--data", text, "--output-dir", output_dir, *own, *options)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def run(text, tmp_path_factory) -> Path:
 def test_help_names_every_command():
     code, output, _ = _mor("--help")
     assert code == 0
-    for command in ("train", "generate", "convert", "demo", "info"):
+    for command in ("train", "generate", "look", "convert", "demo", "info"):
         assert command in output
 
 
@@ -235,15 +239,33 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
         (["--capacities", "1,0.5,0.7"], ["capacities"]),
         (["--capacities", "1,0.5,0"], ["capacities"]),
         (["--capacities", "1,a,b"], ["expected capacities such as 1,2/3,1/3", "1,a,b"]),
-        (["--layers", "6"], ["num_recursions", "3 recursions"]),
+        (
+            ["--layers", "6"],
+            ["--num-recursions: 3 recursions", "use", "1, 2 or 4", "--layers 5 or 8"],
+        ),
+        (["--layers", "2"], ["--num-recursions", "--layers 5"]),
+        (["--num-recursions", "0"], ["--num-recursions must be at least 1"]),
+        (["--gating", "half"], ["--gating: expected one of", "'residual'", "got 'half'"]),
+        (["--router-type", "huge"], ["--router-type: expected one of", "wide_mlp"]),
+        (["--kv-strategy", "x"], ["--kv-strategy: expected one of"]),
+        (["--relaxation-rank", "4"], ["--relaxation-rank would be ignored", "--relaxation"]),
         (["--sharing", "spiral"], ["sharing", "spiral"]),
-        (["--heads", "3"], ["hidden_size 32", "heads 3"]),
+        (["--heads", "3"], ["--hidden-size 32", "--heads 3"]),
+        (["--kv-heads", "3"], ["--heads", "--kv-heads", "3"]),
+        (["--seq-len", "1"], ["--seq-len must be at least 2"]),
+        (["--lr", "0"], ["--lr must be a positive number"]),
+        (["--lr", "nan"], ["--lr must be a positive number"]),
+        (["--warmup-share", "0.9"], ["--warmup-share", "--decay-share"]),
+        (["--data-split", "test"], ["--data-split would be ignored", "no Hugging Face dataset"]),
+        (["--report-to", "wandb"], ["--report-to wandb", "pip install wandb"]),
+        (["--report-to", "paper"], ["--report-to paper", "not supported"]),
+        (["--output-dir", "/proc/foo"], ["--output-dir /proc/foo"]),
         (["--seq-len", "100000"], ["corpus too short", "100000"]),
         (["--vocab-size", "100"], ["vocab_size", "257"]),
         (["--steps", "0"], ["steps must be at least 1"]),
-        (["--max-tokens", "-3"], ["max_tokens must be at least 1", "-3"]),
-        (["--eval-rows", "0"], ["eval_rows must be at least 1"]),
-        (["--weight-decay", "-1"], ["weight_decay must be at least 0"]),
+        (["--max-tokens", "-3"], ["--max-tokens must be at least 1", "-3"]),
+        (["--eval-rows", "0"], ["--eval-rows must be at least 1"]),
+        (["--weight-decay", "-1"], ["--weight-decay must be at least 0"]),
         (["--tokenizer", "tests"], ["cannot load a tokenizer from 'tests'", "serialization file"]),
         (["--tokenizer", "./nowhere"], ["cannot load a tokenizer", "nowhere"]),
         (["--config", "nowhere.json"], ["cannot read nowhere.json"]),
@@ -306,11 +328,13 @@ def test_a_model_to_train_further_must_be_one(run, text, tmp_path):
     tokenizer = ["--tokenizer", run / "model"]
     _refused(_train(text, tmp_path, "--model", tmp_path, *tokenizer), "holds no MoR model", "llama")
     options = ["--model", run / "model", "--router", "token"]
-    _refused(_train(text, tmp_path, *options), "says how to route", "router")
+    _refused(_train(text, tmp_path, *options), "--router would be ignored", "--model")
 
 
 def test_generate_from_what_is_no_model(run, tmp_path):
     _refused(_mor("generate", tmp_path, "x"), "no model in", "config.json is missing")
+    file = run / "model" / "config.json"
+    _refused(_mor("generate", file, "x"), "expected the folder", str(file.parent))
     for path in (run / "model").iterdir():
         if path.name != "model.safetensors":
             os.symlink(path, tmp_path / path.name)

@@ -184,7 +184,7 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
         ((dense, out, "--num-recursions", 4), "4 recursions must divide the 6 layers"),
         ((dense, out, "--init", "best"), "expected init to be one of"),
         ((dense, out, "--dtype", "int8"), "expected dtype to be one of"),
-        ((dense, out, "--kv-strategy", "none"), "MoRConfig.kv_strategy: expected one of"),
+        ((dense, out, "--kv-strategy", "none"), "--kv-strategy: expected one of"),
         ((dense, out, "--sharing", "sequence", "--num-recursions", 2), "no recursion step"),
     ]
     for arguments, message in cases:
