@@ -69,6 +69,7 @@ def prepare_run(
         raise ValueError(
             f"cannot write to --output-dir {options.output_dir}: {error.strerror}"
         ) from error
+    _model_config(options, given, vocab_size=1, end_of_text=0)  # before any text is read
     arguments = _arguments(options)
     if arguments.process_index != 0:
         say = lambda line: None  # noqa: E731
@@ -163,6 +164,8 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
             trainer.refuse_nan()
         except Diverged as error:
             smaller = f"{resume} --lr {trainer.args.learning_rate / 3:.1g}"
+            if checkpoint is not None and error.step <= done + 1:
+                smaller += " --resume-from AN_EARLIER_CHECKPOINT (this one goes on to NaN)"
             raise FloatingPointError(f"{error}: {smaller}") from error
         except Stopped as stopped:
             message = f"stopped at once; go on from the last checkpoint: {resume}"

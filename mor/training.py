@@ -47,7 +47,15 @@ _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
 
 
 class Diverged(FloatingPointError):
-    """The loss, or the weights, are not finite any more."""
+    """The loss, or the weights, are not finite any more.
+
+    Attributes:
+        step: the first one of which this is known.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class MoRTrainer(Trainer):
@@ -143,10 +151,8 @@ class MoRTrainer(Trainer):
     def _diverged(self, step: int) -> Diverged:
         kept = checkpoint_to_resume(self.args.output_dir)
         last = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
-        return Diverged(
-            f"the loss became NaN or infinite at step {step}; {last}; go on with a smaller "
-            "learning rate"
-        )
+        message = f"the loss became NaN or infinite at step {step}; {last}; go on with a smaller"
+        return Diverged(step, f"{message} learning rate")
 
     def refuse_nan(self) -> None:
         """Stops before a broken model is written over good checkpoints.
@@ -349,6 +355,7 @@ def training_arguments(
         "save_strategy": "steps" if save_every > 0 else "no",
         "save_steps": save_every if save_every > 0 else 500,
         "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,  # every recursion runs its layers in every process
         "prediction_loss_only": True,
         "report_to": list(report_to) or "none",
         "use_cpu": not torch.cuda.is_available(),  # no other accelerator has our operators

@@ -39,22 +39,32 @@ def plot_text_by_depth(
     Raises:
         ValueError: not one depth for each piece, a depth outside [0, 5], no column.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch, Rectangle
 
     check_depths(pieces, depths)
     if columns < 1:
         raise ValueError(f"expected at least one column, got {columns}")
     boxes, rows = _text_boxes(pieces, depths, columns)
-    # Inches of a character of matplotlib's own monospaced font at 9 points, and of a line.
-    width, height = 0.602 * 9 / 72, 0.24
-    figure, axes = _figure(height=height * rows + 0.5, width=max(4.0, width * columns + 0.3))
+    # A column is as wide as a character is drawn, so that a word of several tokens has no gaps.
+    font = FontProperties(family="DejaVu Sans Mono", size=9)
+    figure = Figure(dpi=_DPI)
+    drawn = FigureCanvasAgg(figure).get_renderer().get_text_width_height_descent
+    width, height = columns * drawn("m" * 100, font, False)[0] / 100 / _DPI, 0.24 * rows
+    margin, legend = 0.05, 0.5
+    size = max(4.0, width + 2 * margin), height + legend + 2 * margin
+    figure.set_size_inches(size)
+    place = margin / size[0], (legend + margin) / size[1], width / size[0], height / size[1]
+    axes = figure.add_axes(place)
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.axis("off")
     for row, column, text, depth in boxes:
         back, fore = COLOURS[depth]
         axes.add_patch(Rectangle((column, row + 0.08), len(text), 0.84, facecolor=back))
         axes.text(
-            column, row + 0.5, text, color=fore, size=9, family="DejaVu Sans Mono", va="center",
+            column, row + 0.5, text, color=fore, fontproperties=font, va="center",
             parse_math=False,
         )  # fmt: skip
     keys = [
@@ -62,7 +72,7 @@ def plot_text_by_depth(
         for depth in sorted(set(depths))
     ]
     figure.legend(
-        handles=keys, title="recursions", ncols=max(1, len(keys)), loc="outside lower left",
+        handles=keys, title="recursions", ncols=max(1, len(keys)), loc="lower left",
         frameon=False, fontsize=8, title_fontsize=8,
     )  # fmt: skip
     _save(figure, path)

@@ -39,7 +39,7 @@ def _one_sentence() -> Iterator[None]:
             yield
     except Stopped as stopped:
         if _is_first_process():
-            typer.echo(f"mor: {stopped or 'stopped'}", err=True)
+            typer.echo(f"mor: {str(stopped) or 'stopped'}", err=True)
         raise typer.Exit(128 + stopped.number) from None
     except BrokenPipeError:  # the reader has enough, as `head` has; Typer ends quietly
         raise
