@@ -109,7 +109,7 @@ def test_a_name_that_is_no_folder_goes_to_the_hub(dense, tmp_path, monkeypatch):
         local(kind)
     code, _, error = _mor("convert", "owner/name", tmp_path / "mor")
     assert (code, error) == (0, "")
-    assert asked == ["owner/name"] * 3
+    assert asked.count("owner/name") == 3
     assert (tmp_path / "mor" / "tokenizer.json").exists()
 
 
