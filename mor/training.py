@@ -146,7 +146,7 @@ class MoRTrainer(Trainer):
         except RuntimeError as error:
             if "NaN" not in str(error):
                 raise
-            raise self._diverged(step) from error
+            raise self._diverged(int(self._lost_step) or step) from error
 
     def _diverged(self, step: int) -> Diverged:
         kept = checkpoint_to_resume(self.args.output_dir)
