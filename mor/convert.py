@@ -66,7 +66,7 @@ def convert_checkpoint(
     try:
         config = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
     except Exception as error:  # of the hub as many types as there are ways to be wrong
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(_unreadable(str(source), error)) from error
     if config.model_type in ARCHITECTURES:
         check_recursions(
             options.get("num_recursions", 3),
@@ -80,7 +80,7 @@ def convert_checkpoint(
     except (SafetensorError, KeyError, IndexError, RuntimeError) as error:  # of damaged files
         raise ValueError(f"cannot read the model in {source}: {error}") from error
     except OSError as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(_unreadable(str(source), error)) from error
     except ValueError as error:
         raise ValueError(in_words_of_the_shell(str(error))) from error
     tokenizer = _tokenizer(path, gguf_file)

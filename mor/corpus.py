@@ -4,20 +4,20 @@ The last one is the default: about 9 MB of real text (code, docstrings, the lang
 `pydoc_data`) that is on every machine that runs Python, so training needs no network.
 """
 
-import codecs
 import hashlib
 import itertools
 import json
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple
 
-__all__ = ["Corpus", "Document", "clean_text", "open_corpus", "read_text", "split_documents"]
+from mor.text_files import read_records, text_of
+
+__all__ = ["Corpus", "Document", "clean_text", "open_corpus", "split_documents"]
 
 #: Share of the documents that is held out for validation.
 HELD_OUT = 0.05
@@ -25,11 +25,6 @@ HELD_OUT = 0.05
 FEW_DOCUMENTS = 40
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-#: UTF-32's little-endian mark begins with UTF-16's.
-_MARKS = {
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-}
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 #: Parts of the standard library that are tests, vendored or generated tables, or not there on every
@@ -167,16 +162,6 @@ def clean_text(text: str) -> str:
     return _SURROGATES.sub("\ufffd", text)
 
 
-def read_text(path: Path) -> str:
-    """Reads a text file: UTF-8, or UTF-16 or UTF-32 with a byte-order mark; the mark is left out.
-
-    Raises:
-        ValueError: it cannot be read, or is neither.
-    """
-    with _opened(path) as file:
-        return file.read()
-
-
 def _stable_fraction(key: str) -> float:
     data = f"mor/{key}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
@@ -191,7 +176,7 @@ def _local_corpus(
 ) -> Corpus:
     def documents() -> Iterator[Document]:
         for path in files:
-            for record in _read(path, text_field):
+            for record in read_records(path, text_field):
                 # A file is known by its name, so that an edit does not move it; a record has only
                 # its text.
                 is_file = path.suffix in _TEXT_SUFFIXES
@@ -204,116 +189,6 @@ def _local_corpus(
     listing = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     identity = json.dumps([str(root.resolve()), text_field, listing])
     return Corpus(name, identity, documents, len(files), skipped or {})
-
-
-def _read(path: Path, text_field: str) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        try:
-            yield from _read_parquet(path, text_field)
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    elif path.suffix == ".jsonl":
-        with _opened(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = _json(line, path, f" in line {number}")
-                    yield _text_of(record, text_field, f"{path}, line {number}")
-    elif path.suffix == ".json":
-        records = _json(read_text(path), path)
-        for number, record in enumerate(records if isinstance(records, list) else [records], 1):
-            yield _text_of(record, text_field, f"{path}, record {number}")
-    else:
-        yield read_text(path)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    """The file as text, whatever its byte-order mark says; errors name it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(5)
-        # A mark alone is no text.
-        encoding = "utf-8-sig"
-        for name, marks in _MARKS.items():
-            if start.startswith(marks) and len(start) > len(marks[0]):
-                encoding = name
-                break
-        with path.open(encoding=encoding) as text:
-            yield text
-    except UnicodeError as error:
-        raise _not_text(path, encoding) from error
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _not_text(path: Path, encoding: str) -> ValueError:
-    """Finds the place, which a decoder that works through a file in parts does not know."""
-    name = encoding.removesuffix("-sig").upper()
-    place = ""
-    if encoding == "utf-8-sig":  # in which no character but a line's end holds its byte
-        done = 0
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    place = f" (byte {done + error.start}) in line {number}"
-                    break
-                done += len(line)
-    return ValueError(
-        f"cannot read {path}: not {name} text{place}; convert it, as with iconv -f LATIN1 -t UTF-8"
-    )
-
-
-def _json(text: str, path: Path, place: str = "") -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if place else f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"cannot read {path}: not JSON{place} ({error.msg}: {where})") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
-        raise ValueError(
-            f"cannot read {path}: not JSON that Python reads{place} ({error})"
-        ) from error
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise _missing_field(text_field, file.schema_arrow.names, str(path))
-        for batch in file.iter_batches(columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                yield _text_of({text_field: text}, text_field, str(path))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-
-
-def _missing_field(field: str, found: Iterable[str], where: str) -> ValueError:
-    return ValueError(
-        f"no text field {field!r} in {where}; its fields are "
-        f"{', '.join(sorted(found)) or 'none'} (--text-field names one)"
-    )
-
-
-def _text_of(record: Any, field: str, where: str) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"expected an object with a text field {field!r} in {where}, "
-            f"got {type(record).__name__}"
-        )
-    if field not in record:
-        raise _missing_field(field, record, where)
-    if record[field] is None:
-        return ""
-    if not isinstance(record[field], str):
-        raise ValueError(
-            f"expected text in field {field!r} of {where}, got {type(record[field]).__name__}"
-        )
-    return record[field]
 
 
 def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> Corpus:
@@ -331,7 +206,7 @@ def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> C
 
     def documents() -> Iterator[Document]:
         for record in stream:
-            text = _text_of(record, text_field, f"dataset {name}")
+            text = text_of(record, text_field, f"dataset {name}")
             yield Document(text, text)
 
     return Corpus(f"dataset {name}", json.dumps([name, config, split, text_field]), documents)

@@ -1,4 +1,7 @@
-"""Tokens to train on: a byte-level BPE tokenizer, memory-mapped token files, blocks of them."""
+"""Tokens to train on: a byte-level BPE tokenizer, memory-mapped token files, blocks of them.
+
+Over 300 lines in one file: the stages of one pipeline, each fed by the one before.
+"""
 
 import hashlib
 import json

@@ -37,7 +37,8 @@ def look_at(
         text: what to look at.
         output_dir: folder for the files, made if it is not there.
         max_tokens: tokens of the text to look at, at most.
-        window: tokens to route at once, those a model was trained on; default all.
+        window: tokens to route at once, as many as in a row of the training; default as many as
+            the model has positions for.
         intro: a sentence for the page.
 
     Returns:
@@ -52,11 +53,12 @@ def look_at(
     ids, pieces = _tokens(tokenizer, clean_text(text), max_tokens)
     if not ids:
         raise ValueError("look: expected a text, got an empty one")
+    window = min(len(ids), window or model.config.max_position_embeddings)
     depths, routings, rows = [], [], []
-    for window_ids in torch.tensor([ids], device=model.device).split(window or len(ids), dim=1):
+    for window_ids in torch.tensor([ids], device=model.device).split(window, dim=1):
         output = model(window_ids)
         row = output.token_depths
-        rows.append(torch.nn.functional.pad(row, (0, (window or len(ids)) - row.shape[1])))
+        rows.append(torch.nn.functional.pad(row, (0, window - row.shape[1])))
         depths += row[0].tolist()
         routings.append(output.routing)
     folder = Path(output_dir)
@@ -66,7 +68,7 @@ def look_at(
     )
     page.write_text(depth_page(pieces, depths, intro=intro), encoding="utf-8")
     plot_text_by_depth(pieces, depths, picture)
-    plot_depth_by_position(torch.cat(rows)[:, : len(ids)], positions)
+    plot_depth_by_position(torch.cat(rows), positions)
     plot_router_scores(routings, scores)
     return [page, picture, positions, scores]
 

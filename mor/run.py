@@ -8,20 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mor.run_model import describe, model_config, read_json
 from mor_cli.options import (
     RunOptions,
-    check_recursions,
     given_options,
-    in_words_of_the_shell,
     refuse,
-    refuse_routing,
 )
 from mor_cli.stopping import Stopped, on_signal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-    from mor import MoRConfig
     from mor.corpus import Corpus
     from mor.training import MoRTrainer
 
@@ -69,7 +66,7 @@ def prepare_run(
         raise ValueError(
             f"cannot write to --output-dir {options.output_dir}: {error.strerror}"
         ) from error
-    _model_config(options, given, vocab_size=1, end_of_text=0)  # before any text is read
+    model_config(options, given, vocab_size=1, end_of_text=0)  # before any text is read
     arguments = _arguments(options)
     if arguments.process_index != 0:
         say = lambda line: None  # noqa: E731
@@ -90,8 +87,8 @@ def prepare_run(
             )
         tokenizer = _tokenizer(options, corpus, checkpoint)
         vocab_size = vocabulary_size(tokenizer)
-        config = _model_config(options, given, vocab_size, tokenizer.eos_token_id)
-        say(f"Model:  {_describe(config)}")
+        config = model_config(options, given, vocab_size, tokenizer.eos_token_id)
+        say(f"Model:  {describe(config)}")
         max_tokens = options.max_tokens
         if max_tokens is None and hub:
             max_tokens = options.steps * _tokens_a_step(options, arguments.world_size)
@@ -151,7 +148,7 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     output_dir = Path(str(trainer.args.output_dir))
     folder, steps = output_dir / "model", trainer.args.max_steps
     resume = f"mor train --resume --output-dir {output_dir}"
-    done = _read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
+    done = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
     if done >= steps:  # the Trainer would take one more
         logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
         trainer._load_from_checkpoint(str(checkpoint))
@@ -227,17 +224,6 @@ def _describe_steps(options: RunOptions, processes: int, rows: int) -> str:
     )
 
 
-def _describe(config: "MoRConfig") -> str:
-    from mor.analysis import count_parameters
-
-    how = {"expert": "expert-choice", "token": "token-choice", None: "no router"}[config.router]
-    return (
-        f"{config.base_config.model_type}, {config.num_hidden_layers} layers deep with the weights "
-        f"of {config.num_unique_layers}, {config.num_recursions} recursions, {how}: "
-        f"{count_parameters(config) / 1e6:,.2f}M parameters"
-    )
-
-
 def options_of_run(output_dir: Path) -> dict[str, Any]:
     """Reads the options that a run was started with; empty if there is no run.
 
@@ -247,7 +233,7 @@ def options_of_run(output_dir: Path) -> dict[str, Any]:
     path = output_dir / "run.json"
     if not path.exists():
         return {}
-    values = _read_json(path).get("options")
+    values = read_json(path).get("options")
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no record of a run: expected a JSON object with options")
     return values
@@ -255,7 +241,7 @@ def options_of_run(output_dir: Path) -> dict[str, Any]:
 
 def _remember(options: RunOptions, tokens: str) -> None:
     path = options.output_dir / "run.json"
-    if path.exists() and _read_json(path).get("tokens") != tokens:
+    if path.exists() and read_json(path).get("tokens") != tokens:
         logger.warning(
             "the text or the tokenizer is not what %s was started with: the run goes on with "
             "other data",
@@ -305,106 +291,3 @@ def _tokenizer(
 
     source = options.tokenizer or checkpoint or options.model
     return load_tokenizer(source) if source else train_tokenizer(corpus, options.vocab_size)
-
-
-def _model_config(
-    options: RunOptions, given: Collection[str], vocab_size: int, end_of_text: int
-) -> "MoRConfig":
-    from transformers import LlamaConfig
-
-    if options.model or options.config:
-        source = options.model / "config.json" if options.model else options.config
-        assert source is not None
-        config = _config_of(source, options, given)
-        if config.vocab_size < vocab_size:
-            raise ValueError(
-                f"{source} has a vocab_size of {config.vocab_size}, the tokenizer needs "
-                f"{vocab_size}; give another --tokenizer"
-                + ("" if options.model else ", or a larger vocab_size in the file")
-            )
-        return config
-    kv_heads = options.kv_heads or options.heads
-    if options.heads % kv_heads:
-        raise ValueError(
-            f"--heads must be a multiple of --kv-heads, got {options.heads} and {kv_heads}"
-        )
-    if options.hidden_size % options.heads:
-        raise ValueError(
-            f"--hidden-size {options.hidden_size} is not a multiple of --heads {options.heads}"
-        )
-    check_recursions(options.num_recursions, options.sharing, options.layers)
-    base = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size or -(-options.hidden_size * 8 // 3 // 64) * 64,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max(2048, options.seq_len),
-        tie_word_embeddings=True,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-    )
-    return _recursive(base, options)
-
-
-def _config_of(source: Path, options: RunOptions, given: Collection[str]) -> "MoRConfig":
-    """The configuration in a JSON file, which is a MoR one, or a dense one to be made recursive."""
-    from mor import MoRConfig
-
-    values = _read_json(source)
-    kind = values.get("model_type")
-    own = {name for name in MoRConfig.__annotations__ if name in values}
-    if "mor_swap" in values:
-        raise ValueError(
-            f"{source} is of a swapped model, which mor train does not take; train what "
-            "mor.load_swapped returns with mor.training.MoRTrainer"
-        )
-    if kind == MoRConfig.model_type or own:
-        if kind != MoRConfig.model_type and kind is not None:
-            dense = {name: value for name, value in values.items() if name not in own}
-            values = {name: values[name] for name in own}
-            if values.setdefault("base_config", dense) is not dense:
-                raise ValueError(
-                    f'{source} has a base_config beside "model_type": "{kind}"; a MoR '
-                    'configuration has "model_type": "mor"'
-                )
-        if not isinstance(values.get("base_config"), dict):
-            raise ValueError(
-                f"{source} has options of MoRConfig ({', '.join(sorted(own)) or 'model_type'}), "
-                'but no "base_config" with the sizes of the dense model'
-            )
-        refuse_routing(given, source)
-        return MoRConfig(**{**values, "model_type": MoRConfig.model_type})
-    if options.model is not None:
-        raise ValueError(
-            f"{options.model} holds no MoR model (its model_type is {kind!r}); make one of a dense "
-            f"model: mor convert {options.model} converted"
-        )
-    if kind is None:
-        raise ValueError(
-            f'{source} names no "model_type": expected "mor", or that of a dense model, as "llama"'
-        )
-    return _recursive(values, options)
-
-
-def _recursive(base: Any, options: RunOptions) -> "MoRConfig":
-    from mor import MoRConfig
-
-    try:
-        return MoRConfig(base_config=base, **options.for_config())
-    except ValueError as error:
-        raise ValueError(in_words_of_the_shell(str(error))) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"cannot read {path}: expected a JSON object")
-    return values

@@ -1,4 +1,7 @@
-"""The commands: train, generate, look, convert, demo, info."""
+"""The commands: train, generate, look, convert, demo, info.
+
+Over 300 lines in one file: most of them are the options and what they say of themselves.
+"""
 
 import inspect
 import os
@@ -146,13 +149,14 @@ def train(ctx: typer.Context, **options: Any) -> None:
 
         _hide_bars()
         if resumed:
+            paths = ("output_dir", "model", "config", "resume_from")
             stored = options_of_run(run) or (
                 options_of_run(checkpoint.parent) if checkpoint else {}
             )
             options |= {
-                name: Path(value) if isinstance(options[name], Path) else value
+                name: Path(value) if name in paths and value is not None else value
                 for name, value in stored.items()
-                if name not in given
+                if name in options and name not in given
             }
         trainer, checkpoint = prepare_run(RunOptions(**options), given=given, say=_say)
         if checkpoint is not None:
@@ -224,9 +228,9 @@ def look(
         if (text is None) == (text_file is None):
             raise ValueError("expected a text or --text FILE, one of them")
 
-        from mor.corpus import read_text
         from mor.generate import load_model, trained_length
         from mor.look import look_at
+        from mor.text_files import read_text
 
         _hide_bars()
         passage = read_text(text_file) if text_file is not None else _text(text or "")

@@ -1,4 +1,7 @@
-"""The options of the commands, written once for Python (`RunOptions`) and the shell."""
+"""The options of the commands, written once for Python (`RunOptions`) and the shell.
+
+Over 300 lines in one file: most of them are the options and what they say of themselves.
+"""
 
 import math
 import re

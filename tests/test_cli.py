@@ -565,6 +565,13 @@ def test_weights_that_are_trained_already_start_at_a_smaller_rate(run, text, tmp
         assert state["log_history"][0]["learning_rate"] == pytest.approx(rate)
 
 
+def test_a_run_of_a_saved_model_is_resumed(run, text, tmp_path):
+    """The folder came back from the run's record as a string, and the run failed."""
+    assert _train(text, tmp_path, "--model", run / "model", "--steps", 2)[0] == 0
+    code, _, errors = _mor("train", "--resume", "--output-dir", tmp_path, "--steps", 3)
+    assert (code, errors) == (0, "")
+
+
 # Generate and look
 
 
