@@ -48,7 +48,7 @@ def prepare_run(
     Raises:
         ValueError: whatever is wrong with the options, the data or the checkpoint.
     """
-    from transformers import set_seed
+    from transformers import default_data_collator, set_seed
 
     from mor import MoRForCausalLM
     from mor.checkpoints import check_same_model
@@ -123,6 +123,7 @@ def prepare_run(
         arguments,
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
+        data_collator=default_data_collator,  # rows are of one length: no pad token is needed
         processing_class=tokenizer,
         aux_router_learning_rate=options.aux_router_lr,
     )

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import mor
@@ -554,6 +561,19 @@ def test_an_option_that_would_be_ignored_is_refused_by_its_name(run, text, tmp_p
 def test_vocab_size_beside_a_tokenizer_is_refused(run, text, tmp_path):
     options = ["--tokenizer", run / "model", "--vocab-size", 400]
     _refused(_train(text, tmp_path, *options), "--vocab-size would be ignored", "--tokenizer")
+
+
+def test_a_tokenizer_with_gaps_and_without_a_pad_token_trains_and_generates(text, tmp_path):
+    words = sorted(set(text.read_text().split()))
+    vocabulary = {word: 3 * number for number, word in enumerate(["<end>", *words])}
+    model = Tokenizer(models.WordLevel(vocabulary, "<end>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert _train(text, tmp_path / "run", "--tokenizer", tmp_path / "tokenizer")[0] == 0
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["base_config"]["vocab_size"] == 3 * len(words) + 1
+    assert _mor("generate", tmp_path / "run", words[-1], "--max-new-tokens", 3)[0] == 0
 
 
 def test_weights_that_are_trained_already_start_at_a_smaller_rate(run, text, tmp_path):
