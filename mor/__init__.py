@@ -4,22 +4,58 @@ Importing the package registers the operators (`torch.ops.mor.*`) and the model 
 Transformers' Auto classes.
 """
 
-import importlib
-from types import ModuleType
+import importlib as _importlib
+import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from mor.version import __version__  # isort: skip - before the rest, which may read it
+from mor.version import __version__
 
-from mor.models import (
-    MoRConfig,
-    MoRForCausalLM,
-    MoRModel,
-    load_authors_checkpoint,
-    load_swapped,
-    swap,
-)
+
+def _is_command() -> bool:
+    """Whether this is `python -m mor`, which imports the package before its command.
+
+    The command loads the models itself, once it needs them: not for --help.
+    """
+    given = _sys.orig_argv
+    named = "-m" in given and given[given.index("-m") + 1 :][:1] == ["mor"]
+    return named and _sys.argv[:1] == ["-m"]  # as long as the package is looked for
+
+
+if _TYPE_CHECKING or not _is_command():
+    from mor.models import (
+        MoRConfig,
+        MoRForCausalLM,
+        MoRModel,
+        load_authors_checkpoint,
+        load_swapped,
+        swap,
+    )
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
-_LAZY = ("analysis", "callbacks", "convert", "data", "distributed", "optim", "training", "viz")
+_SUBMODULES = (
+    "analysis",
+    "callbacks",
+    "checkpoints",
+    "convert",
+    "corpus",
+    "data",
+    "demo",
+    "depth_page",
+    "distributed",
+    "generate",
+    "look",
+    "models",
+    "modules",
+    "ops",
+    "optim",
+    "options",
+    "run",
+    "testing",
+    "training",
+    "trl",
+    "viz",
+)
 
 __all__ = [
     "MoRConfig",
@@ -32,7 +68,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return importlib.import_module(f"mor.{name}")
+def __getattr__(name: str) -> _Any:
+    if name in _SUBMODULES:
+        return _importlib.import_module(f"mor.{name}")
+    if name in __all__:
+        return getattr(_importlib.import_module("mor.models"), name)
     raise AttributeError(f"module 'mor' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES, *(name for name in globals() if name[:2] == "__")})

@@ -1,6 +1,6 @@
 """`python -m mor` is the `mor` command."""
 
-from mor.cli import app
+from mor_cli.commands import app
 
 if __name__ == "__main__":
     app(prog_name="mor")

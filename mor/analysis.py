@@ -40,6 +40,7 @@ def active_shares(
         recursion_shares: share of the tokens that takes each recursion, as measured. Default: the
             capacities for expert-choice; (R - r) / R for token-choice, what balance gives.
     """
+    _check_llama_like(config)
     shares = [1.0] * config.num_hidden_layers
     if not isinstance(config, MoRConfig) or config.router is None:
         return shares
@@ -48,12 +49,30 @@ def active_shares(
             f"active_shares: expected one share for each of the {config.num_recursions} "
             f"recursions, got {list(recursion_shares)}"
         )
+    if recursion_shares is not None and not all(
+        0 <= later <= before
+        for before, later in zip([1.0, *recursion_shares], recursion_shares, strict=False)
+    ):
+        raise ValueError(
+            "active_shares: expected non-increasing shares in [0, 1], as a token that exited does "
+            f"not return, got {list(recursion_shares)}"
+        )
     capacities = recursion_shares or config.capacities or default_capacities(config.num_recursions)
     first = 1 if config.sharing.startswith("middle") else 0
     for step, capacity in enumerate(capacities):
         for layer in range(config.block_depth):
             shares[first + step * config.block_depth + layer] = float(capacity)
     return shares
+
+
+def _check_llama_like(config: PreTrainedConfig) -> None:
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    missing = [name for name in needed if getattr(config, name, None) is None]
+    if missing:
+        raise ValueError(
+            "mor.analysis: expected the configuration of a Llama-like model, got a "
+            f"{type(config).__name__} without {', '.join(missing)}"
+        )
 
 
 def _reuses_kv(config: PreTrainedConfig) -> list[bool]:
@@ -77,6 +96,7 @@ def flops_breakdown(
     Returns:
         "projections" (Q, K, V, O), "attention", "mlp", "router" and "head".
     """
+    _check_llama_like(config)
     d, heads = config.hidden_size, config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or d // heads

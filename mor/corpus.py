@@ -7,19 +7,24 @@ The last one is the default: about 9 MB of real text (code, docstrings, the lang
 import hashlib
 import itertools
 import json
+import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-__all__ = ["Corpus", "Document", "open_corpus", "split_documents"]
+from mor.text_files import read_records, text_of
+
+__all__ = ["Corpus", "Document", "clean_text", "open_corpus", "split_documents"]
 
 #: Share of the documents that is held out for validation.
 HELD_OUT = 0.05
 #: With fewer documents than this, the end of the text is held out instead of whole documents.
 FEW_DOCUMENTS = 40
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 #: Parts of the standard library that are tests, vendored or generated tables, or not there on every
@@ -44,12 +49,28 @@ class Corpus:
     Attributes:
         name: what messages call it.
         identity: a string that changes whenever the text may have changed.
-        documents: starts a new pass over the documents, always in the same order.
+        documents: starts a new pass over the documents, always in the same order; a record whose
+            text is null or missing is an empty one.
+        files: how many files are read; 0 where the source is not files.
+        skipped: how many files of a directory are not read, by the end of their names.
     """
 
     name: str
     identity: str
     documents: Callable[[], Iterator[Document]]
+    files: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Name and number of files, for people."""
+        parts = [self.name]
+        if self.files > 1 or self.skipped:
+            parts.append(f"{self.files:,} file{'s' * (self.files != 1)}")
+        if self.skipped:
+            largest = sorted(self.skipped.items(), key=lambda item: -item[1])[:5]
+            kinds = ", ".join(f"{n:,} {kind or 'without ending'}" for kind, n in largest)
+            parts.append(f"{sum(self.skipped.values()):,} not read ({kinds})")
+        return ", ".join(parts)
 
 
 def open_corpus(
@@ -97,18 +118,19 @@ def open_corpus(
             )
         return _local_corpus(str(path), path.parent, [path], text_field)
     if path.is_dir():
-        files = [
+        found = [
             file
             for file in sorted(path.rglob("*"))
-            if file.suffix in _SUFFIXES
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
             and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
+        files = [file for file in found if file.suffix in _SUFFIXES]
         if not files:
             raise ValueError(
                 f"no text in {path}: it holds no file ending in {', '.join(_SUFFIXES)}"
             )
-        return _local_corpus(str(path), path, files, text_field)
+        skipped = Counter(file.suffix for file in found if file.suffix not in _SUFFIXES)
+        return _local_corpus(str(path), path, files, text_field, skipped)
     if (
         isinstance(source, Path)
         or path.suffix in _SUFFIXES
@@ -129,17 +151,32 @@ def split_documents(corpus: Corpus) -> Iterator[tuple[str, bool]]:
     first = list(itertools.islice(documents, FEW_DOCUMENTS))
     by_document = len(first) == FEW_DOCUMENTS
     for key, text in itertools.chain(first, documents):
-        yield text, by_document and _stable_fraction(key) < HELD_OUT
+        yield clean_text(text), by_document and _stable_fraction(key) < HELD_OUT
+
+
+def clean_text(text: str) -> str:
+    """Replaces halves of surrogate pairs, which no tokenizer takes, by U+FFFD.
+
+    JSON may escape them, and cut texts do.
+    """
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def _stable_fraction(key: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"mor/{key}".encode()).digest()[:8], "big") / 2**64
+    data = f"mor/{key}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
 
 
-def _local_corpus(name: str, root: Path, files: list[Path], text_field: str) -> Corpus:
+def _local_corpus(
+    name: str,
+    root: Path,
+    files: list[Path],
+    text_field: str,
+    skipped: Mapping[str, int] | None = None,
+) -> Corpus:
     def documents() -> Iterator[Document]:
         for path in files:
-            for record in _read(path, text_field):
+            for record in read_records(path, text_field):
                 # A file is known by its name, so that an edit does not move it; a record has only
                 # its text.
                 is_file = path.suffix in _TEXT_SUFFIXES
@@ -150,66 +187,8 @@ def _local_corpus(name: str, root: Path, files: list[Path], text_field: str) -> 
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
     listing = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    return Corpus(name, json.dumps([str(root.resolve()), text_field, listing]), documents)
-
-
-def _read(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, text_field)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of(json.loads(line), text_field, f"{path}, line {number}")
-        elif path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8"))
-            for number, record in enumerate(records if isinstance(records, list) else [records], 1):
-                yield _text_of(record, text_field, f"{path}, record {number}")
-        else:
-            yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {path}: not JSON ({error})") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            raise _missing_field(text_field, file.schema_arrow.names, str(path))
-        for batch in file.iter_batches(columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                yield _text_of({text_field: text}, text_field, str(path))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-
-
-def _missing_field(field: str, found: Iterable[str], where: str) -> ValueError:
-    return ValueError(
-        f"no text field {field!r} in {where}; its fields are {', '.join(sorted(found)) or 'none'}"
-    )
-
-
-def _text_of(record: Any, field: str, where: str) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"expected an object with a text field {field!r} in {where}, "
-            f"got {type(record).__name__}"
-        )
-    if field not in record:
-        raise _missing_field(field, record, where)
-    if not isinstance(record[field], str):
-        raise ValueError(
-            f"expected text in field {field!r} of {where}, got {type(record[field]).__name__}"
-        )
-    return record[field]
+    identity = json.dumps([str(root.resolve()), text_field, listing])
+    return Corpus(name, identity, documents, len(files), skipped or {})
 
 
 def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> Corpus:
@@ -227,7 +206,7 @@ def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> C
 
     def documents() -> Iterator[Document]:
         for record in stream:
-            text = _text_of(record, text_field, f"dataset {name}")
+            text = text_of(record, text_field, f"dataset {name}")
             yield Document(text, text)
 
     return Corpus(f"dataset {name}", json.dumps([name, config, split, text_field]), documents)

@@ -1,4 +1,7 @@
-"""Tokens to train on: a byte-level BPE tokenizer, memory-mapped token files, blocks of them."""
+"""Tokens to train on: a byte-level BPE tokenizer, memory-mapped token files, blocks of them.
+
+Over 300 lines in one file: the stages of one pipeline, each fed by the one before.
+"""
 
 import hashlib
 import json
@@ -17,16 +20,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mor.corpus import HELD_OUT, Corpus, split_documents
 
-__all__ = ["TokenBlocks", "TokenFiles", "load_tokenizer", "prepare_tokens", "train_tokenizer"]
+__all__ = [
+    "TokenBlocks",
+    "TokenFiles",
+    "load_tokenizer",
+    "prepare_tokens",
+    "train_tokenizer",
+    "vocabulary_size",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 
 #: Raise when the token files of the same text and tokenizer would come out different.
-_VERSION = 1
+_VERSION = 2
 #: Characters encoded at once; a longer text is cut at a line end, so that one huge file does not
 #: need huge memory.
 _PIECE = 1 << 18
 _BATCH = 64
+#: A held-out part with less of the tokens than this is filled up.
+_FEWEST_HELD_OUT = HELD_OUT / 5
 
 
 def train_tokenizer(
@@ -73,7 +85,11 @@ def train_tokenizer(
     if characters == 0:
         raise ValueError(f"empty corpus: {corpus.name} holds no text")
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",  # as a batch of prompts needs it
     )
 
 
@@ -90,19 +106,48 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         reason = " ".join(lines) if lines[0].endswith(":") else lines[0]
         raise ValueError(f"cannot load a tokenizer from {str(source)!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {str(source)!r} has no end-of-text token (eos_token)")
+        raise ValueError(
+            f"the tokenizer of {str(source)!r} has no end-of-text token (eos_token); name another "
+            "(--tokenizer)"
+        )
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs: the largest id and one more.
+
+    `len(tokenizer)` counts entries, and ids may have gaps.
+    """
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Token files made by `prepare_tokens`: documents joined, each with the end-of-text token."""
+    """Token files made by `prepare_tokens`: documents joined, each with the end-of-text token.
+
+    Attributes:
+        train: file of the training part.
+        validation: file of the held-out part.
+        dtype: of the tokens in them.
+        end_of_text: the token that ends each document.
+        identity: changes with the text, the tokenizer and the code's version.
+    """
 
     train: Path
     validation: Path
     dtype: str
     end_of_text: int
     identity: str
+
+    def describe(self) -> str:
+        """Tokens and documents, for people."""
+        meta = json.loads((self.train.parent / "meta.json").read_text())
+        tokens, empty = meta["tokens"], meta["empty"]
+        left_out = f"; {empty:,} without text left out" if empty else ""
+        return (
+            f"{tokens['train']:,} to train on, {tokens['validation']:,} held out, of "
+            f"{meta['documents']:,} document{'s' * (meta['documents'] != 1)}{left_out}"
+        )
 
 
 def prepare_tokens(
@@ -130,16 +175,22 @@ def prepare_tokens(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token)")
     identity = _identity(corpus, tokenizer, max_tokens)
-    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    dtype = "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
     folder = Path(directory) / f"tokens-{identity}"
     if not _is_complete(folder, identity):
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            counts = _tokenise(corpus, tokenizer, partial, dtype, max_tokens)
+            counts, documents = _tokenise(corpus, tokenizer, partial, dtype, max_tokens)
             sizes = {name: count * np.dtype(dtype).itemsize for name, count in counts.items()}
-            meta = {"identity": identity, "corpus": corpus.name, "tokens": counts, "bytes": sizes}
+            meta: dict[str, Any] = {
+                "identity": identity,
+                "corpus": corpus.name,
+                "tokens": counts,
+                "bytes": sizes,
+            }
+            meta |= documents
             (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             if folder.exists() and not _is_complete(folder, identity):
                 shutil.rmtree(folder)
@@ -160,7 +211,8 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 
     Args:
         files: what `prepare_tokens` returned.
-        block_length: tokens in a block; the rest at the end of the file is left out.
+        block_length: tokens in a block; the rest at the end of the file is left out. A shorter
+            validation part is one shorter block.
         part: which of the files.
         separate_documents: give `position_ids` that restart at each document, so that attention
             does not cross from one document into the next, and no document's first token is
@@ -185,10 +237,15 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         if block_length < 2:
             raise ValueError(f"block_length must be at least 2, got {block_length}")
         count = path.stat().st_size // np.dtype(files.dtype).itemsize
+        if part == "validation" and 2 <= count < block_length:
+            block_length = count
         if count < block_length:
+            ways = "more text or a smaller --seq-len"
+            if part == "validation":
+                ways = "more text, or no evaluation: --eval-every 0"
             raise ValueError(
                 f"corpus too short: its {part} part has {count} tokens, one block needs "
-                f"{block_length}; give more text or a smaller --seq-len"
+                f"{block_length}; give {ways}"
             )
         self.tokens = np.memmap(path, dtype=files.dtype, mode="r")
         self.end_of_text = files.end_of_text
@@ -242,8 +299,10 @@ def _tokenise(
     folder: Path,
     dtype: str,
     max_tokens: int | None,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Writes both files; returns their tokens, and the numbers of full and empty documents."""
     counts = {"train": 0, "validation": 0}
+    documents = {"documents": 0, "empty": 0}
     paths = {name: folder / f"{name}.bin" for name in counts}
     batch: list[tuple[str, str, bool]] = []
 
@@ -265,6 +324,7 @@ def _tokenise(
             batch.clear()
 
         for text, held_out in split_documents(corpus):
+            documents["documents" if text else "empty"] += 1
             if not text:
                 continue
             pieces = list(_pieces(text))
@@ -278,18 +338,22 @@ def _tokenise(
             flush()
     if sum(counts.values()) == 0:
         raise ValueError(f"empty corpus: {corpus.name} holds no text")
-    if counts["validation"] == 0:
+    # Few documents, or short ones held out by chance.
+    if counts["validation"] < _FEWEST_HELD_OUT * sum(counts.values()):
         _hold_out_end(paths, counts, dtype)
-    return counts
+    return counts, documents
 
 
 def _hold_out_end(paths: dict[str, Path], counts: dict[str, int], dtype: str) -> None:
-    held_out = max(1, round(counts["train"] * HELD_OUT))
-    tokens = np.fromfile(paths["train"], dtype=dtype, offset=0)
-    tokens[-held_out:].tofile(paths["validation"])
-    tokens[:-held_out].tofile(paths["train"])
-    counts["train"] -= held_out
-    counts["validation"] = held_out
+    """Fills the held-out part with the end of the training text."""
+    wanted = max(2, round(sum(counts.values()) * HELD_OUT))  # one token has none to predict
+    moved = min(counts["train"], wanted - counts["validation"])
+    tokens = np.fromfile(paths["train"], dtype=dtype)
+    with paths["validation"].open("ab") as validation:
+        tokens[len(tokens) - moved :].tofile(validation)
+    tokens[: len(tokens) - moved].tofile(paths["train"])
+    counts["train"] -= moved
+    counts["validation"] += moved
 
 
 def _pieces(text: str) -> Iterator[str]:

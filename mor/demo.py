@@ -26,15 +26,20 @@ from transformers.utils.logging import disable_progress_bar
 from mor import MoRConfig
 from mor.analysis import count_parameters, flops_per_token, kv_bytes_per_token
 from mor.corpus import open_corpus, split_documents
-from mor.data import TokenBlocks, prepare_tokens, train_tokenizer
+from mor.data import TokenBlocks, prepare_tokens, train_tokenizer, vocabulary_size
 from mor.generate import continue_text
+from mor.look import look_at
 from mor.training import MoRTrainer, training_arguments
-from mor.viz import depth_page, plot_depth_by_position, plot_loss_against_flops, token_pieces
+from mor.viz import plot_depth_by_position, plot_loss_against_flops
 
 __all__ = ["DemoSizes", "ModelResult", "run_demo"]
 
 PROMPT = "def main():\n"
 _PASSAGE_TOKENS = 600
+_INTRO = (
+    "A passage of held-out text. The router decided how often the shared block was applied to each "
+    "token, without looking at later tokens."
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def run_demo(
     train_rows = TokenBlocks(files, sizes.seq_len)
     held_out_rows = TokenBlocks(files, sizes.seq_len, "validation", max_blocks=sizes.eval_rows)
 
-    dense, mor = _configs(sizes, len(tokenizer), tokenizer.eos_token_id)
+    dense, mor = _configs(sizes, vocabulary_size(tokenizer), tokenizer.eos_token_id)
     dense_steps = max(sizes.evaluations, round(sizes.dense_steps * budget))
     flops = [flops_per_token(config, sizes.seq_len, training=True) for config in (mor, dense)]
     results, models = [], []
@@ -140,7 +145,15 @@ def run_demo(
     written = [
         _write_comparison(output_dir, results),
         *_write_table(output_dir, results),
-        _write_page(output_dir, routed, tokenizer, passage, sizes.seq_len),
+        *look_at(
+            routed,
+            tokenizer,
+            passage,
+            output_dir,
+            max_tokens=_PASSAGE_TOKENS,
+            window=sizes.seq_len,  # the length seen in training
+            intro=_INTRO,
+        ),
         _write_heat_map(output_dir, routed, held_out_rows, sizes.batch_size),
         _write_sample(output_dir, routed, tokenizer, seed),
     ]
@@ -232,30 +245,6 @@ def _write_table(output_dir: Path, results: list[ModelResult]) -> list[Path]:
     markdown.write_text(table(results))
     values.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     return [markdown, values]
-
-
-@torch.no_grad()
-def _write_page(
-    output_dir: Path, model: Any, tokenizer: PreTrainedTokenizerBase, passage: str, seq_len: int
-) -> Path:
-    encoded = tokenizer(
-        passage, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    ids = encoded["input_ids"][:_PASSAGE_TOKENS]
-    # Windows of the length seen in training.
-    depths: list[int] = []
-    for start in range(0, len(ids), seq_len):
-        window = torch.tensor([ids[start : start + seq_len]], device=model.device)
-        depths += model(window).token_depths[0].tolist()
-    path = output_dir / "depth.html"
-    page = depth_page(
-        token_pieces(passage, encoded["offset_mapping"][: len(ids)]),
-        depths,
-        intro="A passage of held-out text. The router decided how often the shared block was "
-        "applied to each token, without looking at later tokens.",
-    )
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 @torch.no_grad()

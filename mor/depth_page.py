@@ -34,8 +34,7 @@ pre {{ font: 14px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wra
 </head>
 <body>
 <h1>{title}</h1>
-<p>{intro}</p>
-<p>Recursions: {legend}</p>
+{intro}<p>Recursions: {legend}</p>
 <pre>{body}</pre>
 </body>
 </html>
@@ -103,7 +102,7 @@ def depth_page(
     )
     return _PAGE.format(
         title=html.escape(title),
-        intro=html.escape(intro),
+        intro=f"<p>{html.escape(intro)}</p>\n" if intro else "",
         styles=styles,
         legend=legend,
         body=body,

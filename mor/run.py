@@ -3,27 +3,44 @@
 import json
 import logging
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mor.options import RunOptions
+from mor.run_model import describe, model_config, read_json
+from mor_cli.options import (
+    RunOptions,
+    given_options,
+    refuse,
+)
+from mor_cli.stopping import Stopped, on_signal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-    from mor import MoRConfig
     from mor.corpus import Corpus
     from mor.training import MoRTrainer
 
-__all__ = ["options_of_run", "parse_capacities", "prepare_run", "train"]
+__all__ = ["options_of_run", "prepare_run", "train"]
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
+def prepare_run(
+    options: RunOptions,
+    *,
+    given: Collection[str] | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> "tuple[MoRTrainer, Path | None]":
     """Checks everything that can be checked and builds the trainer.
+
+    Args:
+        options: of the run.
+        given: names of the options that somebody chose; default those that differ from their
+            default. Such an option is an error where another makes it meaningless.
+        say: gets, in the first process, what is found as soon as it is: text, model and its size
+            (before it is built), tokens, steps, device.
 
     Returns:
         The trainer, and the checkpoint to resume from or None.
@@ -31,39 +48,28 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
     Raises:
         ValueError: whatever is wrong with the options, the data or the checkpoint.
     """
-    from transformers import set_seed
+    from transformers import default_data_collator, set_seed
 
     from mor import MoRForCausalLM
     from mor.checkpoints import check_same_model
     from mor.corpus import open_corpus
-    from mor.data import TokenBlocks, prepare_tokens
-    from mor.training import MoRTrainer, training_arguments
+    from mor.data import TokenBlocks, prepare_tokens, vocabulary_size
+    from mor.training import MoRTrainer
 
-    for name in ("max_tokens", "eval_rows"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    given = given_options(options) if given is None else given
+    options.check(given)
     if options.model is not None and not (options.model / "config.json").exists():
         raise ValueError(f"no model in {options.model}: config.json is missing")
-    arguments = training_arguments(
-        options.output_dir,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        gradient_accumulation=options.gradient_accumulation,
-        learning_rate=options.lr,
-        schedule=options.schedule,
-        warmup_share=options.warmup_share,
-        decay_share=options.decay_share,
-        weight_decay=options.weight_decay,
-        log_every=options.log_every,
-        eval_every=options.eval_every,
-        save_every=options.save_every,
-        report_to=[] if options.report_to == "none" else options.report_to.split(","),
-        bf16=options.bf16,
-        activation_checkpointing=options.gradient_checkpointing or None,
-        seed=options.seed,
-        disable_tqdm=not (options.progress and sys.stderr.isatty()),  # no bars into a log
-    )
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to --output-dir {options.output_dir}: {error.strerror}"
+        ) from error
+    model_config(options, given, vocab_size=1, end_of_text=0)  # before any text is read
+    arguments = _arguments(options)
+    if arguments.process_index != 0:
+        say = lambda line: None  # noqa: E731
     checkpoint = _checkpoint(options)
     # Of several processes the first makes the tokens, then the others find them.
     with arguments.main_process_first(local=False):
@@ -73,18 +79,21 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
             config=options.data_config,
             split=options.data_split,
         )
-        tokenizer = _tokenizer(options, corpus, checkpoint)
-        config = _model_config(options, len(tokenizer), tokenizer.eos_token_id)
-        max_tokens = options.max_tokens
-        if max_tokens is None and corpus.name.startswith("dataset "):
-            max_tokens = (
-                options.steps
-                * options.batch_size
-                * options.gradient_accumulation
-                * arguments.world_size
-                * options.seq_len
+        say(f"Text:   {corpus.describe()}")
+        hub = corpus.name.startswith("dataset ")
+        if not hub:
+            refuse(
+                given, ["data_config", "data_split"], f"{corpus.name} is no Hugging Face dataset"
             )
+        tokenizer = _tokenizer(options, corpus, checkpoint)
+        vocab_size = vocabulary_size(tokenizer)
+        config = model_config(options, given, vocab_size, tokenizer.eos_token_id)
+        say(f"Model:  {describe(config)}")
+        max_tokens = options.max_tokens
+        if max_tokens is None and hub:
+            max_tokens = options.steps * _tokens_a_step(options, arguments.world_size)
         files = prepare_tokens(corpus, tokenizer, options.output_dir, max_tokens)
+    say(f"Tokens: {files.describe()}")
     separate = options.separate_documents
     train_rows = TokenBlocks(files, options.seq_len, separate_documents=separate)
     held_out_rows = None
@@ -96,6 +105,10 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
             separate_documents=separate,
             max_blocks=options.eval_rows,
         )
+    say(f"Steps:  {_describe_steps(options, arguments.world_size, len(train_rows))}")
+    device = f"{arguments.device}, {'bfloat16' if options.bf16 else 'float32'}"
+    others = f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
+    say(f"Device: {device}{others}; logs and checkpoints in {options.output_dir}")
     set_seed(options.seed)
     if options.model is None:
         model = MoRForCausalLM(config)
@@ -110,6 +123,7 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
         arguments,
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
+        data_collator=default_data_collator,  # rows are of one length: no pad token is needed
         processing_class=tokenizer,
         aux_router_learning_rate=options.aux_router_lr,
     )
@@ -119,20 +133,96 @@ def prepare_run(options: RunOptions) -> "tuple[MoRTrainer, Path | None]":
 def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     """Trains and saves the model with its tokenizer; returns their folder.
 
-    A checkpoint of the last step, or of a later one, is only saved as the model.
+    A checkpoint of the last step, or of a later one, is only saved as the model. SIGINT and SIGTERM
+    end the training after the step in progress, with a checkpoint; a second one ends it at once.
+
+    Raises:
+        Stopped: by a signal.
+        FloatingPointError: the training diverged.
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from mor.stopping import StopOnSignal
+    from mor.training import Diverged
+
     disable_progress_bar()  # of saving; training has its own
-    folder, steps = Path(str(trainer.args.output_dir)) / "model", trainer.args.max_steps
-    done = _read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
+    output_dir = Path(str(trainer.args.output_dir))
+    folder, steps = output_dir / "model", trainer.args.max_steps
+    resume = f"mor train --resume --output-dir {output_dir}"
+    done = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
     if done >= steps:  # the Trainer would take one more
         logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stopping = StopOnSignal()
+        trainer.add_callback(stopping)
+        try:
+            with on_signal(stopping.ask):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.refuse_nan()
+        except Diverged as error:
+            smaller = f"{resume} --lr {trainer.args.learning_rate / 3:.1g}"
+            if checkpoint is not None and error.step <= done + 1:
+                smaller += " --resume-from AN_EARLIER_CHECKPOINT (this one goes on to NaN)"
+            raise FloatingPointError(f"{error}: {smaller}") from error
+        except Stopped as stopped:
+            message = f"stopped at once; go on from the last checkpoint: {resume}"
+            raise Stopped(stopped.number, message) from None
+        step = trainer.state.global_step
+        if stopping.number is not None and step < steps:
+            raise Stopped(stopping.number, f"stopped at step {step} of {steps}; go on: {resume}")
     trainer.save_model(str(folder))
     return folder
+
+
+def _arguments(options: RunOptions) -> "TrainingArguments":
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    from mor.training import training_arguments
+
+    names = [name.strip() for name in options.report_to.split(",")]
+    reporters = [] if names == ["none"] else names
+    try:
+        for reporter in get_reporting_integration_callbacks(
+            "all" if names == ["all"] else reporters
+        ):
+            reporter()  # says here, and not after the text is read, what it needs to be installed
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"--report-to {options.report_to}: {error}") from error
+    return training_arguments(
+        options.output_dir,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        gradient_accumulation=options.gradient_accumulation,
+        learning_rate=options.peak_lr,
+        schedule=options.schedule,
+        warmup_share=options.warmup_share,
+        decay_share=options.decay_share,
+        weight_decay=options.weight_decay,
+        log_every=options.log_every,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        report_to=reporters,
+        bf16=options.bf16,
+        activation_checkpointing=options.gradient_checkpointing or None,
+        seed=options.seed,
+        disable_tqdm=not (options.progress and sys.stderr.isatty()),  # no bars into a log
+    )
+
+
+def _tokens_a_step(options: RunOptions, processes: int) -> int:
+    rows = options.batch_size * options.gradient_accumulation * processes
+    return rows * options.seq_len
+
+
+def _describe_steps(options: RunOptions, processes: int, rows: int) -> str:
+    tokens = _tokens_a_step(options, processes)
+    total = options.steps * tokens
+    return (
+        f"{options.steps:,} of {tokens:,} tokens ({tokens // options.seq_len} rows of "
+        f"{options.seq_len}): {total:,} tokens, {total / (rows * options.seq_len):.2g} times the "
+        f"text; learning rate {options.peak_lr:g}"
+    )
 
 
 def options_of_run(output_dir: Path) -> dict[str, Any]:
@@ -144,7 +234,7 @@ def options_of_run(output_dir: Path) -> dict[str, Any]:
     path = output_dir / "run.json"
     if not path.exists():
         return {}
-    values = _read_json(path).get("options")
+    values = read_json(path).get("options")
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no record of a run: expected a JSON object with options")
     return values
@@ -152,7 +242,7 @@ def options_of_run(output_dir: Path) -> dict[str, Any]:
 
 def _remember(options: RunOptions, tokens: str) -> None:
     path = options.output_dir / "run.json"
-    if path.exists() and _read_json(path).get("tokens") != tokens:
+    if path.exists() and read_json(path).get("tokens") != tokens:
         logger.warning(
             "the text or the tokenizer is not what %s was started with: the run goes on with "
             "other data",
@@ -202,91 +292,3 @@ def _tokenizer(
 
     source = options.tokenizer or checkpoint or options.model
     return load_tokenizer(source) if source else train_tokenizer(corpus, options.vocab_size)
-
-
-def _model_config(options: RunOptions, vocab_size: int, end_of_text: int) -> "MoRConfig":
-    from transformers import LlamaConfig
-
-    from mor import MoRConfig
-
-    routing: dict[str, Any] = {
-        "num_recursions": options.num_recursions,
-        "sharing": options.sharing,
-        "router": None if options.router == "none" else options.router,
-        "kv_strategy": options.kv_strategy,
-        "capacities": parse_capacities(options.capacities),
-    }
-    source = options.model / "config.json" if options.model else options.config
-    if source is not None:
-        values = _read_json(source)
-        if values.get("model_type") == MoRConfig.model_type:
-            names = [*routing, *(["config"] if options.model else [])]
-            given = [name for name in names if getattr(options, name) != getattr(RunOptions, name)]
-            if given:
-                raise ValueError(
-                    f"{source} is a MoR configuration and says how to route: expected no "
-                    f"{', '.join(given)} beside it"
-                )
-            config = MoRConfig(**values)
-        elif options.model is not None:
-            raise ValueError(
-                f"{options.model} holds no MoR model (its model_type is "
-                f"{values.get('model_type')!r}); mor convert makes one of a dense model"
-            )
-        else:
-            config = MoRConfig(base_config=values, **routing)
-        if config.vocab_size < vocab_size:
-            raise ValueError(
-                f"{source} has a vocab_size of {config.vocab_size}, the tokenizer needs "
-                f"{vocab_size}"
-            )
-        return config
-    kv_heads = options.kv_heads or options.heads
-    if options.heads < 1 or options.heads % kv_heads:
-        raise ValueError(
-            f"heads must be a positive multiple of kv_heads, got {options.heads} and {kv_heads}"
-        )
-    if options.hidden_size % options.heads:
-        raise ValueError(
-            f"hidden_size {options.hidden_size} is not a multiple of heads {options.heads}"
-        )
-    base = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size or -(-options.hidden_size * 8 // 3 // 64) * 64,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads or options.heads,
-        max_position_embeddings=max(2048, options.seq_len),
-        tie_word_embeddings=True,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-    )
-    return MoRConfig(base_config=base, **routing)
-
-
-def parse_capacities(text: str | None) -> list[float] | None:
-    """Reads capacities as a user writes them, "1,2/3,1/3".
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text is None:
-        return None
-    try:
-        return [float(Fraction(part.strip())) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"expected capacities such as 1,2/3,1/3, got {text!r}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"cannot read {path}: expected a JSON object")
-    return values

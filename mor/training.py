@@ -3,11 +3,14 @@
 `MoRTrainer` changes nothing in how the Trainer trains. It adds to each log line, and so to the
 progress bar, to TensorBoard and to `trainer_state.json`: the parts of the loss, the routing
 metrics, tokens per second, and the training FLOPs so far.
+
+Over 300 lines in one file: the hooks of one Trainer, which share its counters.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +33,32 @@ from mor.callbacks import (
     UpdateRouterBias,
     routing_line,
 )
+from mor.checkpoints import checkpoint_to_resume
 from mor.models.modeling_mor import at_least_one, batch_share, num_targets
 from mor.optim import parameter_groups
 
-__all__ = ["LogRouting", "MoRTrainer", "UpdateRouterBias", "loss_scale", "training_arguments"]
+__all__ = [
+    "Diverged",
+    "LogRouting",
+    "MoRTrainer",
+    "UpdateRouterBias",
+    "loss_scale",
+    "training_arguments",
+]
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
+
+
+class Diverged(FloatingPointError):
+    """The loss, or the weights, are not finite any more.
+
+    Attributes:
+        step: the first one of which this is known.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class MoRTrainer(Trainer):
@@ -70,7 +93,7 @@ class MoRTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.aux_router_learning_rate = aux_router_learning_rate
         self._parts: defaultdict[str, Tensor | float] = defaultdict(float)
-        self._finite: Tensor | bool = True
+        self._lost_step: Tensor | int = 0  # the first one whose loss was not finite
         self._window_batches = 0
         self._window_tokens = 0
         self._window_start: float | None = None
@@ -108,21 +131,68 @@ class MoRTrainer(Trainer):
             self._window_start, self._window_step = time.perf_counter(), self.state.global_step
         rows, length = _shape(inputs)
         self._window_tokens += rows * length
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite = self._finite & loss.isfinite()
+        with self._naming_divergence(self.state.global_step + 1):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        sound = loss.isfinite() | (self._lost_step > 0)
+        self._lost_step = torch.where(sound, self._lost_step, self.state.global_step + 1)
         return loss
 
-    def _refuse_nan(self) -> None:
-        """Stops before a broken model is written over good checkpoints."""
-        if not bool(self._finite):
-            raise FloatingPointError(
-                f"training: the loss was not finite in a step up to {self.state.global_step}; the "
-                "last checkpoint is from before it. Resume from it with a smaller learning rate"
-            )
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; a router refuses the NaN of weights that the last step broke."""
+        with self._naming_divergence(self.state.global_step):
+            return super().prediction_step(*args, **kwargs)
+
+    @contextmanager
+    def _naming_divergence(self, step: int) -> Iterator[None]:
+        """Routers refuse NaN before there is a loss: an operator's error, with another cause."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "NaN" not in str(error):
+                raise
+            raise self._diverged(int(self._lost_step) or step) from error
+
+    def _diverged(self, step: int) -> Diverged:
+        kept = checkpoint_to_resume(self.args.output_dir)
+        last = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
+        message = f"the loss became NaN or infinite at step {step}; {last}; go on with a smaller"
+        return Diverged(step, f"{message} learning rate")
+
+    def refuse_nan(self) -> None:
+        """Stops before a broken model is written over good checkpoints.
+
+        Raises:
+            Diverged: a loss was not finite.
+        """
+        if step := int(self._lost_step):
+            raise self._diverged(step)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse_nan()
+        self.refuse_nan()
+        # The last step's loss may be finite and its gradients not.
+        shards = (getattr(p, "_local_tensor", p).detach() for p in self.model.parameters())
+        if not all(bool(shard.isfinite().all()) for shard in shards):
+            raise self._diverged(self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer, but the peak learning rates are those given, not the checkpoint's."""
+        scheduler = self.lr_scheduler
+        peaks = getattr(scheduler, "base_lrs", None)
+        peaks = None if peaks is None else list(peaks)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if peaks is None or scheduler.base_lrs == peaks:
+            return
+        assert self.optimizer is not None
+        was, scheduler.base_lrs = scheduler.base_lrs, peaks
+        scheduler._last_lr = [
+            rate * peak / old if old else rate
+            for rate, peak, old in zip(scheduler.get_last_lr(), peaks, was, strict=True)
+        ]
+        for group, rate, peak in zip(
+            self.optimizer.param_groups, scheduler.get_last_lr(), peaks, strict=True
+        ):
+            group["lr"], group["initial_lr"] = rate, peak
 
     def compute_loss(
         self,
@@ -162,7 +232,7 @@ class MoRTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the window's numbers before any callback or the state sees the line."""
         if "loss" in logs:
-            self._refuse_nan()
+            self.refuse_nan()
             logs = {**logs, **self._close_window(), "total_flos": self.state.total_flos}
         elif "eval_loss" in logs:
             logs = {**logs, **{f"eval_{name}": value for name, value in self._routing().items()}}
@@ -304,6 +374,7 @@ def training_arguments(
         "save_strategy": "steps" if save_every > 0 else "no",
         "save_steps": save_every if save_every > 0 else 500,
         "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,  # every recursion runs its layers in every process
         "prediction_loss_only": True,
         "report_to": list(report_to) or "none",
         "use_cpu": not torch.cuda.is_available(),  # no other accelerator has our operators

@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+_DPI = 150
+
+
 def plot_text_by_depth(
     pieces: Sequence[str], depths: Sequence[int], path: str | Path, *, columns: int = 80
 ) -> None:
@@ -36,22 +39,32 @@ def plot_text_by_depth(
     Raises:
         ValueError: not one depth for each piece, a depth outside [0, 5], no column.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch, Rectangle
 
     check_depths(pieces, depths)
     if columns < 1:
         raise ValueError(f"expected at least one column, got {columns}")
     boxes, rows = _text_boxes(pieces, depths, columns)
-    # Inches of a character of matplotlib's own monospaced font at 9 points, and of a line.
-    width, height = 0.602 * 9 / 72, 0.24
-    figure, axes = _figure(height=height * rows + 0.5, width=max(4.0, width * columns + 0.3))
+    # A column is as wide as a character is drawn, so that a word of several tokens has no gaps.
+    font = FontProperties(family="DejaVu Sans Mono", size=9)
+    figure = Figure(dpi=_DPI)
+    drawn = FigureCanvasAgg(figure).get_renderer().get_text_width_height_descent
+    width, height = columns * drawn("m" * 100, font, False)[0] / 100 / _DPI, 0.24 * rows
+    margin, legend = 0.05, 0.5
+    size = max(4.0, width + 2 * margin), height + legend + 2 * margin
+    figure.set_size_inches(size)
+    place = margin / size[0], (legend + margin) / size[1], width / size[0], height / size[1]
+    axes = figure.add_axes(place)
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.axis("off")
     for row, column, text, depth in boxes:
         back, fore = COLOURS[depth]
         axes.add_patch(Rectangle((column, row + 0.08), len(text), 0.84, facecolor=back))
         axes.text(
-            column, row + 0.5, text, color=fore, size=9, family="DejaVu Sans Mono", va="center",
+            column, row + 0.5, text, color=fore, fontproperties=font, va="center",
             parse_math=False,
         )  # fmt: skip
     keys = [
@@ -59,10 +72,10 @@ def plot_text_by_depth(
         for depth in sorted(set(depths))
     ]
     figure.legend(
-        handles=keys, title="recursions", ncols=max(1, len(keys)), loc="outside lower left",
+        handles=keys, title="recursions", ncols=max(1, len(keys)), loc="lower left",
         frameon=False, fontsize=8, title_fontsize=8,
     )  # fmt: skip
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def _text_boxes(
@@ -117,19 +130,25 @@ def router_scores(routing: "RecursionOutput") -> list[tuple[Tensor, Tensor]]:
     return scores
 
 
-def plot_router_scores(routing: "RecursionOutput", path: str | Path, *, bins: int = 40) -> None:
+def plot_router_scores(
+    routing: "RecursionOutput | Sequence[RecursionOutput]", path: str | Path, *, bins: int = 40
+) -> None:
     """Draws a histogram of the router's scores for each recursion; see `router_scores`.
 
     Args:
-        routing: `output.routing` of a model.
+        routing: `output.routing` of a model, or several of them.
         path: the file; its ending chooses the format.
         bins: bars between 0 and 1.
 
     Raises:
         ValueError: a model without a router.
     """
-    scores = router_scores(routing)
-    token_choice = routing.logits is not None
+    import torch
+
+    routings = list(routing) if isinstance(routing, Sequence) else [routing]
+    parts = zip(*map(router_scores, routings), strict=True)
+    scores = [[torch.cat(pair) for pair in zip(*part, strict=True)] for part in parts]
+    token_choice = routings[0].logits is not None
     name = "depth" if token_choice else "recursion"
     labels = ["choose it" if token_choice else "take it", "do not"]
     figure, panels = _figure(height=0.8 + 1.3 * len(scores), rows=len(scores))
@@ -142,9 +161,9 @@ def plot_router_scores(routing: "RecursionOutput", path: str | Path, *, bins: in
         if not token_choice:
             axes.axvline(0.5, color="#000", linewidth=0.8, linestyle="--")
         axes.set(ylabel=f"{name} {number}\ntokens")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     panels[-1].set(xlabel="router score", xlim=(0, 1))
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_loss_against_flops(
@@ -168,7 +187,7 @@ def plot_loss_against_flops(
     axes.set(xlabel="training FLOPs", ylabel="validation loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_depth_by_position(depths: Tensor, path: str | Path, *, bins: int = 64) -> None:
@@ -205,7 +224,12 @@ def plot_depth_by_position(depths: Tensor, path: str | Path, *, bins: int = 64) 
     )
     axes.set(xlabel="position", ylabel="recursions", yticks=range(1, deepest + 1))
     figure.colorbar(image, label="share of the tokens")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure, path: str | Path) -> None:  # type: ignore[no-untyped-def]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
 
 
 # matplotlib's figure and axes, a list of axes if rows are given.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, LlamaForCausalLM
 
 from mor import MoRForCausalLM, analysis
 
@@ -72,6 +72,15 @@ def test_parameters_and_dense_models():
     parts = analysis.flops_breakdown(config.base_config, 48)
     full = sum(parts.values()) - parts["attention"]
     assert counter.get_total_flops() / 48 == pytest.approx(full, rel=1e-6)
+
+
+def test_what_cannot_be_counted_is_refused():
+    config = small_config()
+    for shares in ([0.5, 0.9, 0.7], [1.2, 1.0, 0.5], [1.0, 0.5, -0.1]):
+        with pytest.raises(ValueError, match=r"expected non-increasing shares in \[0, 1\]"):
+            analysis.flops_per_token(config, 48, shares=shares)
+    with pytest.raises(ValueError, match="Llama-like model, got a GPT2Config without intermed"):
+        analysis.flops_per_token(GPT2Config(), 48)
 
 
 def test_paper_ratios_of_flops():

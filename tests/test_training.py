@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
 from mor import MoRConfig, MoRForCausalLM
 from mor.analysis import flops_per_token
@@ -23,7 +23,7 @@ from mor.checkpoints import checkpoint_to_resume, find_problem
 from mor.data import TokenBlocks, TokenFiles
 from mor.options import RunOptions
 from mor.run import prepare_run, train
-from mor.training import LogRouting, MoRTrainer, UpdateRouterBias, training_arguments
+from mor.training import Diverged, LogRouting, MoRTrainer, UpdateRouterBias, training_arguments
 
 VOCAB, LENGTH = 300, 16
 
@@ -516,8 +516,26 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(router, blocks, tmp_
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step == 4 else loss
 
-    with pytest.raises((FloatingPointError, RuntimeError), match=r"not finite|NaN"):
+    with pytest.raises(
+        Diverged, match=r"NaN or infinite at step 5; .*checkpoint-4; .*smaller"
+    ) as e:
         Diverging(model, arguments, train_dataset=blocks).train()
     kept = checkpoint_to_resume(tmp_path)
     assert kept is not None
     assert kept.name == "checkpoint-4"
+    assert e.value.step == 5
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_written(blocks, tmp_path):
+    """The loss of the step was finite, its update was not."""
+    trainer = _trainer("expert", blocks, tmp_path, save_every=2, eval_every=0, log_every=100)
+
+    class Broken(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                next(iter(trainer.model.parameters())).data.fill_(float("nan"))
+
+    trainer.add_callback(Broken())
+    with pytest.raises(Diverged, match=r"at step 4; the last checkpoint is .*checkpoint-2"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-4").exists()

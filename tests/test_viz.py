@@ -2,6 +2,7 @@
 
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -97,6 +98,41 @@ def test_colours_are_readable_and_ordered():
 def test_page_refuses_depths_that_do_not_fit(pieces, depths, message):
     with pytest.raises(ValueError, match=message):
         depth_page(pieces, depths)
+
+
+def test_page_without_an_intro_has_no_empty_paragraph():
+    assert "<p></p>" not in depth_page(["a"], [1])
+    assert "<p>so</p>" in depth_page(["a"], [1], intro="so")
+
+
+def test_pictures_make_their_folder(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.png"
+    plot_text_by_depth(["a"], [1], path)
+    assert path.exists()
+
+
+def test_a_word_of_several_tokens_has_no_gaps(tmp_path):
+    """A column was wider than a character: each token began behind a small gap."""
+    plot_text_by_depth(["m" * 60], [1], tmp_path / "one.png", columns=60)
+    plot_text_by_depth(["m" * 3] * 20, [1] * 20, tmp_path / "many.png", columns=60)
+    dark = []
+    for name in ("one.png", "many.png"):
+        with Image.open(tmp_path / name) as image:
+            text = image.convert("L").crop((0, 0, image.width, image.height // 3))
+            columns = torch.from_numpy(np.array(text)).amin(0)
+        dark.append(columns < 128)
+    first, last = dark[0].nonzero()[[0, -1], 0].tolist()
+    assert abs(dark[1].nonzero()[-1].item() - last) <= 2
+    assert last - first > 0.9 * dark[0].numel()
+
+
+def test_score_histogram_of_several_windows_counts_them_all(tmp_path):
+    model = small_model().eval()
+    with torch.no_grad():
+        routings = [model(torch.arange(3, 23).reshape(1, 20)).routing for _ in range(2)]
+    plot_router_scores(routings, tmp_path / "two.png")
+    plot_router_scores(routings[0], tmp_path / "one.png")
+    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
 
 
 def test_empty_page():
