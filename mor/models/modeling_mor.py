@@ -439,6 +439,17 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         return model
 
     @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """A head that is the embedding is in no file, so the Trainer must not miss it there."""
+        head = getattr(self.lm_head, "weight", None)
+        tied = head is not None and head is getattr(self.get_input_embeddings(), "weight", None)
+        return {"lm_head.weight"} if tied else set()
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, names: Any) -> None:
+        """Transformers collects those of submodules here; they have none."""
+
+    @property
     def routing_metrics(self) -> RoutingMetrics:
         """See `MoRModel.routing_metrics`."""
         return self.model.routing_metrics
