@@ -273,8 +273,6 @@ def convert(
     """Convert a dense checkpoint, with its tokenizer, to a Mixture-of-Recursions one."""
     depth: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     with _one_sentence():
-        _say("Loading PyTorch ...")
-
         from mor.models.authors_options import is_authors_checkpoint
 
         from_authors = authors_config is not None or is_authors_checkpoint(Path(source))
