@@ -195,6 +195,11 @@ class RoutedLayers(nn.Module):
             cache.layers.append(RecursionCacheLayer())
         for slot in self.slots:
             if not isinstance(cache.layers[slot], RecursionCacheLayer):
+                if cache.layers[slot].get_seq_length():
+                    raise ValueError(
+                        "swap: expected past_key_values that this model filled, got keys of layer "
+                        f"{slot} from another"
+                    )
                 cache.layers[slot] = RecursionCacheLayer()
         return [cache.layers[slot] for slot in self.slots]
 

@@ -122,11 +122,11 @@ class _SwappedDecoder(Derived):
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
-            shape = "a mask for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
-                f"swap: attention_mask: expected [B, S], got {shape}; documents packed in a row "
-                "are told apart by position_ids that restart at 0"
+                f"swap: attention_mask: expected [B, S], got {got}; documents packed in a row are "
+                "told apart by position_ids that restart at 0"
             )
         if cache is not None and type(cache) is not DynamicCache:
             raise ValueError(
