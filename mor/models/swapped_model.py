@@ -29,7 +29,6 @@ from mor.models.modeling_mor import (
 )
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.routed_layers import RoutedLayers, SwapCall
-from mor.modules.routers import RouterScore
 
 __all__ = ["SAVED_MODEL_TYPE", "coefficients_of", "install", "span_of", "swapped_class"]
 
@@ -73,8 +72,6 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
     kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
     if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
         raise ValueError(f"swap: expected layers of one attention type, got {kinds}; see MoRConfig")
-    if score := options.get("score"):
-        options["score"] = RouterScore(**score)
     routed = RoutedLayers(kept, model.config, slots, num_recursions, router, **options)
     routed.train(model.training)
     model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))

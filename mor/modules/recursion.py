@@ -104,6 +104,7 @@ class LastRouting(threading.local):
     """
 
     output: RecursionOutput | None = None
+    token_depths: Tensor | None = None
 
     def __reduce__(self) -> Any:
         return LastRouting, ()
