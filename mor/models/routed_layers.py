@@ -74,8 +74,8 @@ class RoutedLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.slots, self.num_dense_layers = slots, config.num_hidden_layers
-        if router is None:
-            raise ValueError("swap: expected router to be expert or token, got None")
+        if router not in ("expert", "token"):
+            raise ValueError(f"swap: expected router to be expert or token, got {router!r}")
         recursion = recursion_with("swap", router, config.hidden_size, num_recursions, options)
         assert recursion is not None
         self.recursion: ExpertChoice | TokenChoice = recursion

@@ -148,7 +148,7 @@ class MixtureOfRecursions(nn.Module):
                 cut = together
             result = self.block(x, *cut[0], **cut[1])
             extra[:] = [result]
-            return _first(result)
+            return _first(result).to(x.dtype)  # autocast may have made it narrower
 
         def block(x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
             if x.shape[0] > 0:

@@ -39,9 +39,9 @@ def recursion_with(
                 "router='expert' or 'token' with them"
             )
         return None
-    kind = {"expert": ExpertChoice, "token": TokenChoice}.get(router)
-    if kind is None:
+    if router not in ("expert", "token"):
         raise ValueError(f"{where}: router: expected expert, token or None, got {router!r}")
+    kind = ExpertChoice if router == "expert" else TokenChoice
     known = [*signature(kind).parameters][2:]  # after hidden_size and num_recursions
     if unknown := sorted({*options} - {*known}):
         raise ValueError(f"{where}: {kind.__name__} has no option {unknown}, only {known}")

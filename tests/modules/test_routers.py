@@ -53,7 +53,7 @@ def test_bad_options():
         Router(8, router_type="conv")
     with pytest.raises(ValueError, match="temperature: expected"):
         Router(8, temperature=-1)
-    with pytest.raises(ValueError, match="router_func: expected one of"):
+    with pytest.raises(ValueError, match="score: expected a function of"):
         RouterScore("relu", 1.0)
 
 
