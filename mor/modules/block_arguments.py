@@ -10,6 +10,8 @@ A tensor among the arguments has one of four layouts (`LAYOUTS`), B sequences of
 
 The caller may name the layout of an argument. Otherwise its name says it where PyTorch or
 Transformers fixed what that name means, or else its shape; a shape that leaves a doubt is refused.
+
+More than 300 lines, so that a layout is described, recognised and cut in one place.
 """
 
 import inspect
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 __all__ = ["LAYOUTS", "BlockArguments", "CallArguments"]
 
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 LAYOUTS = ("token", "mask", "sequence", "whole")
 
 _KNOWN = {
@@ -61,7 +64,8 @@ class BlockArguments:
         layouts: layout of arguments by name, or by position in the call (hidden states are 0).
 
     Raises:
-        ValueError: an argument that the block does not have, an unknown layout.
+        ValueError: an argument that the block does not have, an unknown layout, a block of hidden
+            states [S, B, D].
     """
 
     def __init__(self, block: nn.Module, layouts: Mapping[str | int, str] | None) -> None:
@@ -86,13 +90,20 @@ class BlockArguments:
                     f"hidden states, {names}, got {key!r}"
                 )
             self.layouts[name] = layout
-        heads = {m.num_heads for m in block.modules() if isinstance(m, nn.MultiheadAttention)}
-        takes_heads = isinstance(block, _TAKE_MASKS_OF_HEADS) and len(heads) == 1
-        self.num_heads = heads.pop() if takes_heads else None
+        attentions = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
+        if not isinstance(block, _TAKE_MASKS_OF_HEADS):
+            attentions = []
+        if not all(getattr(module, "batch_first", True) for module in (block, *attentions)):
+            raise ValueError(
+                f"MixtureOfRecursions: expected a block of hidden states [B, S, D], got a "
+                f"{type(block).__name__} of [S, B, D]; make it with batch_first=True"
+            )
+        if isinstance(block, nn.TransformerEncoder):
+            self.layouts.setdefault("mask", "mask")
+        heads = {attention.num_heads for attention in attentions}
+        self.num_heads = heads.pop() if len(heads) == 1 else None
 
-    def of_call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int, length: int
-    ) -> "CallArguments":
+    def of_call(self, given: Given, batch_size: int, length: int) -> "CallArguments":
         """The arguments of one call on hidden states [batch_size, length, D].
 
         Raises:
@@ -100,15 +111,36 @@ class BlockArguments:
                 leaves it open.
         """
 
-        def find(name: str | int) -> Callable[[Tensor], _Found]:
-            return lambda x: _Found(x, self._layout(name, tuple(x.shape), batch_size, length))
+        def find(name: str | int, value: Any) -> Any:
+            return _map(
+                value,
+                Tensor,
+                lambda x: _Found(x, self._layout(name, tuple(x.shape), batch_size, length)),
+            )
 
+        args, kwargs = given
         names = [*self.names, *range(len(self.names) + 1, len(args) + 1)]
-        found_args = tuple(_map(v, Tensor, find(n)) for n, v in zip(names, args, strict=False))
-        found_kwargs = {name: _map(v, Tensor, find(name)) for name, v in kwargs.items()}
-        return CallArguments(
-            args, kwargs, found_args, found_kwargs, batch_size, length, self.num_heads
+        found = (
+            tuple(find(name, value) for name, value in zip(names, args, strict=False)),
+            {name: find(name, value) for name, value in kwargs.items()},
         )
+        return CallArguments(given, found, batch_size, length, self.num_heads)
+
+    def as_taken(self, given: Given, batch_size: int) -> Given:
+        """PyTorch's layers get masks [B or 1, heads or 1, S, S] as [S, S] or [B * heads, S, S]."""
+        heads = self.num_heads
+        if heads is None:
+            return given
+
+        def one(x: Tensor) -> Tensor:
+            if x.dim() != 4 or x.shape[0] not in (1, batch_size):
+                return x
+            if x.shape[:2] == (1, 1):
+                return x[0, 0]
+            return x.expand(batch_size, heads, *x.shape[2:]).flatten(0, 1)
+
+        taken: Given = _map(given, Tensor, one)
+        return taken
 
     def _layout(self, name: str | int, shape: tuple[int, ...], batch_size: int, length: int) -> str:
         given = self.layouts.get(name)
@@ -147,30 +179,26 @@ class CallArguments:
     """The arguments of one call, to be cut as often as its block is called.
 
     Attributes:
-        args, kwargs: as the caller gave them.
-        found_args, found_kwargs: the same, each tensor with its layout.
+        given: positional and keyword arguments as the caller gave them.
+        found: the same, each tensor with its layout.
         batch_size, length: B, S.
         num_heads: of a block that takes masks [B * heads, S, S]; None for others.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    found_args: tuple[Any, ...]
-    found_kwargs: dict[str, Any]
+    given: Given
+    found: Any
     batch_size: int
     length: int
     num_heads: int | None
 
-    def cut(
-        self, sequences: Tensor, tokens: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Positional and keyword arguments for `tokens` [b, k] of `sequences` [b].
+    def cut(self, sequences: Tensor, tokens: Tensor) -> Given | None:
+        """The arguments for `tokens` [b, k] of `sequences` [b].
 
         None if the sequences have to be handed over one at a time: they keep different tokens and
         so see different parts of one mask [S, S], of which the block takes one for all.
         """
         if tokens.shape == (self.batch_size, self.length):
-            return self.args, self.kwargs  # every token of every sequence, in order
+            return self.given  # every token of every sequence, in order
         apart = False
 
         def one(found: _Found) -> Any:
@@ -186,11 +214,10 @@ class CallArguments:
                 return parts.repeat_interleave(self.num_heads, dim=0)
             return _cut(found, sequences, tokens, self.batch_size)
 
-        args = tuple(_map(value, _Found, one) for value in self.found_args)
-        kwargs = {name: _map(value, _Found, one) for name, value in self.found_kwargs.items()}
-        return None if apart else (args, kwargs)
+        cut: Given = _map(self.found, _Found, one)
+        return None if apart else cut
 
-    def of_no_token(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def of_no_token(self) -> Given:
         """Arguments for one token of a batch without tokens: zeros."""
 
         def one(found: _Found) -> Any:
@@ -203,8 +230,8 @@ class CallArguments:
                 shape[0] = self.num_heads or max(1, x.shape[0] // max(self.batch_size, 1))
             return x.new_zeros(shape)
 
-        args = tuple(_map(value, _Found, one) for value in self.found_args)
-        return args, {name: _map(value, _Found, one) for name, value in self.found_kwargs.items()}
+        nothing: Given = _map(self.found, _Found, one)
+        return nothing
 
 
 def _all_the_same(parts: Tensor) -> bool:

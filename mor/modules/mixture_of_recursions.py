@@ -77,11 +77,6 @@ class MixtureOfRecursions(nn.Module):
         super().__init__()
         if num_recursions < 1:
             raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
-        if not getattr(getattr(block, "self_attn", block), "batch_first", True):
-            raise ValueError(
-                f"MixtureOfRecursions: expected a block of hidden states [B, S, D], got a "
-                f"{type(block).__name__} of [S, B, D]; make it with batch_first=True"
-            )
         self.block, self.hidden_size = block, hidden_size
         self.num_recursions = num_recursions
         self.arguments = BlockArguments(block, arguments)
@@ -126,6 +121,7 @@ class MixtureOfRecursions(nn.Module):
         batch_size, length, width = hidden.shape
         if token_mask is not None:
             token_mask = _is_token(token_mask, (batch_size, length))
+        args, kwargs = given = self.arguments.as_taken((args, kwargs), batch_size)
         if self.recursion is None and token_mask is None:
             for _ in range(self.num_recursions):
                 result = self.block(hidden, *args, **kwargs)
@@ -134,7 +130,7 @@ class MixtureOfRecursions(nn.Module):
                 (batch_size, length), self.num_recursions, device=hidden.device
             )
             return result
-        arguments = self.arguments.of_call(args, kwargs, batch_size, length)
+        arguments = self.arguments.of_call(given, batch_size, length)
         extra: list[Any] = []
 
         def call(x: Tensor, sequences: Tensor | None, tokens: Tensor | None) -> Tensor:

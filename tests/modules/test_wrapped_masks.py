@@ -72,6 +72,20 @@ def test_a_wrapped_encoder_layer_takes_its_masks(name, router, training, grad):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("shape", [(1, 1), (B, 1), (1, HEADS), (B, HEADS)], ids=str)
+def test_a_wrapped_encoder_layer_takes_masks_of_four_dimensions(shape, router, training):
+    """It takes none by itself: `expected attn_mask to be None, 2-D or 3-D but found 4-D`."""
+    mask = a_mask_of_each_head().reshape(B, HEADS, S, S)[: shape[0], : shape[1]]
+    alone = mask.expand(B, HEADS, S, S).flatten(0, 1)
+    layer, x = encoder_layer(), torch.randn(B, S, D)
+    mixture = unchanged(layer, router).train(training)
+    torch.testing.assert_close(mixture(x, mask), layer(x, alone))
+    mixture = MixtureOfRecursions(layer, D, 2, router).train(training)
+    torch.testing.assert_close(mixture(x, mask), mixture(x, alone))
+
+
 def loop(mixture, x, visible, layer):
     """The recursions token by token: `visible(b, head, q, k)` is added to the scores."""
     hidden, out, routing = x.clone(), x.clone(), mixture.routing
@@ -144,6 +158,17 @@ def test_pads_of_a_key_padding_mask_are_not_seen(router, batch):
         alone = mixture(x[b : b + 1, :n], src_mask=BLOCKED[:n, :n])
         torch.testing.assert_close(got[b, :n], alone[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(got[b, n:], x[b, n:])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_stack_of_encoder_layers_takes_its_masks(router, training):
+    stack = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+    mixture = unchanged(stack, router).train(training)
+    x, pads = torch.randn(S, S, D), padding().repeat(3, 1)[:S]  # S == B
+    with torch.no_grad():
+        got = mixture(x, BLOCKED, src_key_padding_mask=pads)
+        torch.testing.assert_close(got, stack(x, BLOCKED, src_key_padding_mask=pads))
 
 
 class Attention(nn.Module):
@@ -279,6 +304,8 @@ def test_named_tuples_stay_named_tuples():
 
 def test_an_encoder_layer_that_is_not_batch_first_is_refused():
     """It would take sequences for tokens."""
-    for block in (nn.TransformerEncoderLayer(D, HEADS), nn.GRU(D, D)):
+    layer = nn.TransformerEncoderLayer(D, HEADS)
+    stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for block in (layer, stack, nn.GRU(D, D)):
         with pytest.raises(ValueError, match=r"expected a block of .* with batch_first=True"):
             MixtureOfRecursions(block, D, 2)
