@@ -133,11 +133,12 @@ class _SwappedDecoder(Derived):
                 "swap: expected past_key_values = DynamicCache(config=model.config), got "
                 f"{type(cache).__name__}"
             )
-        if kwargs.get("use_cache") is None and cache is None and self.training:
+        if kwargs.setdefault("use_cache") is None and cache is None and self.training:
             kwargs["use_cache"] = False  # a recomputation would append twice
         call = kwargs.setdefault("mor_call", SwapCall())
         call.attention_mask = mask
-        call.generating = kwargs.pop("generating", call.generating) or cache is not None
+        continued = cache is not None or (self.training and bool(kwargs["use_cache"]))
+        call.generating = kwargs.pop("generating", call.generating) or continued
         return_dict = kwargs.pop("return_dict", None)
         output = self.dense_class.forward(self, return_dict=True, **kwargs)
         routing, coefficients = call.routing, coefficients_of(self.config.mor_swap)
