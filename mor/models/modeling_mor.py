@@ -651,7 +651,9 @@ def refuse_unused(kwargs: dict[str, Any], config: Any, where: str) -> None:
     Raises:
         ValueError: names the argument.
     """
-    asked = {"output_attentions": getattr(config, "output_attentions", False), **kwargs}
+    asked = {**kwargs}
+    if asked.get("output_attentions") is None:
+        asked["output_attentions"] = getattr(config, "output_attentions", False)
     for name, value in asked.items():
         if value is None or value is False:
             continue

@@ -121,6 +121,8 @@ class _SwappedDecoder(Derived):
 
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
+        attentions = kwargs.pop("output_attentions", None)
+        refuse_unused({"output_attentions": attentions}, self.config, "swap")
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
             shape = "a mask for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
@@ -135,6 +137,7 @@ class _SwappedDecoder(Derived):
             )
         if kwargs.setdefault("use_cache") is None and cache is None and self.training:
             kwargs["use_cache"] = False  # a recomputation would append twice
+        inside = "mor_call" in kwargs  # the language model takes no tuple of its decoder
         call = kwargs.setdefault("mor_call", SwapCall())
         call.attention_mask = mask
         continued = cache is not None or (self.training and bool(kwargs["use_cache"]))
@@ -159,7 +162,8 @@ class _SwappedDecoder(Derived):
             router_loss=torch.stack(losses).sum() if losses else None,
             routing=routing,
         )
-        return call.output.to_tuple() if wants_tuple(return_dict, self.config) else call.output
+        as_tuple = not inside and wants_tuple(return_dict, self.config)
+        return call.output.to_tuple() if as_tuple else call.output
 
 
 class _SwappedModel(Derived):
@@ -191,8 +195,6 @@ class _SwappedModel(Derived):
 
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
-        attentions = kwargs.pop("output_attentions", None)
-        refuse_unused({"output_attentions": attentions}, self.config, "swap")
         call = kwargs["mor_call"] = SwapCall(generating=kwargs.pop("generating", False))
         return_dict = kwargs.pop("return_dict", None)
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
