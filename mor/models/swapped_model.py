@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mor.models.attention import check_attention
@@ -31,10 +31,11 @@ from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.routed_layers import RoutedLayers, SwapCall
 from mor.modules.routers import RouterScore
 
-__all__ = ["SAVED_MODEL_TYPE", "coefficients_of", "install", "span_of", "swapped_class"]
+__all__ = ["coefficients_of", "install", "saved_config", "span_of", "swapped_class"]
 
 #: In the saved configuration, so that Auto classes refuse what they would load as a dense model.
-SAVED_MODEL_TYPE = "mor_swap"
+_SAVED_MODEL_TYPE = "mor_swap"
+_DENSE_MODEL_TYPE = "dense_model_type"
 
 _COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
 
@@ -46,7 +47,6 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
         options.pop(name) for name in ("layers", "num_recursions", "router")
     )
     options.pop("loss_coefficients", None)
-    options.pop("model_type", None)  # of a saved configuration
     coefficients_of(settings)
     stack, span = model.model.layers, span_of(layers)
     if not 0 <= span.start < span.stop <= len(stack):
@@ -79,6 +79,7 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
     routed.train(model.training)
     model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
     model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
+    model.model.layers.training = model.training
     return routed
 
 
@@ -193,6 +194,12 @@ class _SwappedModel(Derived):
         install(self, config.mor_swap)
         self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `mor.load_swapped`: what trainers load a model's checkpoints by."""
+        config = saved_config(path, **kwargs) if config is None else config
+        return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
+
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
         call = kwargs["mor_call"] = SwapCall(generating=kwargs.pop("generating", False))
@@ -241,14 +248,31 @@ class _SwappedModel(Derived):
         self.dense_class.save_pretrained(self, save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "mor_swap" in values and values["model_type"] != SAVED_MODEL_TYPE:
-            values["mor_swap"]["model_type"] = values["model_type"]
-            values["model_type"] = SAVED_MODEL_TYPE
+        if "mor_swap" in values and values["model_type"] != _SAVED_MODEL_TYPE:
+            # Not inside mor_swap: Transformers looks for a "model_type" in what a file holds.
+            values |= {_DENSE_MODEL_TYPE: values["model_type"], "model_type": _SAVED_MODEL_TYPE}
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:  # which saves once more, and uploads
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.get("repo_id") or Path(save_directory).name
             )
+
+
+def saved_config(path: str | Path, **kwargs: Any) -> Any:
+    """The dense model's configuration, `mor_swap` in it, that `save_pretrained` wrote.
+
+    Args:
+        path: the directory, or a name on the hub.
+        **kwargs: of `from_pretrained`, those that say which files among them.
+
+    Raises:
+        ValueError: a model that was not swapped.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+    if not values.get("mor_swap"):
+        raise ValueError(f"load_swapped: {path} holds no swapped model (no mor_swap in its config)")
+    kind = values.pop(_DENSE_MODEL_TYPE, values["model_type"])
+    return CONFIG_MAPPING[kind].from_dict({**values, "model_type": kind})
 
 
 def swapped_class(dense: type[PreTrainedModel]) -> Any:
