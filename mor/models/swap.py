@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from mor.models.swapped_model import install, saved_config, span_of, swapped_class
@@ -77,8 +76,9 @@ def swap(
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in SWAPPABLE:
         raise ValueError(f"swap: expected a model of one of {list(SWAPPABLE)}, got {kind!r}")
-    if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
-        raise ValueError(f"swap: expected a model with model.layers, got {type(model).__name__}")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    if not isinstance(model, causal):
+        raise ValueError(f"swap: expected a {causal.__name__}, got {type(model).__name__}")
     if isinstance(options.get("score"), RouterScore):
         options["score"] = asdict(options["score"])
     span = span_of(layers)

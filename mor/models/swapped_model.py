@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrai
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mor.models.attention import check_attention
+from mor.models.configuration_mor import MoRConfig
 from mor.models.derived_class import Derived, derived_class
 from mor.models.modeling_mor import (
     at_least_one,
@@ -80,6 +81,8 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
     model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
     model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
     model.model.layers.training = model.training
+    # What the Trainer does not gather when it evaluates.
+    model.config.keys_to_ignore_at_inference = MoRConfig.keys_to_ignore_at_inference
     return routed
 
 
@@ -125,17 +128,22 @@ class _SwappedDecoder(Derived):
         attentions = kwargs.pop("output_attentions", None)
         refuse_unused({"output_attentions": attentions}, self.config, "swap")
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
-            shape = "a mask for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
-            raise ValueError(
-                f"swap: attention_mask: expected [B, S], got {shape}; documents packed in a row "
-                "are told apart by position_ids that restart at 0"
-            )
         if cache is not None and type(cache) is not DynamicCache:
             raise ValueError(
                 "swap: expected past_key_values = DynamicCache(config=model.config), got "
                 f"{type(cache).__name__}"
             )
+        if mask is not None:
+            ids = kwargs.get("input_ids")
+            batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+            want = [batch, length + (0 if cache is None else cache.get_seq_length())]
+            got = "one for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
+            if got != want:
+                raise ValueError(
+                    f"swap: attention_mask: expected shape {want} (past columns among them), got "
+                    f"{got}; documents packed in a row are told apart by position_ids that restart "
+                    "at 0"
+                )
         if kwargs.setdefault("use_cache") is None and cache is None and self.training:
             kwargs["use_cache"] = False  # a recomputation would append twice
         inside = "mor_call" in kwargs  # the language model takes no tuple of its decoder
@@ -214,23 +222,21 @@ class _SwappedModel(Derived):
         loss = lm_loss = output.loss
         if loss is not None and labels is not None and base.router_loss is not None:
             loss = loss + batch_share(count, items) * base.router_loss
-        if isinstance(output, CausalLMOutputWithPast):
-            output = MoRCausalLMOutput(
-                loss=loss,
-                logits=output.logits,
-                past_key_values=output.past_key_values,
-                hidden_states=output.hidden_states,
-                token_depths=base.token_depths,
-                lm_loss=lm_loss,
-                aux_loss=base.aux_loss,
-                z_loss=base.z_loss,
-                balancing_loss=base.balancing_loss,
-                router_loss=base.router_loss,
-                routing=base.routing,
-            )
-        else:  # a head of another kind
-            output.loss = loss
-        return output.to_tuple() if wants_tuple(return_dict, self.config) else output
+        assert isinstance(output, CausalLMOutputWithPast)
+        routed = MoRCausalLMOutput(
+            loss=loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            token_depths=base.token_depths,
+            lm_loss=lm_loss,
+            aux_loss=base.aux_loss,
+            z_loss=base.z_loss,
+            balancing_loss=base.balancing_loss,
+            router_loss=base.router_loss,
+            routing=base.routing,
+        )
+        return routed.to_tuple() if wants_tuple(return_dict, self.config) else routed
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the dense model, in training mode too.
@@ -238,7 +244,7 @@ class _SwappedModel(Derived):
         Raises:
             ValueError: a cache_implementation other than dynamic, or assistant_early_exit.
         """
-        refuse_generation_options(self.generation_config, kwargs)
+        refuse_generation_options(self.generation_config, args, kwargs)
         return self.dense_class.generate(self, *args, **kwargs)
 
     def save_pretrained(
@@ -248,6 +254,7 @@ class _SwappedModel(Derived):
         self.dense_class.save_pretrained(self, save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        values.pop("keys_to_ignore_at_inference", None)
         if "mor_swap" in values and values["model_type"] != _SAVED_MODEL_TYPE:
             # Not inside mor_swap: Transformers looks for a "model_type" in what a file holds.
             values |= {_DENSE_MODEL_TYPE: values["model_type"], "model_type": _SAVED_MODEL_TYPE}

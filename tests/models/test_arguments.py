@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, Trainer, TrainingArguments
 
 from mor import MoRModel
 
@@ -34,12 +34,14 @@ def test_masks_of_any_dtype_mean_the_same(model, dtype):
 
 
 def test_masks_that_are_not_read_are_refused(model):
-    """Masks of four dimensions, and masks that are added to scores, were taken for masks of ones."""
+    """Masks of four dimensions, and masks added to scores, were taken for masks of ones."""
     tokens = prompts(2, 6)
     seen = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     added = torch.zeros(2, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)
     for mask in (seen, added):
-        with pytest.raises(ValueError, match=r"attention_mask: expected .*position_ids that restart"):
+        with pytest.raises(
+            ValueError, match=r"attention_mask: expected .*position_ids that restart"
+        ):
             model(tokens, attention_mask=mask)
     with pytest.raises(ValueError, match="attention_mask"):
         model(tokens, attention_mask=torch.zeros(2, 6).masked_fill(torch.ones(2, 6) == 0, -1e9) - 1)
@@ -56,6 +58,24 @@ def test_document_numbers_in_the_mask_keep_documents_apart(router, training):
     for row, start, end in ((0, 0, 3), (0, 3, 7), (1, 1, 4), (1, 4, 6), (1, 6, 7)):
         want = model(tokens[row : row + 1, start:end]).logits[0]
         torch.testing.assert_close(got[row, start:end], want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 9), (1, 6), (6,)])
+def test_masks_of_other_sizes_are_refused(model, shape):
+    tokens, cache = prompts(2, 6), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        model(tokens[:, 4:], attention_mask=torch.ones(shape), past_key_values=cache)
+
+
+def test_masks_of_a_swapped_model_name_the_past():
+    """Its dense layers took a mask of this call's columns for one of the first columns."""
+    model, tokens = small_swapped().eval(), prompts(2, 6)
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"expected shape \[2, 6\] \(past columns among them\)"):
+        model(tokens[:, 4:], attention_mask=torch.ones(2, 2), past_key_values=cache)
 
 
 def test_document_numbers_are_refused_where_they_cannot_be_used():
@@ -208,19 +228,24 @@ def test_attention_weights_are_refused(model):
             call(prompts(1, 4))
 
 
-@pytest.mark.parametrize("given", ["argument", "model", "config"])
+@pytest.mark.parametrize(
+    "given", ["argument", "model", "model-beside-config", "config", "position"]
+)
 def test_early_exit_is_refused_and_leaves_the_configuration(model, given):
     """The number of layers in the configuration stayed at the draft's."""
     tokens, options = prompts(1, 6), {"max_new_tokens": 4, "do_sample": False}
-    want, more = model.generate(tokens, **options), {}
+    want, more, config = model.generate(tokens, **options), {}, []
     if given == "argument":
         more = {"assistant_early_exit": 2}
-    elif given == "model":
-        model.generation_config.assistant_early_exit = 2
-    else:
+    elif given == "config":
         more = {"generation_config": GenerationConfig(assistant_early_exit=2)}
+    elif given == "position":
+        config = [GenerationConfig(assistant_early_exit=2)]
+    else:
+        model.generation_config.assistant_early_exit = 2
+        more = {} if given == "model" else {"generation_config": GenerationConfig()}
     with pytest.raises(ValueError, match="assistant_early_exit=2 is not supported"):
-        model.generate(tokens, **options, **more)
+        model.generate(tokens, *config, **options, **more)
     assert model.config.num_hidden_layers == 8
     model.generation_config.assistant_early_exit = None
     assert torch.equal(model.generate(tokens, **options), want)
@@ -277,3 +302,21 @@ def test_hidden_states_and_logits_of_generation(model):
     assert out.hidden_states[1][-1].shape == (2, 1, 64)
     sequences, _ = generate_greedily(model, tokens, mask, steps=3)
     assert torch.equal(out.sequences, sequences)
+
+
+def test_the_trainer_evaluates_with_metrics(make, tmp_path):
+    """It waited for shift_labels, and gave no loss; or could not gather the routing."""
+    rows = [{"input_ids": t, "labels": t} for t in prompts(6, 8)]
+    arguments = TrainingArguments(
+        tmp_path, report_to="none", use_cpu=True, per_device_eval_batch_size=4, disable_tqdm=True
+    )
+    shapes = []
+
+    def metrics(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {"seen": 1.0}
+
+    found = Trainer(make(), arguments, eval_dataset=rows, compute_metrics=metrics).evaluate()
+    assert found["eval_seen"] == 1.0
+    assert found["eval_loss"] > 0
+    assert shapes == [(6, 8, 97)]

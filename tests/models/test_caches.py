@@ -1,4 +1,4 @@
-"""Caches: chunks with pads and holes, cropping, gradients, inference mode, other people's caches."""
+"""Caches: chunks with pads and holes, cropping, gradients, inference mode, foreign caches."""
 
 import copy
 
@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from .conftest import MODELS, small_llama, small_model, small_swapped
 from .test_generation import padded, prompts
+
 
 def alone(model, tokens, mask):
     """Logits of each row without its pads."""
@@ -81,7 +82,9 @@ def test_a_prompt_in_chunks_generates_what_it_does_whole(kind, side):
     assert torch.equal(model.generate(tokens, prefill_chunk_size=4, **options), want)
 
 
-@pytest.mark.parametrize(("mask", "removed"), [("right", 3), ("right-chunk-of-pads", 5), ("holes", 2)])
+@pytest.mark.parametrize(
+    ("mask", "removed"), [("right", 3), ("right-chunk-of-pads", 5), ("holes", 2)]
+)
 def test_cropping_removes_columns_not_tokens(make, mask, removed):
     """Rows that ended in pads lost as many tokens as others lost columns."""
     model, mask = make().eval(), torch.tensor(MASKS[mask])

@@ -120,7 +120,10 @@ def test_other_architectures_are_refused_and_left_alone(kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"attention_dropout": 0.1}, {"layer_types": ["full_attention", "sliding_attention"] * 3, "use_sliding_window": True}],
+    [
+        {"attention_dropout": 0.1},
+        {"layer_types": ["full_attention", "sliding_attention"] * 3, "use_sliding_window": True},
+    ],
     ids=["dropout", "windows"],
 )
 def test_options_that_cannot_be_swapped_are_refused_and_the_model_left_alone(options):
@@ -143,3 +146,12 @@ def test_wrong_options_leave_the_model_alone(options):
         mor.swap(dense, (1, 5), 2, **options)
     assert (type(dense), dense.config.to_dict(), [type(m) for m in dense.modules()]) == before
     assert all(layer.self_attn.config is dense.config for layer in dense.model.layers)
+
+
+def test_models_with_another_head_are_refused_and_left_alone():
+    """The first call of a swapped classifier ended in an AttributeError."""
+    dense = transformers.LlamaForSequenceClassification(dense_model("llama").config)
+    before = type(dense), [type(m) for m in dense.modules()]
+    with pytest.raises(ValueError, match="expected a LlamaForCausalLM, got LlamaForSeq"):
+        mor.swap(dense, (1, 5), 2)
+    assert (type(dense), [type(m) for m in dense.modules()]) == before
