@@ -1,27 +1,41 @@
-"""Router losses for TRL, whose trainers compute the language-model loss without our forward."""
+"""Router losses for TRL, whose trainers compute their losses without our forward."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from mor.models.modeling_mor import MoRModel, batch_share
-from mor.models.outputs import MoRModelOutput
+from mor.models.modeling_mor import MoRModel, batch_share, num_targets
+from mor.models.routed_layers import RoutedLayers
+from mor.models.router_losses import collect_router_losses
 from mor.training import loss_scale
 
 __all__ = ["RouterLossMixin"]
 
 
 class RouterLossMixin:
-    """Adds the weighted router losses to the loss of TRL's `SFTTrainer`.
+    """Adds the weighted router losses to the loss of TRL's trainers.
 
-    That trainer takes hidden states from the base model and computes its own loss on them, so the
-    router losses that `MoRForCausalLM.forward` adds would be left out, without an error. Weighted
-    as there: by the batch's share of `num_items_in_batch`. Evaluation is left as it is.
+    `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer` take hidden states
+    from the decoder and compute their own loss on them, so the router losses that
+    `MoRForCausalLM.forward` adds would be left out. The mixin stands before any of them, for MoR
+    and swapped models, also inside PEFT. An optimizer step minimises the trainer's loss plus the
+    mean router loss of its batches, whatever the accumulation: weighted by a batch's share of the
+    targets where the trainer's loss is (SFT), equal for all batches elsewhere. Evaluation and
+    reference models are left as they are.
 
     Example:
         >>> class MoRSFTTrainer(RouterLossMixin, SFTTrainer):  # doctest: +SKIP
         ...     pass
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the trainer's arguments."""
+        super().__init__(*args, **kwargs)
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        if arguments.ddp_find_unused_parameters is None:
+            # The Trainer's default is to search the graph of the output, which lacks the router
+            # losses, and so to take auxiliary routers for unused. Nothing is: every layer runs.
+            arguments.ddp_find_unused_parameters = False
 
     def compute_loss(
         self,
@@ -33,24 +47,34 @@ class RouterLossMixin:
         """As the trainer, plus the router losses while the model trains.
 
         Raises:
-            ValueError: a model without a `MoRModel` in it.
+            ValueError: a model without MoR layers in it, or a compiled one.
         """
-        base = next((m for m in model.modules() if isinstance(m, MoRModel)), None)
-        if base is None:
+        if not any(isinstance(module, MoRModel | RoutedLayers) for module in model.modules()):
             raise ValueError(f"RouterLossMixin: expected a MoR model, got {type(model).__name__}")
-        outputs: list[MoRModelOutput] = []
-        hook = base.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
+        labels = inputs.get("labels")
+        with collect_router_losses() as collected:
             result = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs, num_items_in_batch
             )
-        finally:
-            hook.remove()
-        router_loss = outputs[0].router_loss
-        if not model.training or router_loss is None:
+        if not model.training:
             return result
-        share = batch_share(inputs["labels"], num_items_in_batch)
-        share = share * loss_scale(self, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        loss = loss + share * router_loss
+        if collected.calls == 0:
+            raise ValueError(
+                "RouterLossMixin: expected a model that is not compiled: no router loss leaves "
+                "compiled code beside the output; compile single layers instead"
+            )
+        router_loss = collected.mean()
+        if router_loss is None:
+            return result
+        weight = self._weight(labels, num_items_in_batch)
+        loss = (result[0] if return_outputs else result) + weight * router_loss
         return (loss, *result[1:]) if return_outputs else loss
+
+    def _weight(self, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Any:
+        """Of a batch's router loss, before the Trainer divides by the accumulation (or not)."""
+        trainer: Any = self
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None and labels is not None:
+            share = batch_share(num_targets(labels), num_items_in_batch)
+            return share * loss_scale(self, num_items_in_batch)
+        return 1 / trainer.current_gradient_accumulation_steps if scaled else 1

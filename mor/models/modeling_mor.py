@@ -32,6 +32,7 @@ from mor.models.construction import base_model, initialise, recursion
 from mor.models.conversion import initialise_from_dense, source_layers
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.relaxation import initialise_adapters, relax
+from mor.models.router_losses import TellsLostLosses, hand_over, take_back
 from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
@@ -269,6 +270,7 @@ class MoRModel(MoRPreTrainedModel):
             router_loss=_router_loss(routing, self.config),
             routing=routing,
         )
+        hand_over(output.router_loss, self.training)
         return output.to_tuple() if wants_tuple(return_dict, self.config) else output
 
     def _uses_cache(self, use_cache: bool | None, cache: Cache | None, generating: bool) -> bool:
@@ -344,7 +346,7 @@ class MoRModel(MoRPreTrainedModel):
         return hidden, routing
 
 
-class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
+class MoRForCausalLM(TellsLostLosses, MoRPreTrainedModel, GenerationMixin):
     """Language model with a (tied, if the dense model's is) head; trains, saves and generates.
 
     Example:
@@ -524,6 +526,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             loss = lm_loss.clone()  # the Trainer scales it in place
             if base.router_loss is not None:
                 loss = lm_loss + batch_share(count, num_items_in_batch) * base.router_loss
+                take_back(base.router_loss)
         output = MoRCausalLMOutput(
             loss=loss,
             logits=logits,

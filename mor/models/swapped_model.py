@@ -30,6 +30,7 @@ from mor.models.modeling_mor import (
 )
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.routed_layers import RoutedLayers, SwapCall
+from mor.models.router_losses import TellsLostLosses, hand_over, take_back
 
 __all__ = ["coefficients_of", "install", "saved_config", "span_of", "swapped_class"]
 
@@ -168,11 +169,12 @@ class _SwappedDecoder(Derived):
             router_loss=torch.stack(losses).sum() if losses else None,
             routing=routing,
         )
+        hand_over(call.output.router_loss, self.training)
         as_tuple = not inside and wants_tuple(return_dict, self.config)
         return call.output.to_tuple() if as_tuple else call.output
 
 
-class _SwappedModel(Derived):
+class _SwappedModel(TellsLostLosses, Derived):
     """Before the class of a dense language model (`LlamaForCausalLM`)."""
 
     config: Any
@@ -219,6 +221,7 @@ class _SwappedModel(Derived):
         loss = lm_loss = output.loss
         if loss is not None and labels is not None and base.router_loss is not None:
             loss = loss + batch_share(count, items) * base.router_loss
+            take_back(base.router_loss)
         assert isinstance(output, CausalLMOutputWithPast)
         routed = MoRCausalLMOutput(
             loss=loss,
