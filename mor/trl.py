@@ -28,14 +28,16 @@ class RouterLossMixin:
         ...     pass
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the trainer's arguments."""
-        super().__init__(*args, **kwargs)
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer, but DDP looks for no unused parameters unless told to.
+
+        It would search the graph of the output, which lacks the router losses, and take auxiliary
+        routers for unused. No parameter is: every layer runs in every step.
+        """
         arguments: Any = self.args  # type: ignore[attr-defined]
         if arguments.ddp_find_unused_parameters is None:
-            # The Trainer's default is to search the graph of the output, which lacks the router
-            # losses, and so to take auxiliary routers for unused. Nothing is: every layer runs.
             arguments.ddp_find_unused_parameters = False
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def compute_loss(
         self,
