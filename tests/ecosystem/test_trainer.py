@@ -5,6 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from mor import MoRForCausalLM
+from mor.training import MoRTrainer
 
 from .conftest import ROUTING, random_tokens, tiny_model
 
@@ -93,3 +94,59 @@ def test_saves_evaluates_and_checkpoints_gradients(routing, tmp_path):
     inputs = torch.stack([row["input_ids"] for row in rows])
     output = loaded(inputs, labels=inputs)
     assert metrics["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def smoothed(logits: torch.Tensor, tokens: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Smoothed cross-entropy of the next tokens."""
+    log = logits[:, :-1].log_softmax(-1)
+    picked = log.gather(2, tokens[:, 1:, None]).mean()
+    return -(1 - epsilon) * picked - epsilon * log.mean()
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+@pytest.mark.parametrize("kind", [Trainer, MoRTrainer])
+def test_losses_of_ones_own_saw_unshifted_labels(kind, how, tmp_path):
+    """The Trainer keeps the labels to itself; router losses are MoRTrainer's to add."""
+    seen = []
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        seen.append(labels)
+        return smoothed(outputs.logits, labels, 0.1)
+
+    smoothing = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+    own = {} if smoothing else {"compute_loss_func": own_loss}
+    model, tokens = tiny_model(router_aux_coef=1.0), random_tokens(2, 12)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], **smoothing)
+    trainer = kind(model, arguments, **own)
+    loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens.clone()})
+    output = model(tokens)
+    want = smoothed(output.logits, tokens, 0.1)
+    if kind is MoRTrainer:
+        want = want + output.router_loss
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    assert len(seen) == len(own)
+
+
+@pytest.mark.parametrize("name", ROUTING)
+@pytest.mark.parametrize("kind", [Trainer, MoRTrainer])
+def test_step_without_targets_made_every_weight_nan(kind, name, tmp_path):
+    tokens = random_tokens(2, 12)
+    rows = dataset(tokens, torch.full_like(tokens, -100))
+    model = tiny_model(**ROUTING[name])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        weight_decay=0.0,
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = kind(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
