@@ -76,7 +76,10 @@ class RoutedLayers(nn.Module):
         self.slots, self.num_dense_layers = slots, config.num_hidden_layers
         kind = {"expert": ExpertChoice, "token": TokenChoice}.get(router)
         if kind is None:
-            raise ValueError(f"swap: expected router to be expert or token, got {router!r}")
+            raise ValueError(
+                f"swap: expected router to be expert or token, got {router!r}; for recursion "
+                "without a router, MoRForCausalLM.from_dense(model, router=None)"
+            )
         known = [*signature(kind).parameters][2:]  # after hidden_size and num_recursions
         if unknown := sorted({*options} - {*known}):
             raise ValueError(f"swap: {kind.__name__} has no option {unknown}, only {known}")
