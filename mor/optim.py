@@ -46,6 +46,6 @@ def parameter_groups(
     if aux_router_learning_rate is not None and not groups[2]["params"]:
         raise ValueError(
             "parameter_groups: aux_router_learning_rate needs a model with auxiliary routers "
-            "(router_aux='router')"
+            "(MoRConfig's router_aux='router', or aux='router')"
         )
     return [group for group in groups if group["params"]]

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from mor.models.unrolled import states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.packing import Packing, pack
 from mor.modules.recursion import LastRouting, RecursionOutput
+from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
 
 __all__ = ["RoutedLayers", "SwapCall"]
@@ -74,18 +74,14 @@ class RoutedLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.slots, self.num_dense_layers = slots, config.num_hidden_layers
-        kind = {"expert": ExpertChoice, "token": TokenChoice}.get(router)
-        if kind is None:
+        if router not in ("expert", "token"):
             raise ValueError(
                 f"swap: expected router to be expert or token, got {router!r}; for recursion "
                 "without a router, MoRForCausalLM.from_dense(model, router=None)"
             )
-        known = [*signature(kind).parameters][2:]  # after hidden_size and num_recursions
-        if unknown := sorted({*options} - {*known}):
-            raise ValueError(f"swap: {kind.__name__} has no option {unknown}, only {known}")
-        self.recursion: ExpertChoice | TokenChoice = kind(
-            config.hidden_size, num_recursions, **options
-        )
+        recursion = recursion_with("swap", router, config.hidden_size, num_recursions, options)
+        assert recursion is not None
+        self.recursion: ExpertChoice | TokenChoice = recursion
         attention = copy.deepcopy(config)
         attention._attn_implementation = "mor"
         for layer in self.layers:
@@ -198,6 +194,11 @@ class RoutedLayers(nn.Module):
             cache.layers.append(RecursionCacheLayer())
         for slot in self.slots:
             if not isinstance(cache.layers[slot], RecursionCacheLayer):
+                if cache.layers[slot].get_seq_length():
+                    raise ValueError(
+                        "swap: expected past_key_values that this model filled, got keys of layer "
+                        f"{slot} from another"
+                    )
                 cache.layers[slot] = RecursionCacheLayer()
         return [cache.layers[slot] for slot in self.slots]
 

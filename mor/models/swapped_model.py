@@ -29,7 +29,6 @@ from mor.models.modeling_mor import (
 )
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.routed_layers import RoutedLayers, SwapCall
-from mor.modules.routers import RouterScore
 
 __all__ = ["SAVED_MODEL_TYPE", "coefficients_of", "install", "span_of", "swapped_class"]
 
@@ -73,8 +72,6 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
     kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
     if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
         raise ValueError(f"swap: expected layers of one attention type, got {kinds}; see MoRConfig")
-    if score := options.get("score"):
-        options["score"] = RouterScore(**score)
     routed = RoutedLayers(kept, model.config, slots, num_recursions, router, **options)
     routed.train(model.training)
     model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
@@ -122,11 +119,11 @@ class _SwappedDecoder(Derived):
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
-            shape = "a mask for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
-                f"swap: attention_mask: expected [B, S], got {shape}; documents packed in a row "
-                "are told apart by position_ids that restart at 0"
+                f"swap: attention_mask: expected [B, S], got {got}; documents packed in a row are "
+                "told apart by position_ids that restart at 0"
             )
         if cache is not None and type(cache) is not DynamicCache:
             raise ValueError(

@@ -86,14 +86,14 @@ class ExpertChoice(nn.Module):
         super().__init__()
         self.capacities = check_capacities(capacities, num_recursions)
         if gating not in GATINGS:
-            raise ValueError(f"router_gating: expected one of {GATINGS}, got {gating!r}")
+            raise ValueError(f"gating: expected one of {GATINGS}, got {gating!r}")
         for name, value in (("train_routing", train_routing), ("eval_routing", eval_routing)):
             if value not in ("threshold", "topk"):
                 raise ValueError(f"{name}: expected threshold or topk, got {value!r}")
         if aux not in ("loss", "router", None):
-            raise ValueError(f"router_aux: expected loss, router or None, got {aux!r}")
+            raise ValueError(f"aux: expected loss, router or None, got {aux!r}")
         if score.function == "softmax":
-            raise ValueError("router_func: softmax needs several outputs; expert-choice has one")
+            raise ValueError("score: softmax needs several outputs; expert-choice has one")
         self.random = router_type == "random"
         self.score = RouterScore("none", score.alpha) if self.random else score
         self.gating = gating

@@ -12,6 +12,9 @@ _POSITIONS = 1 << 14
 class RoutingMetrics:
     """Counts how tokens are routed since the last `reset`; sums stay on the device until `compute`.
 
+    The routers call `update` and `update_choice` in every forward; whoever logs calls `compute`,
+    and then `reset`.
+
     Metrics (paper, section 4.2 and appendix): `selected_share_r`, share of all tokens that take
     recursion r (1-based); `sampling_accuracy`, share of candidates for which the threshold agrees
     with the selection by rank (expert-choice in training); `entropy`, of the mean selection

@@ -1,14 +1,16 @@
 """MixtureOfRecursions: any block of an existing model, used several times on routed tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mor.modules.block_arguments import BlockArguments
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.packing import Packing, pack
 from mor.modules.recursion import LastRouting, RecursionOutput
+from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
 
 __all__ = ["MixtureOfRecursions"]
@@ -18,29 +20,46 @@ class MixtureOfRecursions(nn.Module):
     """Wraps a block so that a router decides how often each token goes through it.
 
     The block is any module whose first input and (first) output are hidden states [B, S, D]. It is
-    called on the selected tokens of each sequence, in order, as shorter sequences; arguments that
-    have one entry per token are cut to the same tokens: tensors [B or 1, S, ...] (positions, rotary
-    embeddings, a padding mask) and masks [B or 1, heads or 1, S, S], also inside tuples. Pads are
-    named by `token_mask`; sequences that keep different numbers of tokens are called one length at
-    a time, so the block never sees a pad.
+    called on the selected tokens of each sequence, in order, as shorter sequences, and so are its
+    other arguments: what has one entry per token ([B or 1, S, ...]: positions, rotary embeddings,
+    `src_key_padding_mask`) and masks ([S, S], [B * heads, S, S] or [B or 1, heads or 1, S, S]) are
+    cut to the same tokens, also inside tuples, lists and dicts. Pads are named by `token_mask`;
+    sequences that keep different numbers of tokens are called one length at a time, so the block
+    never sees a pad. A block that keeps state between calls, as in a key/value cache, cannot be
+    wrapped.
+
+    What an argument is follows from its name, where PyTorch or Transformers fixed that
+    (`src_mask`), or else from its shape. What could be several things, as a mask [S, S] of a block
+    of your own when S = B, is refused until `arguments` names it.
 
     Args:
         block: the module to wrap.
         hidden_size: D.
-        num_recursions: R.
+        num_recursions: R. One recursion is useful too: with `capacities=[0.5]` half of the tokens
+            skip the block.
         router: "expert", "token" or None (every token takes every recursion).
-        **options: of `ExpertChoice` or `TokenChoice`.
+        arguments: for arguments of the block, by name or position (hidden states are 0): "token",
+            "mask", "sequence" (one entry per sequence, as the memory of cross-attention) or
+            "whole" (handed over as it is).
+        **options: of `ExpertChoice` or `TokenChoice`; `score` also as a dict of `RouterScore`'s
+            fields.
 
     Attributes:
         routing: the `RecursionOutput` of this thread's last call, with its losses; add
             `routing.aux_loss` (expert-choice) or `routing.balancing_loss` (token-choice), times a
             coefficient, to the loss.
+        token_depths: [B, S] recursions that each token took in this thread's last call; 0 for pads.
+
+    Raises:
+        ValueError: an option that the router does not have, or a value that it does not take.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         >>> layer = MixtureOfRecursions(block, 8, num_recursions=3)
         >>> layer(torch.randn(2, 6, 8)).shape
         torch.Size([2, 6, 8])
+        >>> layer.token_depths.shape
+        torch.Size([2, 6])
 
     Reference: MoR paper, section 2.2.
     """
@@ -51,6 +70,8 @@ class MixtureOfRecursions(nn.Module):
         hidden_size: int,
         num_recursions: int,
         router: str | None = "expert",
+        *,
+        arguments: Mapping[str | int, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -58,21 +79,21 @@ class MixtureOfRecursions(nn.Module):
             raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
         self.block, self.hidden_size = block, hidden_size
         self.num_recursions = num_recursions
-        self.recursion: ExpertChoice | TokenChoice | None
-        if router == "expert":
-            self.recursion = ExpertChoice(hidden_size, num_recursions, **options)
-        elif router == "token":
-            self.recursion = TokenChoice(hidden_size, num_recursions, **options)
-        elif router is None and not options:
-            self.recursion = None
-        else:
-            raise ValueError(f"router: expected expert, token or None, got {router!r} {options}")
+        self.arguments = BlockArguments(block, arguments)
+        self.recursion: ExpertChoice | TokenChoice | None = recursion_with(
+            "MixtureOfRecursions", router, hidden_size, num_recursions, options
+        )
         self._last = LastRouting()
 
     @property
     def routing(self) -> RecursionOutput | None:
-        """The `RecursionOutput` of this thread's last call."""
+        """The `RecursionOutput` of this thread's last call; None without a router."""
         return self._last.output
+
+    @property
+    def token_depths(self) -> Tensor | None:
+        """[B, S] int64: the recursions that each token took in this thread's last call."""
+        return self._last.token_depths
 
     def forward(
         self, hidden: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any
@@ -89,7 +110,8 @@ class MixtureOfRecursions(nn.Module):
             What the block returns in its last call, its first output replaced by [B, S, D].
 
         Raises:
-            ValueError: hidden states of another rank or width, a mask of another shape.
+            ValueError: hidden states of another rank or width, a token_mask of another shape, an
+                argument whose layout is left open.
         """
         if hidden.dim() != 3 or hidden.shape[2] != self.hidden_size:
             raise ValueError(
@@ -97,38 +119,89 @@ class MixtureOfRecursions(nn.Module):
                 f"{list(hidden.shape)}"
             )
         batch_size, length, width = hidden.shape
-        if self.recursion is None:
+        if token_mask is not None:
+            token_mask = _is_token(token_mask, (batch_size, length))
+        args, kwargs = given = self.arguments.as_taken((args, kwargs), batch_size)
+        if self.recursion is None and token_mask is None:
             for _ in range(self.num_recursions):
                 result = self.block(hidden, *args, **kwargs)
                 hidden = _first(result)
+            self._last.token_depths = torch.full(
+                (batch_size, length), self.num_recursions, device=hidden.device
+            )
             return result
+        arguments = self.arguments.of_call(given, batch_size, length)
         extra: list[Any] = []
 
-        def block(x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
-            def call(hidden: Tensor, sequences: Tensor, tokens: Tensor) -> Tensor:
-                cut = _cutter(batch_size, length, sequences, tokens)
-                result = self.block(
-                    hidden, *map(cut, args), **{k: cut(v) for k, v in kwargs.items()}
-                )
-                extra[:] = [result]
-                return _first(result)
+        def call(x: Tensor, sequences: Tensor | None, tokens: Tensor | None) -> Tensor:
+            if sequences is None or tokens is None:
+                cut = arguments.of_no_token()
+            else:
+                together = arguments.cut(sequences, tokens)
+                if together is None:
+                    alone = zip(x.split(1), sequences.split(1), tokens.split(1), strict=True)
+                    return torch.cat([call(*one) for one in alone])
+                cut = together
+            result = self.block(x, *cut[0], **cut[1])
+            extra[:] = [result]
+            return _first(result).to(x.dtype)  # autocast may have made it narrower
 
-            return _by_length(call, x, packing, batch.columns[rows])
+        def block(x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
+            if x.shape[0] > 0:
+                return _by_length(call, x, packing, batch.columns[rows])
+            # Nobody takes this step; the block still runs, so that every process calls it: on the
+            # first token, from which attention would not be NaN.
+            first = None if everyone is None else everyone[:1]
+            if first is None and batch_size * length > 0:
+                first = torch.zeros(1, dtype=torch.int64, device=x.device)
+            if first is None or first.shape[0] == 0:
+                dropped = call(x.new_zeros(1, 1, width) + 0 * x.sum(), None, None)
+            else:
+                dropped = call(
+                    x.new_zeros(1, 1, width) + 0 * x.sum(),
+                    first // length,
+                    (first % length).unsqueeze(1),
+                )
+            return dropped.reshape(1, -1)[:0]
 
         batch = pack((batch_size, length), hidden.device, token_mask)
         everyone = batch.rows
-        routing = self.recursion(batch.pack(hidden), batch.packing, block)
-        self._last.output = routing
-        out = routing.hidden
+        packed = batch.pack(hidden)
+        if self.recursion is None:
+            rows = torch.arange(packed.shape[0], device=packed.device)
+            depths = torch.full_like(rows, self.num_recursions)
+            out = packed
+            for step in range(self.num_recursions):
+                out = block(out, batch.packing, step, rows)
+        else:
+            routing = self.recursion(packed, batch.packing, block)
+            self._last.output = routing
+            out, depths = routing.hidden, routing.depths
+        self._last.token_depths = batch.unpack_masked(depths, 0)
         if everyone is not None:
             out = hidden.reshape(-1, width).index_copy(0, everyone, out)
         out = out.reshape(batch_size, length, width)
-        result = extra[0] if extra else out
+        result = extra[0]
         return (out, *result[1:]) if isinstance(result, tuple) else out
 
 
 def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
+
+
+def _is_token(token_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The token mask as bool."""
+    if token_mask.shape != shape:
+        raise ValueError(
+            f"MixtureOfRecursions: token_mask: expected shape {list(shape)}, got "
+            f"{list(token_mask.shape)}"
+        )
+    if token_mask.dtype != torch.bool and bool((token_mask < 0).any()):
+        raise ValueError(
+            "MixtureOfRecursions: token_mask: expected 0 at pads and 1 at tokens, got negative "
+            "values"
+        )
+    return token_mask != 0
 
 
 def _by_length(
@@ -139,11 +212,6 @@ def _by_length(
 ) -> Tensor:
     """Calls the block on [b, k, D] once for each number k of tokens that sequences keep."""
     lengths: Sequence[int] = packing.lengths or packing.cu_seqlens.diff().tolist()
-    if x.shape[0] == 0:
-        # Nobody takes this step; the block still runs, so that every process calls it.
-        nobody = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
-        dropped = call(x.new_zeros(1, 1, x.shape[1]) + 0 * x.sum(), nobody[0], nobody)
-        return dropped.reshape(1, -1)[:0].reshape(0, x.shape[1])
     out: Tensor | None = None
     for count in sorted(set(lengths) - {0}):
         sequences = torch.tensor([b for b, n in enumerate(lengths) if n == count], device=x.device)
@@ -156,31 +224,3 @@ def _by_length(
         out = out.index_copy(0, local.reshape(-1), y.reshape(-1, y.shape[-1]))
     assert out is not None
     return out
-
-
-def _cutter(
-    batch_size: int, length: int, sequences: Tensor, tokens: Tensor
-) -> Callable[[Any], Any]:
-    """Cuts what has one entry per token to `tokens` [b, k] of `sequences` [b]."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(cut(v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        if value.dim() == 2 and value.shape[0] == length != batch_size:
-            raise ValueError(
-                f"MixtureOfRecursions: expected masks of shape [B or 1, heads or 1, {length}, "
-                f"{length}] or per token, got {list(value.shape)}"
-            )
-        if value.shape[0] not in (1, batch_size):
-            return value
-        value_rows = value.expand(batch_size, *value.shape[1:])[sequences]
-        index = torch.arange(len(sequences), device=tokens.device).unsqueeze(1)
-        if value.dim() == 4 and value.shape[2] == value.shape[3] == length:
-            heads = value_rows.transpose(1, 2)[index, tokens]  # [b, k, heads, S]
-            keys = tokens.view(*tokens.shape[:1], 1, 1, -1).expand(*heads.shape[:-1], -1)
-            return heads.gather(3, keys).transpose(1, 2)
-        return value_rows[index, tokens] if value.shape[1] == length else value
-
-    return cut

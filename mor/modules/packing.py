@@ -196,10 +196,7 @@ def pack(
     if past is not None and past.shape[1] == 0:
         past = None
     if past is not None and past.shape[0] != batch_size:
-        raise ValueError(
-            f"past_key_values: expected {past.shape[0]} sequences, as the cache has, got "
-            f"{batch_size}"
-        )
+        raise ValueError(f"past_key_values: expected {past.shape[0]} sequences, got {batch_size}")
     if cu_seqlens is not None:
         if past is not None:
             raise ValueError("cu_seqlens: documents are not continued from a cache")
@@ -260,10 +257,16 @@ def _read_mask(
 ) -> tuple[list[int], Tensor | None, Tensor | None]:
     """Tokens of each row, where they are (None: everywhere), document numbers (None: none)."""
     batch_size, length = shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+    if (
+        not isinstance(attention_mask, Tensor)
+        or attention_mask.dim() != 2
+        or attention_mask.shape[0] != batch_size
+    ):
+        is_tensor = isinstance(attention_mask, Tensor)
+        got = list(attention_mask.shape) if is_tensor else type(attention_mask).__name__
         raise ValueError(
             f"attention_mask: expected shape [{batch_size}, {length}] (or with past columns), got "
-            f"{list(attention_mask.shape)}; documents packed in a row are told apart by "
+            f"{got}; documents packed in a row are told apart by "
             "position_ids that restart at 0"
         )
     if attention_mask.shape[1] not in (length, past_length + length):

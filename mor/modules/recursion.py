@@ -96,14 +96,34 @@ register_dataclass(RecursionStep, serialized_type_name="mor.RecursionStep")
 register_dataclass(RecursionOutput, serialized_type_name="mor.RecursionOutput")
 
 
-class LastRouting(threading.local):
+class LastRouting:
     """Where a module leaves the `RecursionOutput` of its last call for whoever looks at it.
 
     Each thread sees that of its own calls. It is no state of the module: copies and pickles of a
-    module begin without.
+    module begin without. The `threading.local` is an attribute, not a base class: what a compiled
+    module writes to an instance of a subclass is lost (PyTorch 2.13).
     """
 
-    output: RecursionOutput | None = None
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def output(self) -> RecursionOutput | None:
+        """The result; None before the first call."""
+        return getattr(self._local, "output", None)
+
+    @output.setter
+    def output(self, value: RecursionOutput | None) -> None:
+        self._local.output = value
+
+    @property
+    def token_depths(self) -> Tensor | None:
+        """[B, S] int64 recursions of each token; None before the first call."""
+        return getattr(self._local, "token_depths", None)
+
+    @token_depths.setter
+    def token_depths(self, value: Tensor | None) -> None:
+        self._local.token_depths = value
 
     def __reduce__(self) -> Any:
         return LastRouting, ()

@@ -1,5 +1,6 @@
 """Routers: the small networks that score tokens, and the losses that train them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ class Router(nn.Module):
         if router_type != "linear" and router_type not in _WIDTHS:
             raise ValueError(f"router_type: expected one of {ROUTER_TYPES}, got {router_type!r}")
         if not temperature > 0:
-            raise ValueError(f"router_temperature: expected a positive number, got {temperature}")
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
         self.temperature = temperature
         if router_type == "linear":
             self.layers = nn.ModuleList([Float32Linear(hidden_size, num_outputs, bias=False)])
@@ -148,8 +149,10 @@ class RouterScore:
     def __post_init__(self) -> None:
         if self.function not in SCORE_FUNCTIONS:
             raise ValueError(
-                f"router_func: expected one of {SCORE_FUNCTIONS}, got {self.function!r}"
+                f"score: expected a function of {SCORE_FUNCTIONS}, got {self.function!r}"
             )
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"score: expected a positive number as alpha, got {self.alpha!r}")
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Scores of the shape of logits."""

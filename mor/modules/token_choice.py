@@ -72,11 +72,9 @@ class TokenChoice(nn.Module):
     ) -> None:
         super().__init__()
         if gating not in GATINGS:
-            raise ValueError(f"router_gating: expected one of {GATINGS}, got {gating!r}")
+            raise ValueError(f"gating: expected one of {GATINGS}, got {gating!r}")
         if balancing not in ("loss", "loss_free", None):
-            raise ValueError(
-                f"router_balancing: expected loss, loss_free or None, got {balancing!r}"
-            )
+            raise ValueError(f"balancing: expected loss, loss_free or None, got {balancing!r}")
         if num_recursions < 1:
             raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
         self.num_recursions = num_recursions

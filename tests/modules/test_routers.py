@@ -51,9 +51,9 @@ def test_losses_of_no_tokens_are_zero_and_have_gradients():
 def test_bad_options():
     with pytest.raises(ValueError, match="router_type: expected one of"):
         Router(8, router_type="conv")
-    with pytest.raises(ValueError, match="router_temperature"):
+    with pytest.raises(ValueError, match="temperature: expected"):
         Router(8, temperature=-1)
-    with pytest.raises(ValueError, match="router_func: expected one of"):
+    with pytest.raises(ValueError, match="score: expected a function of"):
         RouterScore("relu", 1.0)
 
 
