@@ -196,7 +196,7 @@ def test_bad_swaps(tmp_path):
         swapped(router=None)
     with pytest.raises(ValueError, match="routed layers already"):
         mor.swap(swapped(), (0, 1), 1)
-    with pytest.raises(ValueError, match="expected a model of one of .*, got 'Linear'"):
+    with pytest.raises(ValueError, match=r"expected a model of one of .*, got 'Linear'"):
         mor.swap(torch.nn.Linear(2, 2), (0, 1), 1)
     with pytest.raises(ValueError, match="a cache of 1 layers"):
         swapped().eval()(prompts(1, 4), past_key_values=DynamicCache())
