@@ -4,6 +4,7 @@ One file over 300 lines, because Transformers' users look for a model in modelin
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -476,7 +477,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoRCausalLMOutput | tuple[Any, ...]:
@@ -487,12 +487,15 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             labels: [B, S] int64, not shifted; -100 is ignored. A batch without targets adds 0.
             logits_to_keep: number of last columns (0: all), or their indices.
             num_items_in_batch: valid targets of the whole optimizer step, as the Trainer passes.
-            shift_labels: [B, S] the target of every token as it is, instead of `labels`.
             return_dict: False gives a tuple; default `config.return_dict`.
+            **kwargs: `shift_labels` [B, S], the target of every token as it is, instead of
+                `labels`; and what `MoRModel.forward` takes.
 
         Raises:
             ValueError: see `MoRModel.forward`.
         """
+        # Not in the signature: the Trainer would wait for every argument that is named a label.
+        shift_labels = kwargs.pop("shift_labels", None)
         base: MoRModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -572,7 +575,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a cache_implementation other than dynamic, or assistant_early_exit.
         """
-        refuse_generation_options(self.generation_config, kwargs)
+        refuse_generation_options(self.generation_config, args, kwargs)
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -643,15 +646,21 @@ def wants_tuple(return_dict: bool | None, config: Any) -> bool:
     return not (config.return_dict if return_dict is None else return_dict)
 
 
-def refuse_generation_options(default: Any, options: dict[str, Any]) -> None:
+def refuse_generation_options(default: Any, args: Sequence[Any], options: dict[str, Any]) -> None:
     """Refuses what `generate` cannot do with a cache that differs between tokens.
+
+    Args:
+        default: the model's generation configuration, which fills in what another does not say.
+        args: of `generate`, by position.
+        options: of `generate`, by name.
 
     Raises:
         ValueError: names the option.
     """
-    config = options.get("generation_config") or default
+    given = options.get("generation_config") or next(iter(args[1:2]), None)
     for name in ("cache_implementation", "assistant_early_exit"):
-        wanted = options.get(name) or getattr(config, name, None)
+        told = options.get(name) or getattr(given, name, None)
+        wanted = told or getattr(default, name, None)
         if wanted in (None, "dynamic", "dynamic_full"):
             continue
         if name == "cache_implementation":
@@ -672,7 +681,9 @@ def refuse_unused(kwargs: dict[str, Any], config: Any, where: str) -> None:
     Raises:
         ValueError: names the argument.
     """
-    asked = {"output_attentions": getattr(config, "output_attentions", False), **kwargs}
+    asked = {**kwargs}
+    if asked.get("output_attentions") is None:
+        asked["output_attentions"] = getattr(config, "output_attentions", False)
     for name, value in asked.items():
         if value is None or value is False:
             continue

@@ -58,6 +58,8 @@ def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
         for module in list(layer.modules()):
             if hasattr(module, "_active_adapter"):
                 module.__class__ = derived_class(_Adapted, type(module))
+                # As a compiled forward leaves it, or the second one would compile anew.
+                module.__dict__["_active_adapter"] = module.names_for(uses - 1)
         layer.__class__ = derived_class(_Relaxed, type(layer))
 
 

@@ -4,15 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from mor.models.swapped_model import SAVED_MODEL_TYPE, install, span_of, swapped_class
+from mor.models.swapped_model import install, saved_config, span_of, swapped_class
 from mor.modules.routers import RouterScore
 
 __all__ = ["SWAPPABLE", "load_swapped", "swap"]
@@ -92,8 +86,9 @@ def swap(
             f"swap: expected a model of one of {list(SWAPPABLE)}, got {kind!r}; "
             + _REASONS.get(kind, "what its model does between layers a routed block would skip")
         )
-    if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
-        raise ValueError(f"swap: expected a model with model.layers, got {type(model).__name__}")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    if not isinstance(model, causal):
+        raise ValueError(f"swap: expected a {causal.__name__}, got {type(model).__name__}")
     if isinstance(options.get("score"), RouterScore):
         options["score"] = asdict(options["score"])
     span = span_of(layers)
@@ -124,20 +119,6 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: a model that was not swapped.
         OSError: no model there.
     """
-    try:
-        values, kwargs = PreTrainedConfig.get_config_dict(path, **kwargs)
-    except OSError as error:
-        raise OSError(
-            f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
-            "a name on the hub"
-        ) from error
-    settings = dict(values.get("mor_swap") or {})
-    if not settings:
-        raise ValueError(f"load_swapped: {path} holds no swapped model (no mor_swap in its config)")
-    saved_type = values["model_type"]
-    dense_type = settings.pop("model_type") if saved_type == SAVED_MODEL_TYPE else saved_type
-    config = CONFIG_MAPPING[dense_type].from_dict(
-        {**values, "model_type": dense_type, "mor_swap": settings}
-    )
+    config = saved_config(path, **kwargs)
     kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     return kind.from_pretrained(path, config=config, **kwargs)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mor.models.attention import check_attention
+from mor.models.configuration_mor import MoRConfig
 from mor.models.derived_class import Derived, derived_class
 from mor.models.modeling_mor import (
     at_least_one,
@@ -30,10 +31,11 @@ from mor.models.modeling_mor import (
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.routed_layers import RoutedLayers, SwapCall
 
-__all__ = ["SAVED_MODEL_TYPE", "coefficients_of", "install", "span_of", "swapped_class"]
+__all__ = ["coefficients_of", "install", "saved_config", "span_of", "swapped_class"]
 
 #: In the saved configuration, so that Auto classes refuse what they would load as a dense model.
-SAVED_MODEL_TYPE = "mor_swap"
+_SAVED_MODEL_TYPE = "mor_swap"
+_DENSE_MODEL_TYPE = "dense_model_type"
 
 _COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
 
@@ -45,7 +47,6 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
         options.pop(name) for name in ("layers", "num_recursions", "router")
     )
     options.pop("loss_coefficients", None)
-    options.pop("model_type", None)  # of a saved configuration
     coefficients_of(settings)
     stack, span = model.model.layers, span_of(layers)
     if not 0 <= span.start < span.stop <= len(stack):
@@ -76,6 +77,9 @@ def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
     routed.train(model.training)
     model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
     model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
+    model.model.layers.training = model.training
+    # What the Trainer does not gather when it evaluates.
+    model.config.keys_to_ignore_at_inference = MoRConfig.keys_to_ignore_at_inference
     return routed
 
 
@@ -118,23 +122,32 @@ class _SwappedDecoder(Derived):
 
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
+        attentions = kwargs.pop("output_attentions", None)
+        refuse_unused({"output_attentions": attentions}, self.config, "swap")
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-            got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(
-                f"swap: attention_mask: expected [B, S], got {got}; documents packed in a row are "
-                "told apart by position_ids that restart at 0"
-            )
         if cache is not None and type(cache) is not DynamicCache:
             raise ValueError(
                 "swap: expected past_key_values = DynamicCache(config=model.config), got "
                 f"{type(cache).__name__}"
             )
-        if kwargs.get("use_cache") is None and cache is None and self.training:
+        if mask is not None:
+            ids = kwargs.get("input_ids")
+            batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+            want = [batch, length + (0 if cache is None else cache.get_seq_length())]
+            got = "one for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
+            if got != want:
+                raise ValueError(
+                    f"swap: attention_mask: expected shape {want} (past columns among them), got "
+                    f"{got}; documents packed in a row are told apart by position_ids that restart "
+                    "at 0"
+                )
+        if kwargs.setdefault("use_cache") is None and cache is None and self.training:
             kwargs["use_cache"] = False  # a recomputation would append twice
+        inside = "mor_call" in kwargs  # the language model takes no tuple of its decoder
         call = kwargs.setdefault("mor_call", SwapCall())
         call.attention_mask = mask
-        call.generating = kwargs.pop("generating", call.generating) or cache is not None
+        continued = cache is not None or (self.training and bool(kwargs["use_cache"]))
+        call.generating = kwargs.pop("generating", call.generating) or continued
         return_dict = kwargs.pop("return_dict", None)
         output = self.dense_class.forward(self, return_dict=True, **kwargs)
         routing, coefficients = call.routing, coefficients_of(self.config.mor_swap)
@@ -155,7 +168,8 @@ class _SwappedDecoder(Derived):
             router_loss=torch.stack(losses).sum() if losses else None,
             routing=routing,
         )
-        return call.output.to_tuple() if wants_tuple(return_dict, self.config) else call.output
+        as_tuple = not inside and wants_tuple(return_dict, self.config)
+        return call.output.to_tuple() if as_tuple else call.output
 
 
 class _SwappedModel(Derived):
@@ -185,10 +199,14 @@ class _SwappedModel(Derived):
         install(self, config.mor_swap)
         self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `mor.load_swapped`: what trainers load a model's checkpoints by."""
+        config = saved_config(path, **kwargs) if config is None else config
+        return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
+
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
-        attentions = kwargs.pop("output_attentions", None)
-        refuse_unused({"output_attentions": attentions}, self.config, "swap")
         call = kwargs["mor_call"] = SwapCall(generating=kwargs.pop("generating", False))
         return_dict = kwargs.pop("return_dict", None)
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
@@ -201,23 +219,21 @@ class _SwappedModel(Derived):
         loss = lm_loss = output.loss
         if loss is not None and labels is not None and base.router_loss is not None:
             loss = loss + batch_share(count, items) * base.router_loss
-        if isinstance(output, CausalLMOutputWithPast):
-            output = MoRCausalLMOutput(
-                loss=loss,
-                logits=output.logits,
-                past_key_values=output.past_key_values,
-                hidden_states=output.hidden_states,
-                token_depths=base.token_depths,
-                lm_loss=lm_loss,
-                aux_loss=base.aux_loss,
-                z_loss=base.z_loss,
-                balancing_loss=base.balancing_loss,
-                router_loss=base.router_loss,
-                routing=base.routing,
-            )
-        else:  # a head of another kind
-            output.loss = loss
-        return output.to_tuple() if wants_tuple(return_dict, self.config) else output
+        assert isinstance(output, CausalLMOutputWithPast)
+        routed = MoRCausalLMOutput(
+            loss=loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            token_depths=base.token_depths,
+            lm_loss=lm_loss,
+            aux_loss=base.aux_loss,
+            z_loss=base.z_loss,
+            balancing_loss=base.balancing_loss,
+            router_loss=base.router_loss,
+            routing=base.routing,
+        )
+        return routed.to_tuple() if wants_tuple(return_dict, self.config) else routed
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the dense model, in training mode too.
@@ -225,7 +241,7 @@ class _SwappedModel(Derived):
         Raises:
             ValueError: a cache_implementation other than dynamic, or assistant_early_exit.
         """
-        refuse_generation_options(self.generation_config, kwargs)
+        refuse_generation_options(self.generation_config, args, kwargs)
         return self.dense_class.generate(self, *args, **kwargs)
 
     def save_pretrained(
@@ -235,14 +251,39 @@ class _SwappedModel(Derived):
         self.dense_class.save_pretrained(self, save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "mor_swap" in values and values["model_type"] != SAVED_MODEL_TYPE:
-            values["mor_swap"]["model_type"] = values["model_type"]
-            values["model_type"] = SAVED_MODEL_TYPE
+        values.pop("keys_to_ignore_at_inference", None)
+        if "mor_swap" in values and values["model_type"] != _SAVED_MODEL_TYPE:
+            # Not inside mor_swap: Transformers looks for a "model_type" in what a file holds.
+            values |= {_DENSE_MODEL_TYPE: values["model_type"], "model_type": _SAVED_MODEL_TYPE}
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:  # which saves once more, and uploads
             self.push_to_hub(  # type: ignore[attr-defined]
                 kwargs.get("repo_id") or Path(save_directory).name
             )
+
+
+def saved_config(path: str | Path, **kwargs: Any) -> Any:
+    """The dense model's configuration, `mor_swap` in it, that `save_pretrained` wrote.
+
+    Args:
+        path: the directory, or a name on the hub.
+        **kwargs: of `from_pretrained`, those that say which files among them.
+
+    Raises:
+        ValueError: a model that was not swapped.
+        OSError: no model there.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
+            "a name on the hub"
+        ) from error
+    if not values.get("mor_swap"):
+        raise ValueError(f"load_swapped: {path} holds no swapped model (no mor_swap in its config)")
+    kind = values.pop(_DENSE_MODEL_TYPE, values["model_type"])
+    return CONFIG_MAPPING[kind].from_dict({**values, "model_type": kind})
 
 
 def swapped_class(dense: type[PreTrainedModel]) -> Any:

@@ -1,9 +1,13 @@
 """Small models shared by the model tests."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import mor
 from mor import MoRConfig, MoRForCausalLM
 
 
@@ -28,6 +32,35 @@ def small_config(num_hidden_layers: int = 8, **options) -> MoRConfig:
 def small_model(seed: int = 0, **options) -> MoRForCausalLM:
     torch.manual_seed(seed)
     return MoRForCausalLM(small_config(**options))
+
+
+def small_llama(seed: int = 0) -> LlamaForCausalLM:
+    """The dense model that `small_swapped` swaps."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(small_config().base_config)
+
+
+def small_swapped(layers=(1, 7), seed: int = 0, **options):
+    return mor.swap(small_llama(seed), layers, **{"num_recursions": 3, **options})
+
+
+#: Every way a model holds routed layers, for tests of what people do with models.
+MODELS: dict[str, Callable[..., torch.nn.Module]] = {
+    "expert": small_model,
+    "token": partial(small_model, router="token"),
+    "shared": partial(small_model, kv_strategy="shared"),
+    "hybrid": partial(small_model, kv_strategy="hybrid", router="token"),
+    "recursive": partial(small_model, router=None),
+    "lora": partial(small_model, relaxation="lora", relaxation_rank=2, kv_strategy="shared"),
+    "swap-expert": small_swapped,
+    "swap-token": partial(small_swapped, router="token"),
+    "swap-one": partial(small_swapped, layers=3),
+}
+
+
+@pytest.fixture(params=MODELS)
+def make(request: pytest.FixtureRequest) -> Callable[..., torch.nn.Module]:
+    return MODELS[request.param]
 
 
 def rowwise_linear(x, weight, bias=None):

@@ -1,5 +1,6 @@
 """Routing metrics of routings small enough to count by hand."""
 
+import copy
 import math
 
 import pytest
@@ -49,3 +50,43 @@ def test_token_choice_by_hand():
     )
     expected |= {"selected_share_2": 1 / 2, "entropy": math.log(2), "dead_tokens": 1 / 3}
     assert metrics.compute() == pytest.approx(expected | {"max_vio": 0})
+
+
+def choose(metrics, device):
+    rows = torch.arange(8, device=device)
+    counts = torch.tensor([4, 4], device=device)
+    metrics.update_choice(torch.ones(8, 2, device=device), counts, rows % 2, rows)
+
+
+def select(metrics, device):
+    rows = torch.arange(8, device=device)
+    for step in range(2):
+        logits = torch.ones(8, device=device)
+        metrics.update(step, logits, rows[: 4 - 2 * step], rows, rows, by_rank=True)
+
+
+@pytest.mark.parametrize("update", [choose, select])
+def test_metrics_follow_a_model_that_is_moved(update):
+    """Sums stayed where the first call was. The meta device checks devices as CUDA does."""
+    for first, second in (("cpu", "meta"), ("meta", "cpu")):
+        metrics = RoutingMetrics(2)
+        update(metrics, first)
+        update(metrics, second)
+    metrics.compute()
+
+
+def test_metrics_of_inference_mode_go_on_outside_it():
+    metrics = RoutingMetrics(2)
+    with torch.inference_mode():
+        select(metrics, "cpu")
+    select(metrics, "cpu")
+    assert metrics.compute()["selected_share_1"] == 4 / 8
+
+
+def test_copies_of_metrics_begin_anew():
+    metrics = RoutingMetrics(2)
+    select(metrics, "cpu")
+    twin = copy.deepcopy(metrics)
+    assert twin.compute() == {}
+    select(twin, "cpu")
+    assert twin.compute() == metrics.compute()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mor import MoRForCausalLM
-from mor.modules import Router, RouterScore
+from mor.modules import MixtureOfRecursions, Router, RouterScore
 from mor.modules.routers import aux_loss, balancing_loss, z_loss
 from tests.models.conftest import small_model
 
@@ -77,3 +77,47 @@ def test_bfloat16_model_updates_its_bias_exactly(tmp_path):
         choice.load = torch.tensor([9.0, 0.0, 0.0])
         choice.update_bias()
         torch.testing.assert_close(choice.bias, torch.tensor([0.499, 0.501, 0.501]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_models_moved_between_dtypes_keep_bias_and_loads(dtype):
+    model = small_model(router="token", router_balancing="loss_free").to(dtype).float().half()
+    choice = model.model.recursion
+    choice.bias.fill_(1 / 3)
+    model.to(dtype)
+    assert choice.bias.dtype == torch.float32
+    assert choice.bias[0] == torch.tensor(1 / 3)
+    assert choice.load.dtype == torch.int64
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_left_pads_do_not_move_the_random_routers_scores(router):
+    """They are a hash of positions, which counted the pads of a decoding loop without any."""
+    model = small_model(router=router, router_type="random").eval()
+    tokens = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    with torch.no_grad():
+        batch = model(tokens, attention_mask=mask)
+        alone = model(tokens[1:, 4:])
+    assert torch.equal(batch.token_depths[1, 4:], alone.token_depths[0])
+    torch.testing.assert_close(batch.logits[1, 4:], alone.logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_router_is_a_module_that_is_called():
+    """Its weight was read past it: hooks, adapters and parametrisations changed nothing."""
+    layer = MixtureOfRecursions(torch.nn.Identity(), 8, 2, capacities=[1.0, 1.0])
+    x, calls = torch.randn(1, 6, 8), []
+    for router in layer.recursion.routers:
+        router.layers[0].register_forward_hook(lambda m, args, out: calls.append(1))
+    layer(x)
+    assert len(calls) == 2
+    zero = torch.nn.utils.parametrize.register_parametrization
+    for router in layer.recursion.routers:
+        zero(router.layers[0], "weight", Zeros())
+    layer(x)
+    assert not any(step.logits.any() for step in layer.routing.steps)
+
+
+class Zeros(torch.nn.Module):
+    def forward(self, weight):
+        return weight * 0
