@@ -119,6 +119,12 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: a model that was not swapped.
         OSError: no model there.
     """
-    config = saved_config(path, **kwargs)
+    try:
+        config = saved_config(path, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
+            "a name on the hub"
+        ) from error
     kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     return kind.from_pretrained(path, config=config, **kwargs)

@@ -271,15 +271,8 @@ def saved_config(path: str | Path, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: a model that was not swapped.
-        OSError: no model there.
     """
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-    except OSError as error:
-        raise OSError(
-            f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
-            "a name on the hub"
-        ) from error
+    values, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     if not values.get("mor_swap"):
         raise ValueError(f"load_swapped: {path} holds no swapped model (no mor_swap in its config)")
     kind = values.pop(_DENSE_MODEL_TYPE, values["model_type"])
