@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from mor import MoRForCausalLM, analysis
+from mor import MoRConfig, MoRForCausalLM, analysis
 
 from .models.conftest import small_config, small_model
 from .models.test_generation import prompts
@@ -47,11 +47,13 @@ def test_training_flops_are_those_counted():
 
 @pytest.mark.parametrize("options", COUNTED.values(), ids=COUNTED)
 def test_kv_bytes_are_those_kept(options):
-    # In training exactly the capacities are kept.
-    model = small_model(**options).train()
+    model = small_model(**options).eval()
     with torch.no_grad():
-        cache = model(prompts(2, 48), use_cache=True).past_key_values
-    kept = 0
+        output = model(prompts(2, 48), use_cache=True)
+    cache, kept = output.past_key_values, 0
+    if model.config.router == "expert":  # a call with a cache selects by the threshold
+        depths = output.token_depths
+        model.config.capacities = [float((depths > r).float().mean()) for r in range(3)]
     for layer in cache.layers:
         if layer.lengths is not None:
             row = layer.keys[0, 0].numel() * layer.keys.element_size()
@@ -83,26 +85,35 @@ def test_what_cannot_be_counted_is_refused():
         analysis.flops_per_token(GPT2Config(), 48)
 
 
-def test_paper_ratios_of_flops():
-    """MoR-2/3/4 at 360M cost 0.746, 0.664 and 0.662 of vanilla (step counts of the paper)."""
-    from transformers import LlamaConfig
+@pytest.mark.parametrize(
+    ("recursions", "layers", "unique", "flops", "own_keys", "shared_keys"),
+    [
+        (2, 32, 17, 0.746, 0.766, 0.531),
+        (3, 32, 12, 0.664, 0.687, 0.375),
+        (4, 34, 10, 0.661, 0.688, 0.312),
+    ],
+)
+def test_paper_ratios(recursions, layers, unique, flops, own_keys, shared_keys):
+    """The table of docs/models.md: MoR at 360M against 32 dense layers."""
 
-    from mor import MoRConfig
-
-    for recursions, layers, ratio in ((2, 32, 0.746), (3, 32, 0.664), (4, 34, 0.662)):
-        base = LlamaConfig(
+    def dense(depth):
+        return LlamaConfig(
             vocab_size=49152,
             hidden_size=960,
             intermediate_size=2560,
-            num_hidden_layers=layers,
+            num_hidden_layers=depth,
             num_attention_heads=15,
             num_key_value_heads=5,
         )
-        config = MoRConfig(base_config=base, num_recursions=recursions)
-        vanilla = LlamaConfig(**{**base.to_dict(), "num_hidden_layers": 32})
 
-        def without_head(c):
-            parts = analysis.flops_breakdown(c, 2048)
-            return sum(parts.values()) - parts["head"] - parts["router"]
+    def without_head(config):
+        parts = analysis.flops_breakdown(config, 2048)
+        return sum(parts.values()) - parts["head"] - parts["router"]
 
-        assert without_head(config) / without_head(vanilla) == pytest.approx(ratio, abs=0.002)
+    config = MoRConfig(base_config=dense(layers), num_recursions=recursions)
+    shared = MoRConfig(base_config=dense(layers), num_recursions=recursions, kv_strategy="shared")
+    assert config.num_unique_layers == unique
+    assert without_head(config) / without_head(dense(32)) == pytest.approx(flops, abs=6e-4)
+    for kept, want in ((config, own_keys), (shared, shared_keys)):
+        ratio = analysis.kv_bytes_per_token(kept) / analysis.kv_bytes_per_token(dense(32))
+        assert ratio == pytest.approx(want, abs=6e-4)

@@ -20,6 +20,8 @@ __all__ = ["ARCHITECTURES", "MoRConfig"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 SHARINGS = ("middle_cycle", "cycle", "middle_sequence", "sequence")
 KV_STRATEGIES = ("recursion", "shared", "hybrid")
+#: What Transformers itself adds to configurations, though they have no such field.
+_OF_SAVED_FILES = ("auto_map", "quantization_config")
 
 
 @strict
@@ -31,7 +33,8 @@ class MoRConfig(PreTrainedConfig):
 
     Args:
         base_config: configuration of the dense model of the same unrolled depth, an object or a
-            dict with `model_type` (default Llama); its decoder layers are used.
+            dict with `model_type` (default Llama); its decoder layers are used. None is
+            `LlamaConfig()`, which has 32 layers of width 4096.
         num_recursions: R, how often the shared block can run.
         sharing: "middle_cycle" (own first and last layer, the (L - 2) / R layers between cycle; the
             paper's choice for MoR), "cycle", "middle_sequence" or "sequence" (paper, table 1). The
@@ -76,8 +79,8 @@ class MoRConfig(PreTrainedConfig):
             later tokens and exists to reproduce published numbers.
 
     Raises:
-        ValueError: an option outside its values, a depth the recursions do not divide, capacities
-            that rise or leave (0, 1]; the message names the option.
+        ValueError: a name that is no option, an option outside its values, a depth the recursions
+            do not divide, capacities that rise or leave (0, 1]; the message names the option.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -133,8 +136,15 @@ class MoRConfig(PreTrainedConfig):
         if isinstance(self.base_config, PreTrainedConfig):
             # Transformers writes to sub-configs; the caller's dense model may still use this one.
             self.base_config = copy.deepcopy(self.base_config)
+        elif not isinstance(self.base_config, dict | None):
+            raise ValueError(
+                "MoRConfig.base_config: expected the configuration of a dense model, an object "
+                f"such as LlamaConfig(...) or a dict with model_type, got {self.base_config!r}; "
+                "AutoConfig.from_pretrained(NAME) reads that of a saved model"
+            )
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
+        self._refuse_unknown(kwargs)
         if self.router_func is None:
             learnt = "softmax" if self.router == "token" else "sigmoid"
             self.router_func = "none" if self.router_type == "random" else learnt
@@ -247,6 +257,22 @@ class MoRConfig(PreTrainedConfig):
             else:
                 continue
             raise ValueError(f"MoRConfig: no option {name!r}; did you mean {meant!r}?")
+
+    def _refuse_unknown(self, others: dict[str, Any]) -> None:
+        """Refuses names that neither MoR, Transformers nor the dense model's configuration has.
+
+        What Transformers wrote says its version, and may carry what other tools left in it.
+        """
+        if self.transformers_version is not None:
+            return
+        own = vars(self)  # what the dense model's configuration has is there, not here
+        for name in others:
+            if name in own and not hasattr(type(self), name) and name not in _OF_SAVED_FILES:
+                raise ValueError(
+                    f"MoRConfig: no option {name!r}, and {type(self.base_config).__name__} has "
+                    "none of that name either; an attribute of your own is set afterwards, "
+                    f"config.{name} = ..."
+                )
 
     def _check_options(self) -> None:
         if self.base_config.model_type not in ARCHITECTURES:

@@ -39,9 +39,10 @@ def _unique_layer_types(config: MoRConfig) -> list[str] | None:
         used_as = [types[depth] for depth in depths]
         if len(set(used_as)) > 1:
             raise ValueError(
-                f"{option}: expected one of layer_types wherever a layer is used again, got "
-                f"{used_as} at depths {depths}, which share a layer (sharing {config.sharing}, "
-                f"{config.num_recursions} recursions)"
+                f"{option}: depths {' and '.join(map(str, depths))} share a layer but differ in "
+                f"attention type, got {used_as}; use a num_recursions (now "
+                f"{config.num_recursions}) or sharing (now {config.sharing}) that fits the "
+                "pattern, or set base_config.layer_types"
             )
         found.append(used_as[0])
     return found

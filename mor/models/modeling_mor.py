@@ -63,6 +63,16 @@ class MoRPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - Transformers' convention
     _supports_attention_backend = True
 
+    def __init__(self, config: MoRConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, MoRConfig):
+            name, got = type(self).__name__, type(config).__name__
+            raise ValueError(
+                f"{name}: expected a MoRConfig, got {got}; write {name}(MoRConfig("
+                "base_config=config, num_recursions=3)) for new weights, or "
+                "MoRForCausalLM.from_dense(model, num_recursions=3) for those of a dense model"
+            )
+        super().__init__(config, *args, **kwargs)
+
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:

@@ -75,7 +75,10 @@ class RoutedLayers(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.slots, self.num_dense_layers = slots, config.num_hidden_layers
         if router not in ("expert", "token"):
-            raise ValueError(f"swap: expected router to be expert or token, got {router!r}")
+            raise ValueError(
+                f"swap: expected router to be expert or token, got {router!r}; for recursion "
+                "without a router, MoRForCausalLM.from_dense(model, router=None)"
+            )
         recursion = recursion_with("swap", router, config.hidden_size, num_recursions, options)
         assert recursion is not None
         self.recursion: ExpertChoice | TokenChoice = recursion

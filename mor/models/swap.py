@@ -29,6 +29,12 @@ SWAPPABLE = (
     "starcoder2",
 )
 
+_REASONS = {
+    "gemma3_text": "its layers are of two attention types, which one block cannot mix; "
+    "MoRForCausalLM.from_dense converts it",
+    "mor": "it has recursions already",
+}
+
 
 def swap(
     model: PreTrainedModel,
@@ -49,7 +55,8 @@ def swap(
         model: a causal language model of one of the architectures `SWAPPABLE`; it stays in the
             mode it is in.
         layers: range, or (first, one after the last), or the index of one layer.
-        num_recursions: R; divides the number of layers of a range.
+        num_recursions: R; divides the number of layers of a range. With 1 the layers run as before
+            on the tokens the router takes: the identity, if it takes all with a gate of 1.
         router: "expert" or "token".
         loss_coefficients: weights of the router's losses in `output.loss`; default 0.001 for
             "aux_loss", 0.1 for "balancing_loss".
@@ -75,7 +82,10 @@ def swap(
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in SWAPPABLE:
-        raise ValueError(f"swap: expected a model of one of {list(SWAPPABLE)}, got {kind!r}")
+        raise ValueError(
+            f"swap: expected a model of one of {list(SWAPPABLE)}, got {kind!r}; "
+            + _REASONS.get(kind, "what its model does between layers a routed block would skip")
+        )
     causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
     if not isinstance(model, causal):
         raise ValueError(f"swap: expected a {causal.__name__}, got {type(model).__name__}")
@@ -107,7 +117,14 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: a model that was not swapped.
+        OSError: no model there.
     """
-    config = saved_config(path, **kwargs)
+    try:
+        config = saved_config(path, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
+            "a name on the hub"
+        ) from error
     kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     return kind.from_pretrained(path, config=config, **kwargs)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,9 +18,10 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
-from mor import MoRConfig, MoRForCausalLM
+from mor import MoRConfig, MoRForCausalLM, MoRModel
 
 from .conftest import check_causal_evaluation, small_config, small_model
 from .test_generation import padded, prompts
@@ -372,6 +375,7 @@ def test_documents_are_found_beside_a_mask_of_ones():
         ({"capacity": [1.0, 0.5, 0.2]}, "no option 'capacity'; did you mean 'capacities'"),
         ({"gating": "residual"}, "no option 'gating'; did you mean 'router_gating'"),
         ({"router_loss": 0.1}, "no option 'router_loss'; did you mean 'router'"),
+        ({"foo_bar": 1}, "no option 'foo_bar', and LlamaConfig has none of that name either"),
         ({"capacities": [1.0, 0.5]}, "capacities: expected one for each of the 3"),
         ({"capacities": [0.5, 0.6, 0.1]}, "capacities: expected non-increasing values"),
         ({"capacities": [1.0, 0.5, 0.0]}, r"capacities: expected values in \(0, 1\]"),
@@ -399,6 +403,42 @@ def test_documents_are_found_beside_a_mask_of_ones():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MoRForCausalLM(small_config(**options))
+
+
+def test_a_dense_configuration_says_what_to_write_instead():
+    dense = small_config().base_config
+    for kind in (MoRForCausalLM, MoRModel):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\(MoRConfig\(base_config=config"):
+            kind(dense)
+    with pytest.raises(ValueError, match=r"base_config: expected the configuration .*got 'x'"):
+        MoRConfig(base_config="x")
+
+
+def test_what_other_tools_left_in_a_saved_configuration_is_kept(tmp_path):
+    config = small_config()
+    config.left_by_a_tool = 3
+    config.save_pretrained(tmp_path)
+    assert MoRConfig.from_pretrained(tmp_path).left_by_a_tool == 3
+    assert MoRConfig(**config.to_dict()).left_by_a_tool == 3
+
+
+def test_options_of_the_dense_model_and_of_transformers_are_taken():
+    config = MoRConfig(num_hidden_layers=5, hidden_size=64, dtype="bfloat16", use_cache=False)
+    assert (config.base_config.hidden_size, config.dtype) == (64, torch.bfloat16)
+    assert MoRConfig(auto_map={}, quantization_config={}).num_hidden_layers == 32
+
+
+def test_a_tokenizer_beside_a_model_loads_without_its_code(tmp_path):
+    """AutoTokenizer reads config.json first, which names code for those without `import mor`."""
+    small_model().save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    code = (
+        "from transformers import AutoTokenizer as T\n"
+        f"print(len(T.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_bad_inputs():

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import mor
 from mor.models.routed_layers import RoutedLayers
 from mor.modules import RouterScore
 
-from .conftest import check_causal_evaluation
+from .conftest import check_causal_evaluation, small_model
 from .test_conversion import dense_models
 from .test_generation import generate_greedily, padded, prompts
 
@@ -184,12 +192,28 @@ def test_bad_swaps(tmp_path):
         swapped(router="token", kv_strategy="shared")
     with pytest.raises(ValueError, match="router to be expert or token"):
         swapped(router="none")
+    with pytest.raises(ValueError, match=r"got None; for recursion without a router, MoRFor"):
+        swapped(router=None)
     with pytest.raises(ValueError, match="routed layers already"):
         mor.swap(swapped(), (0, 1), 1)
-    with pytest.raises(ValueError, match=r"expected a model of one of .*Linear"):
+    with pytest.raises(ValueError, match=r"expected a model of one of .*, got 'Linear'"):
         mor.swap(torch.nn.Linear(2, 2), (0, 1), 1)
     with pytest.raises(ValueError, match="a cache of 1 layers"):
         swapped().eval()(prompts(1, 4), past_key_values=DynamicCache())
     dense_models()["llama"].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no swapped model"):
         mor.load_swapped(tmp_path)
+    with pytest.raises(OSError, match=r"^load_swapped: no model in .*/nothing: expected a folder"):
+        mor.load_swapped(tmp_path / "nothing")
+
+
+def test_architectures_that_cannot_be_swapped_are_refused_with_the_reason():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64)
+    gemma3 = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_hidden_layers=4, head_dim=8))
+    with pytest.raises(ValueError, match=r"got 'gemma3_text'; its layers are of two attention"):
+        mor.swap(gemma3, (1, 3), 2)
+    with pytest.raises(ValueError, match=r"got 'mor'; it has recursions already"):
+        mor.swap(small_model(), (1, 4), 3)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
+    with pytest.raises(ValueError, match=r"expected a model of one of \['cohere', .*got 'gpt2'"):
+        mor.swap(gpt2, (0, 2), 2)
