@@ -466,7 +466,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoRCausalLMOutput | tuple[Any, ...]:
@@ -477,12 +476,16 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             labels: [B, S] int64, not shifted; -100 is ignored. A batch without targets adds 0.
             logits_to_keep: number of last columns (0: all), or their indices.
             num_items_in_batch: valid targets of the whole optimizer step, as the Trainer passes.
-            shift_labels: [B, S] the target of every token as it is, instead of `labels`.
             return_dict: False gives a tuple; default `config.return_dict`.
+            **kwargs: `shift_labels`, [B, S] the target of every token as it is, instead of
+                `labels`; the rest goes to `MoRModel.forward`.
 
         Raises:
             ValueError: see `MoRModel.forward`.
         """
+        # Not a named argument: the Trainer evaluates a loss only on batches with every argument
+        # whose name has "label" in it.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         base: MoRModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.utils import find_labels
 
 from mor import MoRForCausalLM
 
@@ -93,3 +94,15 @@ def test_saves_evaluates_and_checkpoints_gradients(routing, tmp_path):
     inputs = torch.stack([row["input_ids"] for row in rows])
     output = loaded(inputs, labels=inputs)
     assert metrics["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_evaluation_lost_its_loss_by_an_argument_named_like_labels():
+    # The Trainer computes it on batches that have all of these.
+    assert find_labels(MoRForCausalLM) == ["labels"]
+
+
+def test_shifted_labels_give_the_loss_of_labels():
+    model, tokens = tiny_model(router="token"), random_tokens(2, 12)
+    shifted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    want = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(model(tokens, shift_labels=shifted).loss, want)
