@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.utils import find_labels
 
 from mor import MoRForCausalLM
 from mor.training import MoRTrainer
@@ -150,3 +151,15 @@ def test_step_without_targets_made_every_weight_nan(kind, name, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == 0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_evaluation_lost_its_loss_by_an_argument_named_like_labels():
+    # The Trainer computes it on batches that have all of these.
+    assert find_labels(MoRForCausalLM) == ["labels"]
+
+
+def test_shifted_labels_give_the_loss_of_labels():
+    model, tokens = tiny_model(router="token"), random_tokens(2, 12)
+    shifted = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    want = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(model(tokens, shift_labels=shifted).loss, want)
