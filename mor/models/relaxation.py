@@ -55,11 +55,11 @@ def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
             copies = [name for name in norms if use and name not in unread]
             _inject(layer, config, f"{_PREFIX}{use}", names, copies)
         layer.requires_grad_(True)  # peft freezes what is no adapter
-        for module in list(layer.modules()):
-            if hasattr(module, "_active_adapter"):
-                module.__class__ = derived_class(_Adapted, type(module))
-                # As a compiled forward leaves it, or the second one would compile anew.
-                module.__dict__["_active_adapter"] = module.names_for(uses - 1)
+        adapted: list[Any] = [m for m in layer.modules() if hasattr(m, "_active_adapter")]
+        for module in adapted:
+            module.__class__ = derived_class(_Adapted, type(module))
+            # As a compiled forward leaves it, or the second one would compile anew.
+            module.__dict__["_active_adapter"] = module.names_for(uses - 1)
         layer.__class__ = derived_class(_Relaxed, type(layer))
 
 
