@@ -34,7 +34,8 @@ from mor.callbacks import (
     routing_line,
 )
 from mor.checkpoints import checkpoint_to_resume
-from mor.models.modeling_mor import at_least_one, batch_share, num_targets
+from mor.models.router_losses import collect_router_losses
+from mor.models.targets import at_least_one, batch_share, num_targets
 from mor.optim import parameter_groups
 
 __all__ = [
@@ -204,7 +205,10 @@ class MoRTrainer(Trainer):
         """The model's own loss in training, its language-model loss in evaluation."""
         labels = inputs.get("labels")
         items = None if num_items_in_batch is None else at_least_one(num_items_in_batch)
-        loss, outputs = super().compute_loss(model, inputs, True, items)
+        if getattr(getattr(model, "config", None), "return_dict", None) is False:
+            inputs["return_dict"] = True  # the parts of the loss have names
+        with collect_router_losses():  # added below where the model has no labels
+            loss, outputs = super().compute_loss(model, inputs, True, items)
         if model.training and "labels" not in inputs and labels is not None:
             # Label smoothing and loss functions of one's own keep the labels from the model.
             router_loss = outputs.get("router_loss")

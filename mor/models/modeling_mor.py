@@ -4,7 +4,6 @@ One file over 300 lines, because Transformers' users look for a model in modelin
 """
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from mor.models.arguments import refuse_generation_options, refuse_unused, wants_tuple
 from mor.models.attention import layer_types_at, skip_reused_projections
 from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
@@ -32,7 +32,8 @@ from mor.models.construction import base_model, initialise, recursion
 from mor.models.conversion import initialise_from_dense, source_layers
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.relaxation import initialise_adapters, relax
-from mor.models.router_losses import TellsLostLosses, hand_over, take_back
+from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
+from mor.models.targets import at_least_one, batch_share, num_targets
 from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
@@ -40,17 +41,7 @@ from mor.modules.packing import Packing, pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
-__all__ = [
-    "MoRForCausalLM",
-    "MoRModel",
-    "MoRPreTrainedModel",
-    "at_least_one",
-    "batch_share",
-    "num_targets",
-    "refuse_generation_options",
-    "refuse_unused",
-    "wants_tuple",
-]
+__all__ = ["MoRForCausalLM", "MoRModel", "MoRPreTrainedModel"]
 
 
 class MoRPreTrainedModel(PreTrainedModel):
@@ -103,9 +94,11 @@ class MoRPreTrainedModel(PreTrainedModel):
             "AutoModel": "mor_auto.MoRModel",
             "AutoModelForCausalLM": "mor_auto.MoRForCausalLM",
         }
+        if not Path(save_directory).is_file():  # first, as push_to_hub uploads what is there
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            shim = Path(save_directory) / "mor_auto.py"
+            shim.write_text("from mor import MoRConfig, MoRForCausalLM, MoRModel  # noqa: F401\n")
         super().save_pretrained(save_directory, *args, **kwargs)
-        shim = Path(save_directory) / "mor_auto.py"
-        shim.write_text("from mor import MoRConfig, MoRForCausalLM, MoRModel  # noqa: F401\n")
 
 
 class MoRModel(MoRPreTrainedModel):
@@ -205,10 +198,8 @@ class MoRModel(MoRPreTrainedModel):
                 outside the vocabulary (on the CPU), masks of wrong shape, a cache that is not
                 MoR's, an argument that is not used.
         """
-        if position_ids is not None or cu_seq_lens_q is not None:
-            for name in _REDUNDANT:
-                kwargs.pop(name, None)
-        refuse_unused(kwargs, self.config, "MoRModel")
+        described = position_ids is not None or cu_seq_lens_q is not None
+        refuse_unused(kwargs, self.config, "MoRModel", described)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MoRModel: expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -259,12 +250,17 @@ class MoRModel(MoRPreTrainedModel):
         if states is not None:
             states[-1] = hidden
         before = layers[0].last_states if layers is not None else None
+        if before is None and batch.past is not None and 0 in (batch.packing.lengths or ()):
+            raise ValueError(
+                "past_key_values: expected a token in every row after a crop, got a row of pads: "
+                "the state of its last token is gone; crop one column more and feed it again"
+            )
         unpacked = batch.unpack(hidden, before)
         if layers is not None:
             last = batch.last_positions()
             for layer in layers:
                 layer.advance(last)
-            layers[0].last_states = unpacked[:, -1].detach()
+            layers[0].last_states = unpacked[:, -1].detach().clone()  # not the whole prompt's
         output = MoRModelOutput(
             last_hidden_state=unpacked,
             past_key_values=past_key_values if use_cache else None,
@@ -537,19 +533,9 @@ class MoRForCausalLM(TellsLostLosses, MoRPreTrainedModel, GenerationMixin):
             if base.router_loss is not None:
                 loss = lm_loss + batch_share(count, num_items_in_batch) * base.router_loss
                 take_back(base.router_loss)
-        output = MoRCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=base.past_key_values,
-            hidden_states=base.hidden_states,
-            token_depths=base.token_depths,
-            lm_loss=lm_loss,
-            aux_loss=base.aux_loss,
-            z_loss=base.z_loss,
-            balancing_loss=base.balancing_loss,
-            router_loss=base.router_loss,
-            routing=base.routing,
-        )
+        else:
+            tell_lost(base.router_loss, num_items_in_batch)
+        output = MoRCausalLMOutput.of(base, logits, loss, lm_loss)
         return output.to_tuple() if wants_tuple(return_dict, self.config) else output
 
     def prepare_inputs_for_generation(
@@ -619,82 +605,6 @@ def _router_loss(routing: RecursionOutput, config: MoRConfig) -> Tensor | None:
     return torch.stack(parts).sum() if parts else None
 
 
-def num_targets(labels: Tensor | None, shift_labels: Tensor | None = None) -> Tensor:
-    """How many tokens of a batch have a target."""
-    if shift_labels is not None:
-        return (shift_labels != -100).sum()
-    assert labels is not None
-    return (labels[:, 1:] != -100).sum()
-
-
-def at_least_one(items: Tensor | int) -> Tensor | int:
-    """A divisor for sums over targets, which are 0 where there is none."""
-    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-
-
-def batch_share(count: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """A batch's share of the targets of the optimizer step: the weight of its router loss.
-
-    Args:
-        count: its own targets; without any, the batch adds nothing.
-        num_items_in_batch: those of the step; None for a batch that is the whole step.
-    """
-    if num_items_in_batch is None:
-        return count > 0
-    return count / at_least_one(num_items_in_batch)
-
-
-def wants_tuple(return_dict: bool | None, config: Any) -> bool:
-    """Whether a call asks for a tuple, itself or by the configuration."""
-    return not (config.return_dict if return_dict is None else return_dict)
-
-
-def refuse_generation_options(default: Any, args: Sequence[Any], options: dict[str, Any]) -> None:
-    """Refuses what `generate` cannot do with a cache that differs between tokens.
-
-    Args:
-        default: the model's generation configuration, which fills in what another does not say.
-        args: of `generate`, by position.
-        options: of `generate`, by name.
-
-    Raises:
-        ValueError: names the option.
-    """
-    given = options.get("generation_config") or next(iter(args[1:2]), None)
-    for name in ("cache_implementation", "assistant_early_exit"):
-        told = options.get(name) or getattr(given, name, None)
-        wanted = told or getattr(default, name, None)
-        if wanted in (None, "dynamic", "dynamic_full"):
-            continue
-        if name == "cache_implementation":
-            raise ValueError(f"MoR: expected a dynamic cache, got cache_implementation={wanted!r}")
-        raise ValueError(
-            f"MoR: assistant_early_exit={wanted!r} is not supported: tokens leave by their own "
-            "router; pass an assistant_model to speculate"
-        )
-
-
-#: Arguments by which collators describe documents a second time, beside position_ids.
-_REDUNDANT = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-
-
-def refuse_unused(kwargs: dict[str, Any], config: Any, where: str) -> None:
-    """Refuses arguments that nothing would read.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    asked = {**kwargs}
-    if asked.get("output_attentions") is None:
-        asked["output_attentions"] = getattr(config, "output_attentions", False)
-    for name, value in asked.items():
-        if value is None or value is False:
-            continue
-        if name == "output_attentions":
-            raise ValueError(f"{where}: output_attentions: depth_attention keeps no weights")
-        raise ValueError(f"{where}: no use for the argument {name!r}: expected none of that name")
-
-
 def _is_checkpointed(model: MoRModel) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
 
@@ -711,6 +621,10 @@ def _check_checkpointing(model: MoRModel) -> None:
 
 def _check_cache(cache: Cache, config: MoRConfig) -> None:
     layers = getattr(cache, "layers", [])
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "past_key_values: expected a cache without offloading, which is not supported"
+        )
     if len(layers) != config.num_hidden_layers or not all(
         isinstance(layer, RecursionCacheLayer) for layer in layers
     ):

@@ -62,3 +62,11 @@ class MoRCausalLMOutput(ModelOutput):
     balancing_loss: Tensor | None = None
     router_loss: Tensor | None = None
     routing: RecursionOutput | None = None
+
+    @classmethod
+    def of(
+        cls, base: MoRModelOutput, logits: Tensor, loss: Tensor | None, lm_loss: Tensor | None
+    ) -> "MoRCausalLMOutput":
+        """The output of a language model whose decoder gave `base`."""
+        shared = {name: base[name] for name in base if name != "last_hidden_state"}
+        return cls(loss=loss, logits=logits, lm_loss=lm_loss, **shared)

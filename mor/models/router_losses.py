@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-__all__ = ["CollectedLosses", "TellsLostLosses", "collect_router_losses", "hand_over", "take_back"]
+__all__ = [
+    "CollectedLosses",
+    "TellsLostLosses",
+    "collect_router_losses",
+    "hand_over",
+    "take_back",
+    "tell_lost",
+]
 
 
 class CollectedLosses:
@@ -68,6 +75,20 @@ def take_back(router_loss: Tensor | None) -> None:
     collected = _collected.get()
     if collected is not None:
         collected.losses = [loss for loss in collected.losses if loss is not router_loss]
+
+
+def tell_lost(router_loss: Tensor | None, num_items_in_batch: Any) -> None:
+    """By a causal model without targets: says so if a Trainer will compute a loss without it.
+
+    `num_items_in_batch` is the sign: the Trainer passes it, and keeps the labels to itself.
+    """
+    if torch.compiler.is_compiling() or num_items_in_batch is None or router_loss is None:
+        return
+    if router_loss.requires_grad and _collected.get() is None:
+        logging.get_logger("mor").warning_once(
+            "label smoothing and compute_loss_func keep the labels from the model, so the router "
+            "losses are left out: use mor.training.MoRTrainer, which adds them"
+        )
 
 
 class TellsLostLosses:

@@ -104,6 +104,7 @@ def swap(
     routed = install(model, settings)
     routed.to(device=model.device, dtype=model.dtype)
     model.config.mor_swap = settings
+    model.config._name_or_path = ""  # of the dense model, which trainers would take as reference
     model.__class__ = swapped_class(type(model))
     return model
 

@@ -3,6 +3,9 @@
 The class of a swapped model is that of the dense model with a few methods before it. It is made at
 run time, so copies and pickles make it anew; nothing is hooked, and what a call needs to know
 travels in the call, as `SwapCall`.
+
+Over 300 lines in one file: the two classes, of the decoder and of the language model, are read
+together.
 """
 
 import functools
@@ -15,28 +18,48 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mor.models.attention import check_attention
-from mor.models.configuration_mor import MoRConfig
-from mor.models.derived_class import Derived, derived_class
-from mor.models.modeling_mor import (
-    at_least_one,
-    batch_share,
-    num_targets,
+from mor.models.arguments import (
+    REDUNDANT,
     refuse_generation_options,
     refuse_unused,
     wants_tuple,
 )
+from mor.models.attention import check_attention
+from mor.models.configuration_mor import MoRConfig
+from mor.models.derived_class import Derived, derived_class
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.routed_layers import RoutedLayers, SwapCall
-from mor.models.router_losses import TellsLostLosses, hand_over, take_back
+from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
+from mor.models.targets import at_least_one, batch_share, num_targets
 
 __all__ = ["coefficients_of", "install", "saved_config", "span_of", "swapped_class"]
 
 #: In the saved configuration, so that Auto classes refuse what they would load as a dense model.
 _SAVED_MODEL_TYPE = "mor_swap"
 _DENSE_MODEL_TYPE = "dense_model_type"
+
+_HUB_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
+
+#: Of a call, besides the parameters of the dense model's forward.
+_PASSED_ON = (
+    "mor_call",
+    "generating",
+    "return_dict",
+    "output_hidden_states",
+    "num_items_in_batch",
+    "shift_labels",
+)
 
 _COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
 
@@ -123,13 +146,17 @@ class _SwappedDecoder(Derived):
 
     def call_dense(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
-        attentions = kwargs.pop("output_attentions", None)
-        refuse_unused({"output_attentions": attentions}, self.config, "swap")
+        known = (*_parameters(self.dense_class), *_PASSED_ON)
+        unknown = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
+        described = kwargs.get("position_ids") is not None
+        refuse_unused(unknown, self.config, "swap", described)
+        if described:  # the dense layers may make use of them
+            kwargs |= {name: value for name, value in unknown.items() if name in REDUNDANT}
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if cache is not None and type(cache) is not DynamicCache:
+        if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
             raise ValueError(
                 "swap: expected past_key_values = DynamicCache(config=model.config), got "
-                f"{type(cache).__name__}"
+                f"{type(cache).__name__}{' with offloading' if cache.offloading else ''}"
             )
         if mask is not None:
             ids = kwargs.get("input_ids")
@@ -187,6 +214,7 @@ class _SwappedModel(TellsLostLosses, Derived):
         @functools.wraps(dense.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
             inputs = dense.prepare_inputs_for_generation(self, *args, **kwargs)
+            inputs.pop("tokenizer", None)  # of stop_strings
             return {**inputs, "generating": True}
 
         kept = [*(getattr(dense, "_keep_in_fp32_modules_strict", None) or ()), "recursion.bias"]
@@ -211,9 +239,12 @@ class _SwappedModel(TellsLostLosses, Derived):
         kwargs |= zip(_parameters(self.dense_class), args, strict=False)
         call = kwargs["mor_call"] = SwapCall(generating=kwargs.pop("generating", False))
         return_dict = kwargs.pop("return_dict", None)
-        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+        if kwargs.get("labels") is None and shifted is not None:
+            kwargs["labels"] = shifted  # which alone would give no loss
+        labels = kwargs.get("labels")
         if labels is not None:
-            count = num_targets(labels, kwargs.get("shift_labels"))
+            count = num_targets(labels, shifted)
             kwargs["num_items_in_batch"] = at_least_one(count if items is None else items)
         output = self.dense_class.forward(self, return_dict=True, **kwargs)
         base = call.output
@@ -222,20 +253,9 @@ class _SwappedModel(TellsLostLosses, Derived):
         if loss is not None and labels is not None and base.router_loss is not None:
             loss = loss + batch_share(count, items) * base.router_loss
             take_back(base.router_loss)
-        assert isinstance(output, CausalLMOutputWithPast)
-        routed = MoRCausalLMOutput(
-            loss=loss,
-            logits=output.logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            token_depths=base.token_depths,
-            lm_loss=lm_loss,
-            aux_loss=base.aux_loss,
-            z_loss=base.z_loss,
-            balancing_loss=base.balancing_loss,
-            router_loss=base.router_loss,
-            routing=base.routing,
-        )
+        if labels is None:
+            tell_lost(base.router_loss, items)
+        routed = MoRCausalLMOutput.of(base, output.logits, loss, lm_loss)
         return routed.to_tuple() if wants_tuple(return_dict, self.config) else routed
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,21 +268,28 @@ class _SwappedModel(TellsLostLosses, Derived):
         return self.dense_class.generate(self, *args, **kwargs)
 
     def save_pretrained(
-        self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """As the dense model, with a configuration that only `mor.load_swapped` takes."""
-        self.dense_class.save_pretrained(self, save_directory, **kwargs)
+        """Saves the model with a configuration that only `mor.load_swapped` takes."""
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if push_to_hub and name in kwargs}
+        self.dense_class.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
         path = Path(save_directory) / "config.json"
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        values.pop("keys_to_ignore_at_inference", None)
-        if "mor_swap" in values and values["model_type"] != _SAVED_MODEL_TYPE:
-            # Not inside mor_swap: Transformers looks for a "model_type" in what a file holds.
-            values |= {_DENSE_MODEL_TYPE: values["model_type"], "model_type": _SAVED_MODEL_TYPE}
-            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if is_main_process and path.exists():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop("keys_to_ignore_at_inference", None)
+            if "mor_swap" in values and values["model_type"] != _SAVED_MODEL_TYPE:
+                # Not inside mor_swap: Transformers looks for a "model_type" in what a file holds.
+                values |= {_DENSE_MODEL_TYPE: values["model_type"], "model_type": _SAVED_MODEL_TYPE}
+                text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+                path.write_text(text, encoding="utf-8")
         if push_to_hub:  # which saves once more, and uploads
-            self.push_to_hub(  # type: ignore[attr-defined]
-                kwargs.get("repo_id") or Path(save_directory).name
-            )
+            name = hub.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(name, **hub)  # type: ignore[attr-defined]
 
 
 def saved_config(path: str | Path, **kwargs: Any) -> Any:
@@ -299,4 +326,5 @@ def _forward(dense: Any) -> Any:
 
 @functools.cache
 def _parameters(dense: type[PreTrainedModel]) -> tuple[str, ...]:
-    return tuple(inspect.signature(dense.forward).parameters)[1:]
+    parameters = inspect.signature(dense.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)[1:]

@@ -56,7 +56,9 @@ class ExpertChoice(nn.Module):
         train_routing: "topk", or "threshold" to select in training as in evaluation: what a trainer
             needs that compares the two (DPO, KTO). The router still learns the k best tokens.
         eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
-        capacity_warmup_steps: training forward calls over which capacities fall from 1 to c_r.
+        capacity_warmup_steps: training forward calls over which capacities fall from 1 to c_r. With
+            a checkpoint around the module, a backward pass must follow each of these calls: the
+            recomputation takes the capacities of the last one.
 
     Raises:
         ValueError: capacities that rise, leave (0, 1] or are not R; unknown options.

@@ -237,5 +237,5 @@ def test_swap_of_windowed_layers():
     with torch.no_grad():
         full = model(sequences, use_cache=False).logits[:, 19:-1]
     torch.testing.assert_close(cached, full, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="swap: expected layers of one attention type"):
+    with pytest.raises(ValueError, match="its layers are of two attention types"):
         mor.swap(dense_model("gemma3"), (1, 7), num_recursions=3)
