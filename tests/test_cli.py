@@ -346,7 +346,7 @@ def test_public_submodules_are_attributes_and_listed():
 
 @pytest.mark.parametrize("router", ["expert", "token", "none"])
 def test_divergence_is_one_sentence_with_the_command_to_go_on(text, tmp_path, router):
-    options = ["--router", router, "--lr", 1e30, "--steps", 9, "--eval-every", 0]
+    options = ["--router", router, "--lr", 1e30, "--steps", 9, "--eval-every", 100]
     result = _train(text, tmp_path, *options, "--save-every", 1)
     last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     _refused(
@@ -378,7 +378,7 @@ def test_a_signal_ends_training_with_a_checkpoint(text, tmp_path, monkeypatch, n
 
     handler = signal.getsignal(number)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ["--save-every", 100, "--eval-every", 0, "--steps", 6]
+    options = ["--save-every", 100, "--eval-every", 100, "--steps", 6]
     assert _train(text, whole, *options)[0] == 0
     with monkeypatch.context() as patched:
         patched.setattr(MoRTrainer, "training_step", interrupted)
@@ -443,6 +443,15 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
         (["--router-type", "huge"], ["--router-type: expected one of", "wide_mlp"]),
         (["--kv-strategy", "x"], ["--kv-strategy: expected one of"]),
         (["--relaxation-rank", "4"], ["--relaxation-rank would be ignored", "--relaxation"]),
+        (
+            ["--router", "none", "--gating", "residual", "--router-type", "mlp"],
+            ["--router-type, --gating would be ignored", "--router none"],
+        ),
+        (
+            ["--schedule", "cosine", "--decay-share", ".3"],
+            ["--decay-share would be ignored", "--schedule cosine"],
+        ),
+        (["--eval-every", "0", "--eval-rows", "3"], ["--eval-rows would be ignored"]),
         (["--sharing", "spiral"], ["sharing", "spiral"]),
         (["--heads", "3"], ["--hidden-size 32", "--heads 3"]),
         (["--kv-heads", "3"], ["--heads", "--kv-heads", "3"]),
