@@ -173,8 +173,8 @@ class RunOptions(RoutingOptions):
     model: Annotated[
         Path | None,
         _option(
-            "Folder of a MoR model to go on from (of mor convert, say), with its tokenizer; it "
-            "has sizes and routing already.",
+            "Folder of a MoR model to go on from (of mor convert, say, or of a run), with its "
+            "tokenizer; it has sizes and routing already.",
             _MODEL,
         ),
     ] = None

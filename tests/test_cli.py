@@ -661,9 +661,26 @@ def test_an_unfinished_run_generates_from_its_newest_complete_checkpoint(
     # A run that was extended, and has not arrived, is not its old end.
     shutil.move(tmp_path / "model", unfinished / "model")
     assert find_model(unfinished) == unfinished / "model"
-    later = (unfinished / "model" / "config.json").stat().st_mtime + 10
-    os.utime(unfinished / "checkpoint-2" / "trainer_state.json", (later, later))
-    assert find_model(unfinished) == unfinished / "checkpoint-2"
+    state = json.loads((unfinished / "checkpoint-2" / "trainer_state.json").read_text())
+    shutil.move(unfinished / "checkpoint-2", unfinished / "checkpoint-6")
+    (unfinished / "checkpoint-6" / "trainer_state.json").write_text(
+        json.dumps(state | {"global_step": 6})
+    )
+    assert find_model(unfinished) == unfinished / "checkpoint-6"
+
+
+def test_a_copied_run_whose_files_have_other_times_is_still_finished(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    later = (tmp_path / "run" / "model" / "config.json").stat().st_mtime + 10
+    os.utime(tmp_path / "run" / "checkpoint-4" / "trainer_state.json", (later, later))
+    assert find_model(tmp_path / "run") == tmp_path / "run" / "model"
+
+
+def test_train_takes_the_folder_of_a_run_as_generate_does(run, text, tmp_path):
+    code, _, _ = _train(text, tmp_path, "--model", run, "--steps", 1)
+    assert code == 0
+    written = json.loads((tmp_path / "run.json").read_text())["options"]
+    assert written["model"] == str((run / "model").resolve())
 
 
 def test_a_text_longer_than_the_model_was_trained_on_is_said(run, caplog):
