@@ -152,7 +152,7 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     folder, steps = output_dir / "model", trainer.args.max_steps
     resume = f"mor train --resume --output-dir {output_dir}"
     done = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
-    if done >= steps:  # the Trainer would take one more
+    if checkpoint is not None and done >= steps:  # the Trainer would take one more
         logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
