@@ -348,10 +348,11 @@ def _hold_out_end(paths: dict[str, Path], counts: dict[str, int], dtype: str) ->
     """Fills the held-out part with the end of the training text."""
     wanted = max(2, round(sum(counts.values()) * HELD_OUT))  # one token has none to predict
     moved = min(counts["train"], wanted - counts["validation"])
-    tokens = np.fromfile(paths["train"], dtype=dtype)
-    with paths["validation"].open("ab") as validation:
-        tokens[len(tokens) - moved :].tofile(validation)
-    tokens[: len(tokens) - moved].tofile(paths["train"])
+    size = moved * np.dtype(dtype).itemsize
+    with paths["train"].open("r+b") as train, paths["validation"].open("ab") as validation:
+        kept = train.seek(-size, os.SEEK_END)
+        shutil.copyfileobj(train, validation)
+        train.truncate(kept)
     counts["train"] -= moved
     counts["validation"] += moved
 

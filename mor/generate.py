@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,20 @@ def find_model(folder: str | Path) -> Path:
         return path
     finished = path / "model" / "config.json"
     newest = checkpoint_to_resume(path)
-    if newest is not None:
-        state = newest / "trainer_state.json"
-        if not finished.exists() or state.stat().st_mtime > finished.stat().st_mtime:
-            logger.warning("the run in %s is not finished: this is %s", path, newest.name)
-            return newest
+    if newest is not None and not (finished.exists() and _step(finished.parent) >= _step(newest)):
+        logger.warning("the run in %s is not finished: this is %s", path, newest.name)
+        return newest
     if not finished.exists():
         raise ValueError(f"no model in {folder}: config.json is missing")
     return finished.parent
+
+
+def _step(folder: Path) -> int:
+    """The step at which `mor train` saved a checkpoint or a model; of other models the last one."""
+    state = folder / "trainer_state.json"
+    if not state.exists():
+        return sys.maxsize
+    return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
 
 
 def load_model(folder: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:

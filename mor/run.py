@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +54,13 @@ def prepare_run(
     from mor.checkpoints import check_same_model
     from mor.corpus import open_corpus
     from mor.data import TokenBlocks, prepare_tokens, vocabulary_size
+    from mor.generate import find_model
     from mor.training import MoRTrainer
 
     given = given_options(options) if given is None else given
     options.check(given)
-    if options.model is not None and not (options.model / "config.json").exists():
-        raise ValueError(f"no model in {options.model}: config.json is missing")
+    if options.model is not None:
+        options = replace(options, model=find_model(options.model))
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,7 +132,7 @@ def prepare_run(
 
 
 def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
-    """Trains and saves the model with its tokenizer; returns their folder.
+    """Trains and saves the model with its tokenizer and the Trainer's state; returns their folder.
 
     A checkpoint of the last step, or of a later one, is only saved as the model. SIGINT and SIGTERM
     end the training after the step in progress, with a checkpoint; a second one ends it at once.
@@ -140,6 +141,7 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
         Stopped: by a signal.
         FloatingPointError: the training diverged.
     """
+    from transformers import TrainerState
     from transformers.utils.logging import disable_progress_bar
 
     from mor.stopping import StopOnSignal
@@ -150,9 +152,10 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     folder, steps = output_dir / "model", trainer.args.max_steps
     resume = f"mor train --resume --output-dir {output_dir}"
     done = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
-    if done >= steps:  # the Trainer would take one more
+    if checkpoint is not None and done >= steps:  # the Trainer would take one more
         logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
         stopping = StopOnSignal()
         trainer.add_callback(stopping)
@@ -172,6 +175,8 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
         if stopping.number is not None and step < steps:
             raise Stopped(stopping.number, f"stopped at step {step} of {steps}; go on: {resume}")
     trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():  # tells `find_model` whether a run has gone on since
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
     return folder
 
 

@@ -117,7 +117,7 @@ class MoRTrainer(Trainer):
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As the Trainer, but for recursion encodings, which start at ones."""
+        """Names of the parameters that decay: not recursion encodings, which start at ones."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith("recursion_encoding")]
 
@@ -177,7 +177,7 @@ class MoRTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer, but the peak learning rates are those given, not the checkpoint's."""
+        """Load the checkpoint's state, but keep the peak learning rates that were given."""
         scheduler = self.lr_scheduler
         peaks = getattr(scheduler, "base_lrs", None)
         peaks = None if peaks is None else list(peaks)

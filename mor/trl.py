@@ -30,7 +30,7 @@ class RouterLossMixin:
     """
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer, but DDP looks for no unused parameters unless told to.
+        """Tell DDP to look for no unused parameters, unless the arguments say to.
 
         It would search the graph of the output, which lacks the router losses, and take auxiliary
         routers for unused. No parameter is: every layer runs in every step.
@@ -47,7 +47,7 @@ class RouterLossMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As the trainer, plus the router losses while the model trains.
+        """Add the router losses to the trainer's loss while the model trains.
 
         Raises:
             ValueError: a model without MoR layers in it, or a compiled one.

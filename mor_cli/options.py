@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 __all__ = [
+    "NEW_WEIGHTS_LR",
+    "TRAINED_WEIGHTS_LR",
     "RoutingOptions",
     "RunOptions",
     "check_recursions",
@@ -21,6 +23,8 @@ __all__ = [
     "given_options",
     "in_words_of_the_shell",
     "parse_capacities",
+    "refuse",
+    "refuse_routing",
 ]
 
 _RUN, _DATA, _MODEL, _TRAINING = "Run", "Data", "Model", "Training"
@@ -93,6 +97,8 @@ class RoutingOptions:
         self._at_least({"num_recursions": 1, "relaxation_rank": 1})
         if self.relaxation == "none":
             refuse(given, ["relaxation_rank"], "without --relaxation there are no adapters")
+        if self.router == "none":
+            refuse(given, ["router_type", "gating"], "--router none trains no router")
 
     def _at_least(self, bounds: dict[str, int]) -> None:
         for name, bound in bounds.items():
@@ -167,8 +173,8 @@ class RunOptions(RoutingOptions):
     model: Annotated[
         Path | None,
         _option(
-            "Folder of a MoR model to go on from (of mor convert, say), with its tokenizer; it "
-            "has sizes and routing already.",
+            "Folder of a MoR model to go on from (of mor convert, say, or of a run), with its "
+            "tokenizer; it has sizes and routing already.",
             _MODEL,
         ),
     ] = None
@@ -269,6 +275,10 @@ class RunOptions(RoutingOptions):
                 "--warmup-share and --decay-share must be at least 0 and at most 1 together, got "
                 f"{warmup} and {decay}"
             )
+        if self.schedule == "cosine":
+            refuse(given, ["decay_share"], "--schedule cosine decays from the warm-up to the end")
+        if self.eval_every == 0:
+            refuse(given, ["eval_rows"], "--eval-every 0 evaluates nothing")
         if self.model is not None:
             if self.config is not None:
                 raise ValueError("--model and --config both say what to train; give one of them")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Stopped", "on_signal", "stop"]
+__all__ = ["Stopped", "notice", "on_signal", "stop"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

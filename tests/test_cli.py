@@ -346,7 +346,7 @@ def test_public_submodules_are_attributes_and_listed():
 
 @pytest.mark.parametrize("router", ["expert", "token", "none"])
 def test_divergence_is_one_sentence_with_the_command_to_go_on(text, tmp_path, router):
-    options = ["--router", router, "--lr", 1e30, "--steps", 9, "--eval-every", 0]
+    options = ["--router", router, "--lr", 1e30, "--steps", 9, "--eval-every", 100]
     result = _train(text, tmp_path, *options, "--save-every", 1)
     last = max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     _refused(
@@ -378,7 +378,7 @@ def test_a_signal_ends_training_with_a_checkpoint(text, tmp_path, monkeypatch, n
 
     handler = signal.getsignal(number)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ["--save-every", 100, "--eval-every", 0, "--steps", 6]
+    options = ["--save-every", 100, "--eval-every", 100, "--steps", 6]
     assert _train(text, whole, *options)[0] == 0
     with monkeypatch.context() as patched:
         patched.setattr(MoRTrainer, "training_step", interrupted)
@@ -443,6 +443,15 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
         (["--router-type", "huge"], ["--router-type: expected one of", "wide_mlp"]),
         (["--kv-strategy", "x"], ["--kv-strategy: expected one of"]),
         (["--relaxation-rank", "4"], ["--relaxation-rank would be ignored", "--relaxation"]),
+        (
+            ["--router", "none", "--gating", "residual", "--router-type", "mlp"],
+            ["--router-type, --gating would be ignored", "--router none"],
+        ),
+        (
+            ["--schedule", "cosine", "--decay-share", ".3"],
+            ["--decay-share would be ignored", "--schedule cosine"],
+        ),
+        (["--eval-every", "0", "--eval-rows", "3"], ["--eval-rows would be ignored"]),
         (["--sharing", "spiral"], ["sharing", "spiral"]),
         (["--heads", "3"], ["--hidden-size 32", "--heads 3"]),
         (["--kv-heads", "3"], ["--heads", "--kv-heads", "3"]),
@@ -652,9 +661,26 @@ def test_an_unfinished_run_generates_from_its_newest_complete_checkpoint(
     # A run that was extended, and has not arrived, is not its old end.
     shutil.move(tmp_path / "model", unfinished / "model")
     assert find_model(unfinished) == unfinished / "model"
-    later = (unfinished / "model" / "config.json").stat().st_mtime + 10
-    os.utime(unfinished / "checkpoint-2" / "trainer_state.json", (later, later))
-    assert find_model(unfinished) == unfinished / "checkpoint-2"
+    state = json.loads((unfinished / "checkpoint-2" / "trainer_state.json").read_text())
+    shutil.move(unfinished / "checkpoint-2", unfinished / "checkpoint-6")
+    (unfinished / "checkpoint-6" / "trainer_state.json").write_text(
+        json.dumps(state | {"global_step": 6})
+    )
+    assert find_model(unfinished) == unfinished / "checkpoint-6"
+
+
+def test_a_copied_run_whose_files_have_other_times_is_still_finished(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    later = (tmp_path / "run" / "model" / "config.json").stat().st_mtime + 10
+    os.utime(tmp_path / "run" / "checkpoint-4" / "trainer_state.json", (later, later))
+    assert find_model(tmp_path / "run") == tmp_path / "run" / "model"
+
+
+def test_train_takes_the_folder_of_a_run_as_generate_does(run, text, tmp_path):
+    code, _, _ = _train(text, tmp_path, "--model", run, "--steps", 1)
+    assert code == 0
+    written = json.loads((tmp_path / "run.json").read_text())["options"]
+    assert written["model"] == str((run / "model").resolve())
 
 
 def test_a_text_longer_than_the_model_was_trained_on_is_said(run, caplog):

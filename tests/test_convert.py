@@ -222,6 +222,11 @@ def test_bad_input_is_one_sentence(dense, tmp_path, monkeypatch):
             "use --num-recursions 1, 2, 3 or 6, or --layers 6 or 10",
         ),
         ((dense, out, "--relaxation-rank", 4), "--relaxation-rank would be ignored"),
+        (
+            (dense, out, "--router", "none", "--router-type", "mlp"),
+            "--router-type would be ignored: --router none",
+        ),
+        ((dense, out, "--router", "none", "--gating", "weighted"), "--gating would be ignored"),
         ((dense, full), "is not empty: choose a new directory"),
         ((dense, tmp_path / "text.txt"), "is a file: choose a new directory"),
         (

@@ -34,7 +34,7 @@ def refuse_generation_options(default: Any, args: Sequence[Any], options: dict[s
         if name == "cache_implementation":
             raise ValueError(f"MoR: expected a dynamic cache, got cache_implementation={wanted!r}")
         raise ValueError(
-            f"MoR: assistant_early_exit={wanted!r} is not supported: tokens leave by their own "
+            f"MoR: assistant_early_exit={wanted!r} is not supported: tokens exit by their own "
             "router; pass an assistant_model to speculate"
         )
 

@@ -75,7 +75,7 @@ class AttentionContext:
             return self.shared.view
         if self.rows is not None:
             assert self.shared.keys is not None and self.shared.values is not None
-            count = self.rows.shape[0]  # without torch.compile's spare row
+            count = self.rows.shape[0]  # without torch.compile's dummy row
             keys = self.shared.keys.index_copy(0, self.rows, keys[:count])
             values = self.shared.values.index_copy(0, self.rows, values[:count])
             return self._append(keys, values, self.shared.packing)

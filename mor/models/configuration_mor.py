@@ -1,4 +1,7 @@
-"""MoRConfig: a dense model's configuration plus how its depth is shared and routed."""
+"""MoRConfig: a dense model's configuration plus how its depth is shared and routed.
+
+Over 300 lines in one file: most of them describe the options and check them.
+"""
 
 import copy
 import math
@@ -38,7 +41,7 @@ class MoRConfig(PreTrainedConfig):
         num_recursions: R, how often the shared block can run.
         sharing: "middle_cycle" (own first and last layer, the (L - 2) / R layers between cycle; the
             paper's choice for MoR), "cycle", "middle_sequence" or "sequence" (paper, table 1). The
-            sequence strategies have no recursion step a token could leave after, so no router.
+            sequence strategies have no recursion step a token could exit after, so no router.
         router: "expert" (each recursion picks its tokens), "token" (each token picks its depth) or
             None (every token takes all recursions).
         kv_strategy: "recursion": at recursion r a token sees only keys of tokens active at r.
@@ -80,7 +83,8 @@ class MoRConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a name that is no option, an option outside its values, a depth the recursions
-            do not divide, capacities that rise or leave (0, 1]; the message names the option.
+            do not divide, capacities that increase or are outside (0, 1]; the message names the
+            option.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -235,7 +239,7 @@ class MoRConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As Transformers, which would fill a configuration of another kind with defaults."""
+        """Refuse a configuration of another kind, which Transformers would fill with defaults."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
@@ -304,7 +308,7 @@ class MoRConfig(PreTrainedConfig):
         if self.router is not None and self.sharing.endswith("sequence"):
             raise ValueError(
                 f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
-                "could leave; use cycle or middle_cycle with a router, or router=None"
+                "could exit; use cycle or middle_cycle with a router, or router=None"
             )
         if self.router != "expert" and self.capacities is not None:
             raise ValueError(

@@ -83,12 +83,12 @@ class MoRPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.recursion_encoding)
 
     def initialize_weights(self) -> None:
-        """As Transformers, which calls `_init_weights` for no module without tensors of its own."""
+        """Initialise adapters too: `_init_weights` is called only for modules that own tensors."""
         super().initialize_weights()
         initialise_adapters(self)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As Transformers, plus a one-line file by which trust_remote_code finds this package."""
+        """Save the model and a one-line file by which trust_remote_code finds this package."""
         self.config.auto_map = {
             "AutoConfig": "mor_auto.MoRConfig",
             "AutoModel": "mor_auto.MoRModel",
@@ -545,7 +545,7 @@ class MoRForCausalLM(TellsLostLosses, MoRPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As Transformers, with positions counted from the mask: right padding works too."""
+        """Count positions from the mask, so that right padding works too."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -559,7 +559,7 @@ class MoRForCausalLM(TellsLostLosses, MoRPreTrainedModel, GenerationMixin):
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers, in training mode too; the cache is recursion-wise and grows.
+        """Generate tokens, in training mode too; the cache is recursion-wise and grows.
 
         Raises:
             ValueError: a cache_implementation other than dynamic, or assistant_early_exit.
@@ -574,7 +574,7 @@ class MoRForCausalLM(TellsLostLosses, MoRPreTrainedModel, GenerationMixin):
             NotImplementedError: always; its cache would give wrong tokens without an error.
         """
         raise NotImplementedError(
-            "MoR: generate_batch has no place for tokens that leave early; use generate()"
+            "MoR: generate_batch has no place for tokens that exit early; use generate()"
         )
 
 

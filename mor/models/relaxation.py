@@ -152,7 +152,7 @@ class _Adapted(Derived):
 
     @property
     def active_adapters(self) -> list[str]:
-        """As peft's."""
+        """Names of the adapters that this call applies."""
         use = None if torch.compiler.is_compiling() else _call.use
         stored = self.__dict__.get("_active_adapter", [])
         active: Any = stored if use is None else self.names_for(use)
@@ -160,7 +160,7 @@ class _Adapted(Derived):
 
     @property
     def active_adapter(self) -> list[str]:
-        """As peft's."""
+        """Another name of `active_adapters`, which peft reads too."""
         return self.active_adapters
 
 

@@ -119,7 +119,7 @@ class RoutedLayers(nn.Module):
         assert position_embeddings is not None, "expected a model with rotary positions"
         if "cache" in kwargs:  # its keys are read and written past `past_key_values`
             raise NotImplementedError(
-                "swap: generate_batch has no place for tokens that leave early; use generate()"
+                "swap: generate_batch has no place for tokens that exit early; use generate()"
             )
         call = SwapCall() if mor_call is None else mor_call
         batch_size, length, _ = hidden_states.shape

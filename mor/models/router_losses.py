@@ -97,7 +97,7 @@ class TellsLostLosses:
     training: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model.
+        """Call the model, and look for router losses that the trainer would lose.
 
         Raises:
             ValueError: under TRL's SFTTrainer, which minimises the model's loss, without

@@ -140,7 +140,7 @@ class TokenChoice(nn.Module):
                 done_x, x = gather_tokens(x, grouped).split(cut)
                 done, rows = gather_tokens(rows, grouped).split(cut)
             done_gates = gather_tokens(gates, done)
-            # A token that leaves still shows, in `out`, what went into the first recursion.
+            # A token that exits still shows, in `out`, what went into the first recursion.
             entered = gather_tokens(out, done) if self.gating == "residual" else done_x
             done_x, _ = apply_gate(self.gating, entered, done_x, done_gates)
             out = add_rows(step, out, done_x, done, done_gates, keep_states)

@@ -21,8 +21,8 @@ __all__ = [
     "check_same_device",
     "check_size",
     "dtype_str",
-    "explain_operands",
     "refuse_gradients",
+    "refuse_non_tensors",
 ]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -158,21 +158,22 @@ def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:
                 )
 
 
-def explain_operands(
-    error: Exception, operator: Callable[..., Any], arguments: dict[str, Any]
-) -> Exception:
-    """The error to raise for `error` of an operator: another one if an operand is no tensor.
+def refuse_non_tensors(operator: Callable[..., Any], **operands: Any) -> None:
+    """Names an operand that is no tensor; called where an operator has failed, before `raise`.
 
-    Called where an operator has failed, so that looking costs a call nothing.
+    So looking costs a call nothing. The operands are named one by one, and nothing returns an
+    error: a frame whose `locals()` or variables hold its own error is a cycle, which would keep the
+    operands in memory until the garbage collector runs.
+
+    Raises:
+        TypeError: an operand is no tensor where `operator` is annotated with one.
     """
     op = operator.__name__
-    for name, kind in operator.__annotations__.items():
-        if kind not in (Tensor, Tensor | None) or name not in arguments:
-            continue
-        got = arguments[name]
-        if not isinstance(got, Tensor) and (got is not None or kind is Tensor):
-            return TypeError(
+    for name, got in operands.items():
+        if not isinstance(got, Tensor) and (
+            got is not None or operator.__annotations__[name] is Tensor
+        ):
+            raise TypeError(
                 f"{op}: expected {name} as a tensor, got {type(got).__name__}; "
                 f"use torch.as_tensor({name})"
             )
-    return error

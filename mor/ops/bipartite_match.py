@@ -13,7 +13,7 @@ from mor.ops._checks import (
     check_dtype,
     check_same_device,
     dtype_str,
-    explain_operands,
+    refuse_non_tensors,
 )
 from mor.ops._transforms import transformed
 from mor.ops.gather_tokens import gather_tokens
@@ -60,8 +60,11 @@ def bipartite_match(
             return reference(a, b, cu_seqlens_a, cu_seqlens_b, metric)
         scores, index = _operator(a, b, cu_seqlens_a, cu_seqlens_b, metric)
         return scores, index
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, bipartite_match, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            bipartite_match, a=a, b=b, cu_seqlens_a=cu_seqlens_a, cu_seqlens_b=cu_seqlens_b
+        )
+        raise
 
 
 def reference(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import mor.ops._depth_attention_rules  # noqa: F401  (registers fake kernels and autograd)
-from mor.ops._checks import explain_operands
+from mor.ops._checks import refuse_non_tensors
 from mor.ops._transforms import transformed
 
 __all__ = ["depth_attention", "reference"]
@@ -84,8 +84,21 @@ def depth_attention(
             q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths,
             key_bias, causal, scale, window,
         )  # fmt: skip
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, depth_attention, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            depth_attention,
+            q=q,
+            k=k,
+            v=v,
+            q_positions=q_positions,
+            k_positions=k_positions,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            q_depths=q_depths,
+            k_depths=k_depths,
+            key_bias=key_bias,
+        )
+        raise
 
 
 def reference(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index, explain_operands
+from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index, refuse_non_tensors
 from mor.ops._transforms import transformed
 
 __all__ = ["gather_tokens", "reference"]
@@ -45,8 +45,9 @@ def gather_tokens(x: Tensor, rows: Tensor) -> Tensor:
             y = _operator(x.flatten(1), rows)
             return y.view(y.shape[0], *x.shape[1:])
         return _operator(x, rows)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, gather_tokens, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(gather_tokens, x=x, rows=rows)
+        raise
 
 
 def reference(x: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mor.ops._checks import check_cu_seqlens, check_dim, check_dtype, explain_operands
+from mor.ops._checks import check_cu_seqlens, check_dim, check_dtype, refuse_non_tensors
 
 __all__ = ["group_rows", "reference"]
 
@@ -38,8 +38,9 @@ def group_rows(
     """
     try:
         return _operator(keys, num_keys, cu_seqlens)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, group_rows, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(group_rows, keys=keys, cu_seqlens=cu_seqlens)
+        raise
 
 
 def reference(

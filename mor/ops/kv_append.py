@@ -9,8 +9,8 @@ from mor.ops._checks import (
     check_kv_cache,
     check_same_device,
     dtype_str,
-    explain_operands,
     refuse_gradients,
+    refuse_non_tensors,
 )
 
 __all__ = ["kv_append", "reference"]
@@ -51,8 +51,11 @@ def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mappi
             "kv_append", "torch.no_grad()", k_cache=k_cache, v_cache=v_cache, k=k, v=v
         )  # fmt: skip
         _operator(k_cache, v_cache, k, v, slot_mapping)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, kv_append, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            kv_append, k_cache=k_cache, v_cache=v_cache, k=k, v=v, slot_mapping=slot_mapping
+        )
+        raise
 
 
 def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

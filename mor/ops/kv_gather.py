@@ -7,8 +7,8 @@ from mor.ops._checks import (
     check_block_table,
     check_int_vector,
     check_kv_cache,
-    explain_operands,
     refuse_gradients,
+    refuse_non_tensors,
 )
 
 __all__ = ["kv_gather", "reference"]
@@ -54,8 +54,11 @@ def kv_gather(
     try:
         refuse_gradients("kv_gather", "torch.no_grad()", k_cache=k_cache, v_cache=v_cache)
         return _operator(k_cache, v_cache, block_table, seq_lens, num_rows)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, kv_gather, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            kv_gather, k_cache=k_cache, v_cache=v_cache, block_table=block_table, seq_lens=seq_lens
+        )
+        raise
 
 
 def reference(

@@ -11,8 +11,8 @@ from mor.ops._checks import (
     check_kv_cache,
     check_same_device,
     dtype_str,
-    explain_operands,
     refuse_gradients,
+    refuse_non_tensors,
 )
 
 __all__ = ["paged_depth_attention", "reference"]
@@ -80,8 +80,18 @@ def paged_depth_attention(
         return _operator(
             q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, context_starts, scale
         )
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, paged_depth_attention, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            paged_depth_attention,
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            block_table=block_table,
+            context_lens=context_lens,
+            cu_seqlens_q=cu_seqlens_q,
+            context_starts=context_starts,
+        )
+        raise
 
 
 def reference(

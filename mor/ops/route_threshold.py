@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import explain_operands
+from mor.ops._checks import refuse_non_tensors
 from mor.ops.route_threshold_check import check
 
 __all__ = ["reference", "route_threshold"]
@@ -75,8 +75,11 @@ def route_threshold(
             scores, one, each, cu_seqlens, kind, inclusive, min_k, most, candidates, max_rows
         )
         return rows, chosen
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, route_threshold, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            route_threshold, scores=scores, cu_seqlens=cu_seqlens, candidates=candidates
+        )
+        raise
 
 
 def reference(

@@ -11,7 +11,7 @@ from mor.ops._checks import (
     check_row_mask,
     check_same_device,
     check_size,
-    explain_operands,
+    refuse_non_tensors,
 )
 
 __all__ = ["reference", "route_topk"]
@@ -68,8 +68,15 @@ def route_topk(
         return _operator(
             scores, k_all, k_each, cu_seqlens, num_rows, candidates, protected_rows, by_score
         )
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, route_topk, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            route_topk,
+            scores=scores,
+            cu_seqlens=cu_seqlens,
+            candidates=candidates,
+            protected_rows=protected_rows,
+        )
+        raise
 
 
 def reference(

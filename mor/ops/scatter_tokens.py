@@ -5,8 +5,8 @@ from torch import Tensor
 
 import mor.ops._scatter_tokens_rules  # noqa: F401  (registers fake kernels and autograd)
 from mor.ops._checks import (
-    explain_operands,
     refuse_gradients,
+    refuse_non_tensors,
 )
 from mor.ops._transforms import transformed
 
@@ -57,8 +57,11 @@ def scatter_tokens(
         if transformed():
             return reference(base, updates, rows, gate, base_scale)
         return _operator(base, updates, rows, gate, base_scale)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, scatter_tokens, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            scatter_tokens, base=base, updates=updates, rows=rows, gate=gate, base_scale=base_scale
+        )
+        raise
 
 
 def scatter_tokens_(
@@ -82,8 +85,11 @@ def scatter_tokens_(
         )  # fmt: skip
         _operator_(base, updates, rows, gate, base_scale)
         return base
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, scatter_tokens_, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(
+            scatter_tokens_, base=base, updates=updates, rows=rows, gate=gate, base_scale=base_scale
+        )
+        raise
 
 
 def reference(

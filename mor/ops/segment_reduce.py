@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import mor.ops._segment_reduce_rules  # noqa: F401  (registers fake kernels and autograd)
-from mor.ops._checks import explain_operands
+from mor.ops._checks import refuse_non_tensors
 from mor.ops._transforms import transformed
 
 __all__ = ["reference", "segment_reduce"]
@@ -54,8 +54,9 @@ def segment_reduce(
         rows = x.unsqueeze(1) if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
         out, _ = _operator(rows, segments, num_segments, reduce, weights)
         return out if x.dim() == 2 else out.view(num_segments, *x.shape[1:])
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise explain_operands(error, segment_reduce, locals()) from None
+    except (AttributeError, RuntimeError, TypeError):
+        refuse_non_tensors(segment_reduce, x=x, segments=segments, weights=weights)
+        raise
 
 
 def reference(

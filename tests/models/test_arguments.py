@@ -1,4 +1,7 @@
-"""Arguments of Transformers' models: used as Llama uses them, or refused by name."""
+"""Arguments of Transformers' models: used as Llama uses them, or refused by name.
+
+Over 300 lines in one file: one test for each argument, all over the same kinds of models.
+"""
 
 import pytest
 import torch

@@ -184,7 +184,7 @@ def test_every_parameter_gets_a_gradient(variant):
 
 
 def test_steps_that_no_token_takes_still_reach_every_parameter():
-    """All tokens leave after the first recursion: other processes may still wait for the rest."""
+    """All tokens exit after the first recursion: other processes may still wait for the rest."""
     model = small_model(router="token")
     router = model.model.recursion.router.layers[0]
     with torch.no_grad():

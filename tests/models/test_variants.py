@@ -30,7 +30,7 @@ def test_every_combination(sharing, kv_strategy, router, extra):
     options = {"sharing": sharing, "kv_strategy": kv_strategy, "router": router, **EXTRAS[extra]}
     options |= {"num_recursions": 2, "num_hidden_layers": 6 if "middle" in sharing else 4}
     if router is not None and sharing.endswith("sequence"):
-        with pytest.raises(ValueError, match="no recursion step after which a token could leave"):
+        with pytest.raises(ValueError, match="no recursion step after which a token could exit"):
             small_config(**options)
         return
     model = small_model(**options)

@@ -1,4 +1,7 @@
-"""Arguments of a wrapped block: each kept token sees the kept tokens that the mask lets it see."""
+"""Arguments of a wrapped block: each kept token sees the kept tokens that the mask lets it see.
+
+Over 300 lines in one file, as `mor/modules/block_arguments.py` is: its layouts are tested together.
+"""
 
 from collections import namedtuple
 

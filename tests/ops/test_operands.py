@@ -1,5 +1,8 @@
 """Operators called with something else than tensors: one sentence, not torch's schema."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -51,3 +54,17 @@ def test_other_errors_are_left_as_they_are() -> None:
     assert caught.value.__cause__ is None
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         ops.gather_tokens(X)
+
+
+@pytest.mark.parametrize("rows", [ROWS.int(), [0, 1]], ids=["dtype", "list"])
+def test_a_failed_call_does_not_keep_its_operands_until_garbage_is_collected(rows: object) -> None:
+    gc.disable()
+    try:
+        x = torch.zeros(2, 4)
+        freed = weakref.ref(x)
+        with pytest.raises((RuntimeError, TypeError), match="expected rows"):
+            ops.gather_tokens(x, rows)
+        del x
+        assert freed() is None
+    finally:
+        gc.enable()
