@@ -6,7 +6,7 @@ from typing import Any
 __all__ = ["REDUNDANT", "refuse_generation_options", "refuse_unused", "wants_tuple"]
 
 #: Arguments by which collators describe documents a second time, beside position_ids.
-REDUNDANT = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+REDUNDANT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def wants_tuple(return_dict: bool | None, config: Any) -> bool:
