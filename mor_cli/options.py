@@ -277,8 +277,6 @@ class RunOptions(RoutingOptions):
             )
         if self.schedule == "cosine":
             refuse(given, ["decay_share"], "--schedule cosine decays from the warm-up to the end")
-        if self.eval_every == 0:
-            refuse(given, ["eval_rows"], "--eval-every 0 evaluates nothing")
         if self.model is not None:
             if self.config is not None:
                 raise ValueError("--model and --config both say what to train; give one of them")

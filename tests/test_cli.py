@@ -451,7 +451,6 @@ def _refused(result: tuple[int, str, str], *words: str) -> None:
             ["--schedule", "cosine", "--decay-share", ".3"],
             ["--decay-share would be ignored", "--schedule cosine"],
         ),
-        (["--eval-every", "0", "--eval-rows", "3"], ["--eval-rows would be ignored"]),
         (["--sharing", "spiral"], ["sharing", "spiral"]),
         (["--heads", "3"], ["--hidden-size 32", "--heads 3"]),
         (["--kv-heads", "3"], ["--heads", "--kv-heads", "3"]),
