@@ -93,12 +93,24 @@ def train_tokenizer(
     )
 
 
+#: By one of these a folder has a tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.*")
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a directory or by its Hugging Face name.
 
     Raises:
         ValueError: nothing there, or a tokenizer without an end-of-text token.
     """
+    folder = Path(source)
+    found = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+    if (folder / "config.json").exists() and not found:
+        raise ValueError(
+            f"there is no tokenizer in {folder}: save the model's there, by "
+            f"AutoTokenizer.from_pretrained(NAME).save_pretrained({str(folder)!r}), or give "
+            "--tokenizer NAME where the command has it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # as many types as there are ways for a name to be wrong

@@ -32,7 +32,7 @@ def look_at(
     """Routes a text and writes `depth.html`, `depth.png`, `positions.png` and `scores.png`.
 
     Args:
-        model: a `MoRForCausalLM` with a router, for evaluation.
+        model: a `MoRForCausalLM` with a router, or a swapped model, for evaluation.
         tokenizer: the model's.
         text: what to look at.
         output_dir: folder for the files, made if it is not there.
@@ -47,7 +47,8 @@ def look_at(
     Raises:
         ValueError: no text, or a model without a router.
     """
-    if not isinstance(model, MoRForCausalLM) or model.config.router is None:
+    routed = isinstance(model, MoRForCausalLM) and model.config.router is not None
+    if not routed and not getattr(model.config, "mor_swap", None):
         kind = "one without" if isinstance(model, MoRForCausalLM) else f"a {type(model).__name__}"
         raise ValueError(f"look: expected a MoR model with a router, got {kind}")
     ids, pieces = _tokens(tokenizer, clean_text(text), max_tokens)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mor.run_model import describe, model_config, read_json
 from mor_cli.options import (
+    NEW_WEIGHTS_LR,
     RunOptions,
     given_options,
     refuse,
@@ -164,7 +165,8 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.refuse_nan()
         except Diverged as error:
-            smaller = f"{resume} --lr {trainer.args.learning_rate / 3:.1g}"
+            rate = min(trainer.args.learning_rate / 3, NEW_WEIGHTS_LR)  # 1e30 was a typo
+            smaller = f"{resume} --lr {rate:.1g}"
             if checkpoint is not None and error.step <= done + 1:
                 smaller += " --resume-from AN_EARLIER_CHECKPOINT (this one goes on to NaN)"
             raise FloatingPointError(f"{error}: {smaller}") from error

@@ -302,7 +302,10 @@ def convert(
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     typer.echo(f"Model of {millions:.1f}M parameters saved in {output_dir}.")
     if from_authors:
-        typer.echo(f'Try: mor generate {output_dir} "The"')
+        if any(output_dir.glob("tokenizer*")):
+            typer.echo(f'Try: mor generate {output_dir} "The"')
+        else:
+            typer.echo(f"Before mor generate {output_dir} TEXT, save its tokenizer there.")
         return
     if model.config.router == "expert" and model.config.router_gating == "weighted":
         typer.echo(
@@ -310,7 +313,12 @@ def convert(
             "--gating residual 9e4): it needs long training."
         )
     run = Path("runs") / output_dir.resolve().name
-    typer.echo(f"It needs training: mor train --model {output_dir} --data TEXT --output-dir {run}")
+    has_tokenizer = any(output_dir.glob("tokenizer*"))
+    tokenizer = "" if has_tokenizer else " --tokenizer NAME"
+    typer.echo(
+        f"It needs training: mor train --model {output_dir}{tokenizer} --data TEXT --output-dir "
+        f"{run}"
+    )
 
 
 @app.command()

@@ -61,6 +61,8 @@ def load_authors_checkpoint(
     Reference: MoR paper, section 3 (the published models).
     """
     folder = Path(path)
+    if eval_routing not in ("threshold", "topk"):
+        raise ValueError(f"eval_routing: expected threshold or topk, got {eval_routing!r}")
     if not folder.is_dir():
         raise ValueError(f"load_authors_checkpoint: expected a directory, got {folder}")
     options = read_options(folder, config)

@@ -284,6 +284,13 @@ class MoRConfig(PreTrainedConfig):
                 f"MoRConfig.base_config: expected an architecture of {ARCHITECTURES}, got "
                 f"{self.base_config.model_type!r}"
             )
+        base = self.base_config
+        head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+        if head_dim > 256:
+            raise ValueError(
+                f"MoRConfig.base_config: expected heads of at most 256 dimensions, got {head_dim} "
+                f"(hidden_size {base.hidden_size}): give more than {base.num_attention_heads} heads"
+            )
         options = {
             "sharing": SHARINGS,
             "router": ("expert", "token", None),
