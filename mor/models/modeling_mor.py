@@ -260,7 +260,9 @@ class MoRModel(MoRPreTrainedModel):
             last = batch.last_positions()
             for layer in layers:
                 layer.advance(last)
-            layers[0].last_states = unpacked[:, -1].detach().clone()  # not the whole prompt's
+            last_states = unpacked[:, -1].detach()
+            # A copy, lest the states of the whole prompt stay.
+            layers[0].last_states = last_states.clone() if batch.shape[1] > 1 else last_states
         output = MoRModelOutput(
             last_hidden_state=unpacked,
             past_key_values=past_key_values if use_cache else None,

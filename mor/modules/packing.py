@@ -154,7 +154,7 @@ class PackedBatch:
             everywhere = positions.new_full((batch * length,), -1)
             positions = everywhere.index_copy(0, self.rows, positions)
         last = positions.reshape(self.shape)
-        if self.rows is not None or self.past is not None:
+        if self.rows is not None:  # a pad has the position of the token before it
             last = torch.cat([self.past[:, -1:] if self.past is not None else last[:, :0], last], 1)
             last = last.cummax(dim=1).values[:, -length:]
         return last if self.past is None else torch.cat([self.past, last], dim=1)
@@ -281,7 +281,7 @@ def _read_mask(
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(device)
     valid = mask != 0
     facts = [valid.sum(dim=1)]
-    if mask.dtype != torch.bool and mask.numel():
+    if mask.dtype != torch.bool and mask.numel() and past_length == 0:
         facts += [bound.reshape(1).to(torch.int64) for bound in (mask.amin(), mask.amax())]
     lengths = torch.cat(facts).tolist()
     lengths, bounds = lengths[:batch_size], lengths[batch_size:]
