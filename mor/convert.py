@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from mor.data import has_tokenizer
 from mor.models import MoRForCausalLM, load_authors_checkpoint
 from mor.models.authors_options import is_authors_checkpoint
 from mor.models.configuration_mor import ARCHITECTURES
@@ -17,8 +18,6 @@ from mor_cli.options import check_recursions, in_words_of_the_shell
 __all__ = ["convert_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def convert_checkpoint(
@@ -139,9 +138,8 @@ def _unreadable(path: str, error: Exception) -> str:
 def _tokenizer(path: str, gguf_file: str | None) -> Any:
     """The dense model's tokenizer, or None where a folder has none."""
     folder = Path(path)
-    if folder.exists() and not gguf_file:
-        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-            return None
+    if folder.exists() and not gguf_file and not has_tokenizer(folder):
+        return None
     try:
         return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
     except Exception as error:  # as many types as there are kinds of tokenizers

@@ -23,6 +23,7 @@ from mor.corpus import HELD_OUT, Corpus, split_documents
 __all__ = [
     "TokenBlocks",
     "TokenFiles",
+    "has_tokenizer",
     "load_tokenizer",
     "prepare_tokens",
     "train_tokenizer",
@@ -93,8 +94,10 @@ def train_tokenizer(
     )
 
 
-#: By one of these a folder has a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.*")
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer, by the names of its files."""
+    patterns = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.*")
+    return any(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -104,8 +107,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ValueError: nothing there, or a tokenizer without an end-of-text token.
     """
     folder = Path(source)
-    found = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
-    if (folder / "config.json").exists() and not found:
+    if (folder / "config.json").exists() and not has_tokenizer(folder):
         raise ValueError(
             f"there is no tokenizer in {folder}: save the model's there, by "
             f"AutoTokenizer.from_pretrained(NAME).save_pretrained({str(folder)!r}), or give "
