@@ -281,7 +281,7 @@ def _read_mask(
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(device)
     valid = mask != 0
     facts = [valid.sum(dim=1)]
-    if mask.dtype != torch.bool and mask.numel() and past_length == 0:
+    if mask.dtype != torch.bool and mask.numel():
         facts += [bound.reshape(1).to(torch.int64) for bound in (mask.amin(), mask.amax())]
     lengths = torch.cat(facts).tolist()
     lengths, bounds = lengths[:batch_size], lengths[batch_size:]
