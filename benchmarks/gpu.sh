@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds mor for the GPU of this machine alone, runs the tests that need one and every benchmark in
 # bfloat16, and writes benchmarks/results/gpu-*.json: SECONDS_IN_ALL (480) at most. What had no time
-# left is named. PYTHON: the interpreter whose torch knows CUDA.
+# left is named. PYTHON: the interpreter whose torch knows CUDA. LIBRARY: an _ops.so built elsewhere
+# with nvcc for this GPU, which saves the minutes of building it here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -28,17 +29,24 @@ step() { # NAME COMMAND...: at most the time that is left
   fi
 }
 
-printf '== build for %s\n' "$gpu"
-timeout "$(left)" cmake -S . -B build/gpu -G Ninja -DMOR_CUDA=ON \
-  -DMOR_CUDA_ARCHITECTURES="$(tr -d '. ' <<<"${gpu##*,}")-real" \
-  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
-timeout "$(left)" cmake --build build/gpu
-cmake --install build/gpu --prefix .
+build() {
+  timeout "$(left)" cmake -S . -B build/gpu -G Ninja -DMOR_CUDA=ON \
+    -DMOR_CUDA_ARCHITECTURES="$(tr -d '. ' <<<"${gpu##*,}")-real" \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
+  timeout "$(left)" cmake --build build/gpu
+  cmake --install build/gpu --prefix .
+}
+if [ -n "${LIBRARY:-}" ]; then
+  cp "$LIBRARY" mor/_ops.so
+else
+  printf '== build for %s\n' "$gpu"
+  build
+fi
 
 workers=() # 2000 small tests wait for the host
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-step tests timeout $(($(left) / 3)) "$python" -m pytest -q -m cuda "${workers[@]}" tests/ops
+step tests timeout $(($(left) / 3)) "$python" -m pytest -q -m cuda "${workers[@]}" tests/ops tests/models
 
 # Each gets an equal part of the time that is left; what it saves goes to the later ones, and so to
 # attention, which compiles most.

@@ -86,6 +86,38 @@ def test_valid_calls(name: str) -> None:
         torch.set_num_threads(threads_before)
 
 
+def on_cuda(t: Any) -> Any:
+    """The tensor with the strides and offset it has, in a storage on the device."""
+    if not isinstance(t, Tensor):
+        return t
+    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).cuda()
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_valid_calls_on_cuda(name: str) -> None:
+    op = OPERATORS[name]
+
+    @SETTINGS
+    @given(st.data())
+    def one(data: st.DataObject) -> None:
+        inputs = op.draw(Draw(data.draw))
+        note(describe(inputs))
+        got = outputs(op.call(**{k: on_cuda(v) for k, v in inputs.items()}))
+        low, high = outputs(op.reference(**inputs)), outputs(op.reference(**in_double(inputs)))
+        sizes = high if op.exact else op.magnitudes(op, inputs)
+        for i, mine in enumerate(got):
+            mine, what = mine.cpu(), f"{name}: output {i} (CUDA)"
+            if op.exact:
+                assert same_bits(mine, low[i]), f"{what}: {mine} instead of {low[i]}"
+            else:
+                compare(what, mine, low[i], high[i], op.factor, sizes[i])
+
+    one()
+
+
 @pytest.mark.parametrize("name", REFUSING)
 def test_invalid_calls_are_refused(name: str) -> None:
     """With the operator's name, and without a trace in the operands."""
