@@ -51,7 +51,6 @@ _SUBMODULES = (
     "optim",
     "options",
     "run",
-    "testing",
     "training",
     "trl",
     "viz",

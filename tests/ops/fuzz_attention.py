@@ -9,7 +9,7 @@ from fuzzing import FLOATING, Draw, Inputs, Operator, cumulative, in_double
 from torch import Tensor
 
 from mor.ops.depth_attention import depth_attention, reference
-from mor.testing import EPSILON
+from tests.support.operators import EPSILON
 
 UNUSED = 2**63 - 1  # position of a cache slot that holds no key
 HEADS = ((1, 1), (2, 2), (2, 1), (6, 2), (9, 3), (17, 1), (0, 1))

@@ -21,7 +21,7 @@ from torch import Tensor
 from mor.ops import bipartite_match, segment_reduce
 from mor.ops.bipartite_match import reference as match_reference
 from mor.ops.segment_reduce import reference as reduce_reference
-from mor.testing import EPSILON
+from tests.support.operators import EPSILON
 
 
 def draw_segments(d: Draw) -> tuple[int, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 Inputs = dict[str, Any]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import bipartite_match
 from mor.ops.bipartite_match import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
+from tests.support.operators import (
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+)
 
 METRICS = ("cosine", "dot")
 LENGTHS: dict[str, tuple[list[int], list[int]]] = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mor.ops.depth_attention import depth_attention, reference
-from mor.testing import OpCase, check_bad_input, check_op
+from tests.support.operators import OpCase, check_bad_input, check_op
 
 NAMES = (
     "q", "k", "v", "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mor.ops import gather_tokens
 from mor.ops.gather_tokens import reference
-from mor.testing import (
+from tests.support.operators import (
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,

@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import group_rows
 from mor.ops.group_rows import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
+from tests.support.operators import (
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+)
 
 DTYPES = (torch.int64, torch.int32, torch.bool)
 LENGTHS: dict[str, list[int] | None] = {

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mor.ops import kv_append
 from mor.ops.kv_append import reference
-from mor.testing import OpCase, check_bad_input, check_op
+from tests.support.operators import OpCase, check_bad_input, check_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")

@@ -6,7 +6,13 @@ from torch import Tensor
 
 from mor.ops import kv_append, kv_gather
 from mor.ops.kv_gather import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
+from tests.support.operators import (
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNUSED = -123456  # block number where no row is

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mor.ops import depth_attention, kv_gather, paged_depth_attention
 from mor.ops.paged_depth_attention import reference
-from mor.testing import (
+from tests.support.operators import (
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,

@@ -14,7 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import route_threshold, route_topk
 from mor.ops.route_threshold import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
+from tests.support.operators import (
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+)
 
 KINDS = ("absolute", "quantile", "mass")
 RULES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import route_topk
 from mor.ops.route_topk import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
+from tests.support.operators import (
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = torch.tensor(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mor.ops import scatter_tokens, scatter_tokens_
 from mor.ops.scatter_tokens import reference
-from mor.testing import (
+from tests.support.operators import (
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,

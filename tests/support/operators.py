@@ -6,11 +6,13 @@ plain-PyTorch reference in float64.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = [
     "INSTRUCTION_SETS",
@@ -52,9 +54,6 @@ class OpCase:
     raw_args: Callable[..., tuple[Any, ...]] | None = None
     differentiable: tuple[str, ...] = ()
     exact: bool = False
-    dtypes: tuple[torch.dtype, ...] = field(
-        default=(torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    )
 
 
 def check_op(case: OpCase, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -115,9 +114,6 @@ def check_bad_input(
     message: str, op: Callable[..., Any], *args: Any, fake: bool = True, **kwargs: Any
 ) -> None:
     """Asserts that `op` refuses the arguments with `message`, on real and on fake tensors."""
-    import pytest
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         op(*args, **kwargs)
     if fake:
@@ -135,8 +131,6 @@ def check_bad_input(
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Forces the CPU kernels of one of `INSTRUCTION_SETS`; skips a test the machine cannot run."""
-    import pytest
-
     best = torch.ops.mor.instruction_set("best")
     if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(best):
         pytest.skip(f"this machine has only {best}")
