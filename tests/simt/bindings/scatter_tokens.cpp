@@ -1,6 +1,6 @@
-#include "../../../kernels/scatter_tokens.cuh"
+#include "../../../kernels/rows/scatter_tokens.cuh"
 
-#include "../../../kernels/gather_tokens.cuh"
+#include "../../../kernels/rows/gather_tokens.cuh"
 #include "binding.h"
 
 namespace {

@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-HITS, SCATTER = "row_hits.cuh", "scatter_tokens.cuh"
+HITS, SCATTER = "rows/row_sums.cuh", "rows/scatter_tokens.cuh"
 MUTATIONS = [
     Mutation(
         "every hit brings a warp to its row",
@@ -65,7 +65,7 @@ MUTATIONS = [
     ),
     Mutation(
         "whole vectors of rows of another width",
-        "rows.cuh",
+        "rows/rows.cuh",
         "(bits | uintptr_t(width) * sizeof(T)) % 16 == 0",
         "bits % 16 == 0",
         "test_scatter_tokens and odd",

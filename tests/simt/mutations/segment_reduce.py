@@ -4,7 +4,7 @@ from typing import Any
 
 from mutations import Mutation
 
-REDUCE = "segment_reduce.cuh"
+REDUCE = "rows/segment_reduce.cuh"
 
 
 def reduce(

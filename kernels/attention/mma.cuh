@@ -2,7 +2,7 @@
 // PTX of mor. The SIMT harness runs its own version of each (tests/simt/harness/tensor_core.h).
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 #if defined(MOR_SIMT)
 #include "tensor_core.h"

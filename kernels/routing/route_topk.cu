@@ -1,7 +1,7 @@
 #include "route_topk.cuh"
 
-#include "../csrc/ops/route_topk.h"
-#include "glue.h"
+#include "../../csrc/ops/route_topk.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {

@@ -1,8 +1,8 @@
-// Rows of one segment become one: the contract is in csrc/ops/segment_reduce.h. As row_hits.cuh
+// Rows of one segment become one: the contract is in csrc/ops/segment_reduce.h. As row_sums.cuh
 // adds rows: a warp owns a segment and walks its rows in ascending order, so no atomics on floats.
 #pragma once
 
-#include "row_hits.cuh"
+#include "row_sums.cuh"
 
 namespace mor {
 

@@ -2,7 +2,7 @@
 // every row allows that.
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace mor {
 

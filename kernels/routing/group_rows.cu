@@ -2,8 +2,8 @@
 
 #include <tuple>
 
-#include "../csrc/ops/group_rows.h"
-#include "glue.h"
+#include "../../csrc/ops/group_rows.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {

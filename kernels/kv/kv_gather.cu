@@ -2,8 +2,8 @@
 
 #include <tuple>
 
-#include "../csrc/ops/kv_gather.h"
-#include "glue.h"
+#include "../../csrc/ops/kv_gather.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {

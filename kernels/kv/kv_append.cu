@@ -1,8 +1,8 @@
 #include "kv_append.cuh"
 
-#include "../csrc/ops/kv_append.h"
-#include "../csrc/rows.h"
-#include "glue.h"
+#include "../../csrc/ops/kv_append.h"
+#include "../../csrc/rows.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {

@@ -1,10 +1,10 @@
-// Glue for row_hits.cuh, shared by gather_tokens.cu, scatter_tokens.cu and segment_reduce.cu.
+// Glue for row_sums.cuh, shared by gather_tokens.cu, scatter_tokens.cu and segment_reduce.cu.
 #pragma once
 
 #include <optional>
 
-#include "glue.h"
-#include "row_hits.cuh"
+#include "../glue.h"
+#include "row_sums.cuh"
 
 namespace mor {
 

@@ -8,7 +8,7 @@
 // launchers check), offsets 64-bit.
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace mor {
 

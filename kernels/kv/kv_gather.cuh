@@ -3,7 +3,7 @@
 
 #include <cub/block/block_scan.cuh>
 
-#include "row_hits.cuh"
+#include "../rows/row_sums.cuh"
 
 namespace mor {
 

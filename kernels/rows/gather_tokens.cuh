@@ -1,7 +1,7 @@
 // y[i] = x[rows[i]] over rows of bytes; grad_x[n] = sum of grad[i] with rows[i] == n.
 #pragma once
 
-#include "row_hits.cuh"
+#include "row_sums.cuh"
 
 namespace mor {
 

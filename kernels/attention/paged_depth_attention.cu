@@ -3,9 +3,9 @@
 #include <optional>
 #include <tuple>
 
-#include "../csrc/ops/paged_depth_attention.h"
-#include "../csrc/rows.h"
-#include "glue.h"
+#include "../../csrc/ops/paged_depth_attention.h"
+#include "../../csrc/rows.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {

@@ -1,8 +1,8 @@
-// out = base_scale * base; out[rows[i]] += gate[i] * updates[i] (row_hits.cuh does the sum), and
+// out = base_scale * base; out[rows[i]] += gate[i] * updates[i] (row_sums.cuh does the sum), and
 // the gradients of all four operands.
 #pragma once
 
-#include "row_hits.cuh"
+#include "row_sums.cuh"
 
 namespace mor {
 

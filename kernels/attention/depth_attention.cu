@@ -1,12 +1,12 @@
-#include "../csrc/ops/depth_attention.h"
+#include "../../csrc/ops/depth_attention.h"
 
 #include <optional>
 #include <tuple>
 
-#include "../csrc/rows.h"
+#include "../../csrc/rows.h"
+#include "../glue.h"
 #include "depth_attention_backward.cuh"
 #include "depth_attention_forward.cuh"
-#include "glue.h"
 
 namespace mor {
 namespace {

@@ -2,9 +2,9 @@
 
 #include <tuple>
 
-#include "../csrc/ops/scatter_tokens.h"
-#include "../csrc/rows.h"
-#include "row_hits.h"
+#include "../../csrc/ops/scatter_tokens.h"
+#include "../../csrc/rows.h"
+#include "row_sums.h"
 
 namespace mor {
 namespace {

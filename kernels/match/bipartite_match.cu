@@ -2,9 +2,9 @@
 
 #include <tuple>
 
-#include "../csrc/ops/bipartite_match.h"
-#include "../csrc/rows.h"
-#include "glue.h"
+#include "../../csrc/ops/bipartite_match.h"
+#include "../../csrc/rows.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {

@@ -2,8 +2,8 @@
 // formulas.
 #pragma once
 
+#include "../tuning.h"
 #include "depth_attention_fma.cuh"
-#include "tuning.h"
 
 namespace mor {
 

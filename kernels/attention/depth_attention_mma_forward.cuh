@@ -1,8 +1,8 @@
 // Forward of depth_attention in bfloat16 and float16 on tensor cores.
 #pragma once
 
+#include "../tuning.h"
 #include "depth_attention_mma.cuh"
-#include "tuning.h"
 
 namespace mor {
 

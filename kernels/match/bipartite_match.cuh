@@ -4,7 +4,7 @@
 // the end 16 threads share theirs. No atomics on results: deterministic.
 #pragma once
 
-#include "rows.cuh"
+#include "../rows/rows.cuh"
 
 namespace mor {
 

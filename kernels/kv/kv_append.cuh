@@ -4,7 +4,7 @@
 // cache, much less than the copy until N is some 10^5.
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace mor {
 

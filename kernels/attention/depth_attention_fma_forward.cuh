@@ -1,8 +1,8 @@
 // Forward of depth_attention in float32 and float64.
 #pragma once
 
+#include "../tuning.h"
 #include "depth_attention_fma.cuh"
-#include "tuning.h"
 
 namespace mor {
 

@@ -2,9 +2,9 @@
 
 #include <tuple>
 
-#include "../csrc/ops/segment_reduce.h"
-#include "../csrc/rows.h"
-#include "row_hits.h"
+#include "../../csrc/ops/segment_reduce.h"
+#include "../../csrc/rows.h"
+#include "row_sums.h"
 
 namespace mor {
 namespace {

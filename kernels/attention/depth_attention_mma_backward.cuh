@@ -2,8 +2,8 @@
 // has the formulas.
 #pragma once
 
+#include "../tuning.h"
 #include "depth_attention_mma.cuh"
-#include "tuning.h"
 
 namespace mor {
 

@@ -1,8 +1,8 @@
 #include "gather_tokens.cuh"
 
-#include "../csrc/ops/gather_tokens.h"
-#include "../csrc/rows.h"
-#include "row_hits.h"
+#include "../../csrc/ops/gather_tokens.h"
+#include "../../csrc/rows.h"
+#include "row_sums.h"
 
 namespace mor {
 namespace {

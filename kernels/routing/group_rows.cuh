@@ -5,7 +5,7 @@
 
 #include <cub/block/block_scan.cuh>
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace mor {
 

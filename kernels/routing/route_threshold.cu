@@ -2,8 +2,8 @@
 
 #include <tuple>
 
-#include "../csrc/ops/route_threshold.h"
-#include "glue.h"
+#include "../../csrc/ops/route_threshold.h"
+#include "../glue.h"
 
 namespace mor {
 namespace {
