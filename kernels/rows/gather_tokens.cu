@@ -27,7 +27,7 @@ Tensor gather_tokens_backward_cuda(const Tensor& grad_in, const Tensor& rows_in,
   const Rows grad = contiguous_rows(grad_in);
   const Tensor rows = as_contiguous(rows_in);
   Tensor grad_x = new_tensor(grad_in, {dims.num_rows, dims.width});
-  Tensor scratch = hit_scratch(rows, dims.num_rows, "gather_tokens_backward");
+  Tensor scratch = range_scratch(rows, dims.num_rows, "gather_tokens_backward");
   dispatch_floating_cuda(grad_in.scalar_type(), [&]<class T>(T) {
     check_launch(launch_gather_tokens_backward(
                      static_cast<const T*>(grad.data), grad.stride, rows.const_data_ptr<int64_t>(),

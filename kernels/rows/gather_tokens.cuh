@@ -67,7 +67,7 @@ cudaError_t launch_gather_tokens_backward(const T* grad, int64_t grad_stride, co
   sums.updates_stride = grad_stride;
   sums.rows = rows;
   sums.num_rows = num_rows;
-  sums.num_hits = num_taken;
+  sums.num_updates = num_taken;
   sums.width = width;
   return launch_row_sums(sums, scratch, stream);
 }

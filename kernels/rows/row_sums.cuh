@@ -1,13 +1,15 @@
-// Adding rows to rows, deterministic for any index list, without float atomics, sort or a word to
-// the host: shared by the backward of gather_tokens, by scatter_tokens and by segment_reduce.
+// Adding rows to rows, deterministic for any index list, without float atomics, a sort or
+// synchronisation with the host: shared by the backward of gather_tokens, by scatter_tokens and by
+// segment_reduce.
 //
-// Integer atomics find the first and the last hit on every row (minimum and maximum do not depend
-// on the order of arrival). A row with one hit, every row after route_topk, adds it; a row with
-// more walks its hits in the order of i, looking for them in rows[first .. last]. Cost: scratch of
-// 8 bytes a row, written once and read once; two integer atomics a hit; the sum itself moves base,
-// updates and out once. Two launches more than a kernel told that rows are unique. A row whose hits
-// lie s apart reads s indices (8 bytes each, from cache) for every 512 bytes of the row; so all
-// hits repeated at distance K/2 read K * K / 4 indices: correct, but slow for K above some 10^5.
+// Integer atomics find the first and the last update of every row (minimum and maximum do not
+// depend on the order of arrival). A row with one update (every row after route_topk) adds it. A
+// row with more walks its updates in the order of i and looks for them in rows[first .. last].
+// The cost is a scratch of 8 bytes a row, written once and read once, two integer atomics an
+// update, and two launches more than a kernel that knows that rows are unique; the sum itself moves
+// base, updates and out once. A row whose updates lie s apart reads s indices (8 bytes each, from
+// cache) for every 512 bytes of the row. So updates that all repeat at distance K/2 read K * K / 4
+// indices, which is correct, but slow for K above some 10^5.
 #pragma once
 
 #include "rows.cuh"
@@ -41,13 +43,13 @@ struct RowSums {
   int64_t updates_stride;
   RowFactor<T> gate;
   const int64_t* rows;
-  int64_t num_rows, num_hits, width;
+  int64_t num_rows, num_updates, width;
   int* first;  // [N] smallest i with rows[i] == n, else INT32_MAX
   int* last;   // [N] largest, else -1
 };
 
 // One thread a row.
-static __global__ void clear_hits_kernel(int* first, int* last, int64_t num_rows) {
+static __global__ void clear_ranges_kernel(int* first, int* last, int64_t num_rows) {
   for (int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; n < num_rows;
        n += int64_t(gridDim.x) * blockDim.x) {
     first[n] = INT32_MAX;
@@ -55,10 +57,10 @@ static __global__ void clear_hits_kernel(int* first, int* last, int64_t num_rows
   }
 }
 
-// One thread a hit.
-static __global__ void mark_hits_kernel(const int64_t* rows, int64_t num_hits, int* first,
-                                        int* last) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < num_hits;
+// One thread an update.
+static __global__ void mark_ranges_kernel(const int64_t* rows, int64_t num_updates, int* first,
+                                          int* last) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < num_updates;
        i += int64_t(gridDim.x) * blockDim.x) {
     atomicMin(first + rows[i], int(i));
     atomicMax(last + rows[i], int(i));
@@ -66,23 +68,23 @@ static __global__ void mark_hits_kernel(const int64_t* rows, int64_t num_hits, i
 }
 
 // Calls body(i) for every i with rows[i] == n, ascending, the whole warp together. first and last
-// are those of n; without a hit, last is -1.
+// are those of n; without an update, last is -1.
 template <class Body>
-__device__ __forceinline__ void for_each_hit(const int64_t* rows, int64_t n, int first, int last,
-                                             Body&& body) {
+__device__ __forceinline__ void for_each_index(const int64_t* rows, int64_t n, int first, int last,
+                                               Body&& body) {
   if (last < 0) return;
   body(int64_t(first));
   const int lane = threadIdx.x % 32;
   for (int64_t i = int64_t(first) + 1; i <= last; i += 32) {
-    const bool hit = i + lane <= last && rows[i + lane] == n;
-    for (unsigned hits = __ballot_sync(~0u, hit); hits != 0; hits &= hits - 1)
-      body(i + __ffs(int(hits)) - 1);
+    const bool is_n = i + lane <= last && rows[i + lane] == n;
+    for (unsigned found = __ballot_sync(~0u, is_n); found != 0; found &= found - 1)
+      body(i + __ffs(int(found)) - 1);
   }
 }
 
 template <class T, int kPack>
-__device__ __forceinline__ void add_hit(const RowSums<T>& s, int64_t i, int64_t d,
-                                        acc_t<T> (&acc)[kPack]) {
+__device__ __forceinline__ void add_update(const RowSums<T>& s, int64_t i, int64_t d,
+                                           acc_t<T> (&acc)[kPack]) {
   const acc_t<T> gate = s.gate.at(i);
   const auto update =
       *reinterpret_cast<const Pack<T, kPack>*>(s.updates + i * s.updates_stride + d);
@@ -90,16 +92,17 @@ __device__ __forceinline__ void add_hit(const RowSums<T>& s, int64_t i, int64_t 
   for (int k = 0; k < kPack; ++k) acc[k] += gate * to_acc(update.v[k]);
 }
 
-// A warp owns one output row at a time, a lane kPack elements of every 32 * kPack. kOnlyHit: items
-// are hits, and the first hit on a row brings its warp; other rows are left alone (in place).
-template <class T, int kPack, bool kOnlyHit>
+// A warp owns one output row at a time, a lane kPack elements of every 32 * kPack. With
+// kOnlyUpdated, items are updates, the first update of a row brings its warp, and other rows stay
+// as they are (in place).
+template <class T, int kPack, bool kOnlyUpdated>
 __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(RowSums<T> s) {
   const int lane = threadIdx.x % 32;
-  const int64_t count = kOnlyHit ? s.num_hits : s.num_rows;
+  const int64_t count = kOnlyUpdated ? s.num_updates : s.num_rows;
   for (int64_t item = row_item(); item < count; item += row_item_step()) {
-    const int64_t n = kOnlyHit ? s.rows[item] : item;
+    const int64_t n = kOnlyUpdated ? s.rows[item] : item;
     const int first = s.first[n], last = s.last[n];
-    if (kOnlyHit && first != item) continue;
+    if (kOnlyUpdated && first != item) continue;
     const acc_t<T> scale = s.base_scale.at(n);
     for (int64_t begin = 0; begin < s.width; begin += 32 * kPack) {
       const int64_t d = begin + lane * kPack;
@@ -110,8 +113,8 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(RowSums<T> s) {
 #pragma unroll
         for (int k = 0; k < kPack; ++k) acc[k] = scale * to_acc(base.v[k]);
       }
-      for_each_hit(s.rows, n, first, last, [&](int64_t i) {
-        if (active) add_hit<T, kPack>(s, i, d, acc);
+      for_each_index(s.rows, n, first, last, [&](int64_t i) {
+        if (active) add_update<T, kPack>(s, i, d, acc);
       });
       if (active) {
         Pack<T, kPack> out;
@@ -123,33 +126,34 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(RowSums<T> s) {
   }
 }
 
-// The first and last hit of every row, into first and last.
-inline void launch_mark_hits(const int64_t* rows, int64_t num_hits, int64_t num_rows, int* first,
-                             int* last, cudaStream_t stream) {
-  MOR_LAUNCH(clear_hits_kernel, grid_for(num_rows, 256), 256, 0, stream, first, last, num_rows);
-  if (num_hits > 0) {
-    MOR_LAUNCH(mark_hits_kernel, grid_for(num_hits, 256), 256, 0, stream, rows, num_hits, first,
-               last);
+// Writes the first and last update of every row to first and last.
+inline void launch_mark_ranges(const int64_t* rows, int64_t num_updates, int64_t num_rows,
+                               int* first, int* last, cudaStream_t stream) {
+  MOR_LAUNCH(clear_ranges_kernel, grid_for(num_rows, 256), 256, 0, stream, first, last, num_rows);
+  if (num_updates > 0) {
+    MOR_LAUNCH(mark_ranges_kernel, grid_for(num_updates, 256), 256, 0, stream, rows, num_updates,
+               first, last);
   }
 }
 
-// scratch [2 N] int; num_hits below 2^31. Where out is base and nothing scales it, only rows that
-// are hit are touched.
+// scratch [2 N] int; num_updates below 2^31. Where out is base and nothing scales it, only rows
+// with an update are touched.
 template <class T>
 cudaError_t launch_row_sums(RowSums<T> s, int* scratch, cudaStream_t stream) {
-  const bool only_hit = s.out == s.base && s.base_scale.data == nullptr;
-  if (s.num_rows == 0 || s.width == 0 || (only_hit && s.num_hits == 0)) return cudaSuccess;
+  const bool only_updated = s.out == s.base && s.base_scale.data == nullptr;
+  if (s.num_rows == 0 || s.width == 0 || (only_updated && s.num_updates == 0)) return cudaSuccess;
   s.first = scratch;
   s.last = scratch + s.num_rows;
-  launch_mark_hits(s.rows, s.num_hits, s.num_rows, s.first, s.last, stream);
+  launch_mark_ranges(s.rows, s.num_updates, s.num_rows, s.first, s.last, stream);
   const uintptr_t bits = row_bits(s.out, s.out_stride) | row_bits(s.base, s.base_stride) |
                          row_bits(s.updates, s.updates_stride);
   constexpr int kPack = 16 / sizeof(T);
   const auto kernel =
       packs<T>(bits, s.width)
-          ? (only_hit ? sum_rows_kernel<T, kPack, true> : sum_rows_kernel<T, kPack, false>)
-          : (only_hit ? sum_rows_kernel<T, 1, true> : sum_rows_kernel<T, 1, false>);
-  MOR_LAUNCH(kernel, row_grid(only_hit ? s.num_hits : s.num_rows), kRowThreads, 0, stream, s);
+          ? (only_updated ? sum_rows_kernel<T, kPack, true> : sum_rows_kernel<T, kPack, false>)
+          : (only_updated ? sum_rows_kernel<T, 1, true> : sum_rows_kernel<T, 1, false>);
+  MOR_LAUNCH(kernel, row_grid(only_updated ? s.num_updates : s.num_rows), kRowThreads, 0, stream,
+             s);
   return cudaGetLastError();
 }
 

@@ -14,8 +14,8 @@ RowFactor<T> row_factor(const std::optional<Tensor>& t) {
   return {t->const_data_ptr(), t->scalar_type() == ScalarType::Float, t->stride(0)};
 }
 
-// Room for the first and last hit of every row; hits are counted in int.
-inline Tensor hit_scratch(const Tensor& rows, int64_t num_rows, const char* op) {
+// Room for the first and last update of every row; updates are counted in int.
+inline Tensor range_scratch(const Tensor& rows, int64_t num_rows, const char* op) {
   MOR_CHECK(rows.size(0) <= INT32_MAX, op, ": expected fewer than 2^31 rows on CUDA, got ",
             shape_str(rows));
   return new_tensor(rows, {2 * num_rows}, ScalarType::Int);

@@ -8,7 +8,7 @@ namespace mor {
 
 constexpr int kRowThreads = 256;  // eight warps, each on a row of its own
 
-// The row (or hit) of this warp, and the distance to its next one.
+// The row (or update) of this warp, and the distance to its next one.
 __device__ __forceinline__ int64_t row_item() {
   return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32;
 }

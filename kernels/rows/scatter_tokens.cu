@@ -17,7 +17,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
                   const OptionalTensor& base_scale, const ScatterTokensDims& dims, const char* op) {
   const Rows base = contiguous_rows(base_in), updates = contiguous_rows(updates_in);
   const Tensor rows = as_contiguous(rows_in);
-  Tensor scratch = hit_scratch(rows, dims.num_rows, op);
+  Tensor scratch = range_scratch(rows, dims.num_rows, op);
   dispatch_floating_cuda(base_in.scalar_type(), [&]<class T>(T) {
     RowSums<T> sums{};
     sums.out = static_cast<T*>(out.mutable_data_ptr());
@@ -30,7 +30,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
     sums.gate = row_factor<T>(gate);
     sums.rows = rows.const_data_ptr<int64_t>();
     sums.num_rows = dims.num_rows;
-    sums.num_hits = dims.num_hits;
+    sums.num_updates = dims.num_hits;
     sums.width = dims.width;
     check_launch(launch_row_sums(sums, scratch.mutable_data_ptr<int>(), current_stream(out)), op);
   });
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(
     if (need_base) args.grad_base = static_cast<T*>(grad_base.mutable_data_ptr());
     if (need_updates) args.grad_updates = static_cast<T*>(grad_updates.mutable_data_ptr());
     args.num_rows = dims.num_rows;
-    args.num_hits = dims.num_hits;
+    args.num_updates = dims.num_hits;
     args.width = dims.width;
     check_launch(launch_scatter_tokens_backward(args, current_stream(grad_in)),
                  "scatter_tokens_backward");

@@ -21,7 +21,7 @@ struct ScatterBackward {
   T* grad_updates;
   void* grad_gate;        // of the type of gate
   void* grad_base_scale;  // of the type of base_scale
-  int64_t num_rows, num_hits, width;
+  int64_t num_rows, num_updates, width;
 };
 
 // One warp, one row: out = factor * grad; the inner product of grad and other, added up in a fixed
@@ -58,19 +58,19 @@ __device__ __forceinline__ void backward_row(const T* grad, const T* other, T* o
   }
 }
 
-// A warp owns one item at a time: a hit (its update's row and gate) or, after all hits, a row (base
+// A warp owns one item at a time: an update (its row and gate) or, after all updates, a row (base
 // and base_scale). A lane owns kPack elements of every 32 * kPack.
 template <class T, int kPack>
 __global__ void __launch_bounds__(kRowThreads)
-    scatter_tokens_backward_kernel(ScatterBackward<T> a, int64_t hit_items, int64_t items) {
+    scatter_tokens_backward_kernel(ScatterBackward<T> a, int64_t update_items, int64_t items) {
   for (int64_t item = row_item(); item < items; item += row_item_step()) {
-    if (item < hit_items) {
+    if (item < update_items) {
       backward_row<T, kPack>(a.grad + a.rows[item] * a.grad_stride,
                              a.updates != nullptr ? a.updates + item * a.updates_stride : nullptr,
                              a.grad_updates != nullptr ? a.grad_updates + item * a.width : nullptr,
                              a.grad_gate, a.gate, item, a.width);
     } else {
-      const int64_t n = item - hit_items;
+      const int64_t n = item - update_items;
       backward_row<T, kPack>(a.grad + n * a.grad_stride,
                              a.base != nullptr ? a.base + n * a.base_stride : nullptr,
                              a.grad_base != nullptr ? a.grad_base + n * a.width : nullptr,
@@ -81,16 +81,17 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <class T>
 cudaError_t launch_scatter_tokens_backward(const ScatterBackward<T>& a, cudaStream_t stream) {
-  const bool hits = a.grad_updates != nullptr || a.grad_gate != nullptr;
+  const bool updates = a.grad_updates != nullptr || a.grad_gate != nullptr;
   const bool rows = a.grad_base != nullptr || a.grad_base_scale != nullptr;
-  const int64_t hit_items = hits ? a.num_hits : 0, items = hit_items + (rows ? a.num_rows : 0);
+  const int64_t update_items = updates ? a.num_updates : 0,
+                items = update_items + (rows ? a.num_rows : 0);
   if (items == 0) return cudaSuccess;
   const uintptr_t bits = row_bits(a.grad, a.grad_stride) | row_bits(a.base, a.base_stride) |
                          row_bits(a.updates, a.updates_stride) | row_bits(a.grad_base, a.width) |
                          row_bits(a.grad_updates, a.width);
   const auto kernel = packs<T>(bits, a.width) ? scatter_tokens_backward_kernel<T, 16 / sizeof(T)>
                                               : scatter_tokens_backward_kernel<T, 1>;
-  MOR_LAUNCH(kernel, row_grid(items), kRowThreads, 0, stream, a, hit_items, items);
+  MOR_LAUNCH(kernel, row_grid(items), kRowThreads, 0, stream, a, update_items, items);
   return cudaGetLastError();
 }
 

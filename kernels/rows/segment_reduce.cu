@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> segment_reduce_cuda(const Tensor& x_in, const Tensor&
   Tensor out = new_tensor(x_in, {num_segments, dims.width});
   Tensor totals = new_tensor(x_in, {mean ? num_segments : 0},
                              is_double ? ScalarType::Double : ScalarType::Float);
-  Tensor scratch = hit_scratch(segments, num_segments, "segment_reduce");
+  Tensor scratch = range_scratch(segments, num_segments, "segment_reduce");
   const int kind = mean ? kSegmentMean : dims.reduce == Reduce::kAmax ? kSegmentAmax : kSegmentSum;
   dispatch_floating_cuda(x_in.scalar_type(), [&]<class T>(T) {
     SegmentReduceArgs<T> args{};
@@ -49,7 +49,7 @@ Tensor segment_reduce_amax_backward_cuda(const Tensor& grad_in, const Tensor& x_
              out = contiguous_rows(out_in);
   const Tensor segments = as_contiguous(segments_in);
   Tensor grad_x = new_tensor(x_in, {dims.num_rows, dims.width});
-  Tensor scratch = hit_scratch(segments, dims.num_segments, "segment_reduce_amax_backward");
+  Tensor scratch = range_scratch(segments, dims.num_segments, "segment_reduce_amax_backward");
   dispatch_floating_cuda(x_in.scalar_type(), [&]<class T>(T) {
     SegmentAmaxBackwardArgs<T> args{};
     args.grad = static_cast<const T*>(grad.data);

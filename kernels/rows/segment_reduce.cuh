@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kRowThreads) segment_reduce_kernel(SegmentRedu
     acc_t<T> factor = 1;
     if constexpr (kKind == kSegmentMean) {
       acc_t<T> total = 0;
-      for_each_hit(a.segments, s, first, last, [&](int64_t i) { total += a.weights.at(i); });
+      for_each_index(a.segments, s, first, last, [&](int64_t i) { total += a.weights.at(i); });
       if (lane == 0) a.totals[s] = total;
       factor = total == 0 ? 0 : 1 / total;
     }
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kRowThreads) segment_reduce_kernel(SegmentRedu
       const int64_t d = begin + lane * kPack;
       const bool active = d < a.width;
       acc_t<T> acc[kPack]{};
-      for_each_hit(a.segments, s, first, last, [&](int64_t i) {
+      for_each_index(a.segments, s, first, last, [&](int64_t i) {
         if (active) reduce_row<kKind, T, kPack>(a, i, i == first, d, acc);
       });
       if (active) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRowThreads)
         out = *reinterpret_cast<const Values*>(a.out + s * a.out_stride + d);
         rest = *reinterpret_cast<const Values*>(a.grad + s * a.grad_stride + d);
       }
-      for_each_hit(a.segments, s, first, last, [&](int64_t i) {
+      for_each_index(a.segments, s, first, last, [&](int64_t i) {
         if (!active) return;
         const Values x = *reinterpret_cast<const Values*>(a.x + i * a.x_stride + d);
         Values given;
@@ -127,7 +127,7 @@ cudaError_t launch_segment_reduce(SegmentReduceArgs<T> a, int kind, int* scratch
   if (a.num_segments == 0) return cudaSuccess;
   a.first = scratch;
   a.last = scratch + a.num_segments;
-  launch_mark_hits(a.segments, a.num_rows, a.num_segments, a.first, a.last, stream);
+  launch_mark_ranges(a.segments, a.num_rows, a.num_segments, a.first, a.last, stream);
   constexpr int kPack = 16 / sizeof(T);
   const bool packed = packs<T>(row_bits(a.out, a.width) | row_bits(a.x, a.x_stride), a.width);
   const auto kernel = kind == kSegmentSum ? (packed ? segment_reduce_kernel<T, kPack, kSegmentSum>
@@ -147,7 +147,7 @@ cudaError_t launch_segment_amax_backward(SegmentAmaxBackwardArgs<T> a, int* scra
   if (a.num_segments == 0 || a.num_rows == 0 || a.width == 0) return cudaSuccess;
   a.first = scratch;
   a.last = scratch + a.num_segments;
-  launch_mark_hits(a.segments, a.num_rows, a.num_segments, a.first, a.last, stream);
+  launch_mark_ranges(a.segments, a.num_rows, a.num_segments, a.first, a.last, stream);
   const uintptr_t bits = row_bits(a.grad, a.grad_stride) | row_bits(a.x, a.x_stride) |
                          row_bits(a.out, a.out_stride) | row_bits(a.grad_x, a.width);
   const auto kernel = packs<T>(bits, a.width) ? segment_amax_backward_kernel<T, 16 / sizeof(T)>
