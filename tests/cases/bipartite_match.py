@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mor.ops import bipartite_match
 from mor.ops.bipartite_match import reference
-from tests.cases.route_topk import packed
-from tests.support.operators import OpCase
+from tests.support.operators import OpCase, packed
 
 METRICS = ("cosine", "dot")
 LENGTHS: dict[str, tuple[list[int], list[int]]] = {
@@ -50,7 +49,7 @@ def reference_scores(**inputs: Any) -> Tensor:
     return reference(**inputs)[0]
 
 
-def case(lengths: str, width: int, metric: str, raw: bool = False) -> OpCase:
+def case(lengths: str, width: int, metric: str, opcheck: bool = False) -> OpCase:
     def make(dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
         inputs = make_inputs(lengths, width, "random", dtype, generator)
         return {name: t.to(device) for name, t in inputs.items()} | {"metric": metric}
@@ -59,14 +58,15 @@ def case(lengths: str, width: int, metric: str, raw: bool = False) -> OpCase:
         id=f"{lengths}-D{width}-{metric}",
         op=scores_only,
         reference=reference_scores,
-        raw=torch.ops.mor.bipartite_match.default if raw else None,
+        raw=torch.ops.mor.bipartite_match.default,
+        opcheck=opcheck,
         make=make,
         differentiable=("a", "b"),
     )
 
 
 CASES = [
-    case(lengths, width, metric, raw=(lengths, width) == ("ragged", 5))
+    case(lengths, width, metric, opcheck=(lengths, width) == ("ragged", 5))
     for metric in METRICS
     for lengths, width in [
         ("no-sequences", 4),

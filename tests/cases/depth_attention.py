@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 
 from mor.ops.depth_attention import depth_attention, reference
-from tests.support.operators import OpCase
+from tests.support.operators import OpCase, packed
 
 NAMES = (
     "q", "k", "v", "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k",
     "q_depths", "k_depths", "key_bias", "causal", "scale", "window",
 )  # fmt: skip
 UNUSED = 2**63 - 1  # position of a cache slot that holds no key
-
-
-def cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def make_inputs(
@@ -69,8 +65,8 @@ def make_inputs(
         "v": normal(num_keys, heads[1], head_dim).to(dtype),
         "q_positions": torch.cat(q_positions),
         "k_positions": torch.cat(k_positions),
-        "cu_seqlens_q": cumulative(queries),
-        "cu_seqlens_k": cumulative(keys),
+        "cu_seqlens_q": packed(queries),
+        "cu_seqlens_k": packed(keys),
         "q_depths": None,
         "k_depths": None,
         "key_bias": normal(num_keys).to(total) if bias else None,
@@ -97,12 +93,15 @@ def case(name: str, **options: Any) -> OpCase:
         op=depth_attention,
         reference=reference,
         raw=torch.ops.mor.depth_attention.default,
+        opcheck=name in CHECKED,
         raw_args=raw_args,
         make=lambda dtype, device, generator: make_inputs(dtype, device, generator, **options),
         differentiable=("q", "k", "v", "key_bias") if options.get("bias") else ("q", "k", "v"),
     )
 
 
+# One for each set of operands that are given.
+CHECKED = ("no-rows", "ragged", "ragged-not-causal", "depths", "window-1", "window-bias-depths")
 RAGGED = {"queries": [5, 0, 33, 1, 7], "keys": [9, 4, 70, 1, 0]}
 BOTH = {"depths": True, "bias": True}
 MANY = [1, 130, 0, 64, 65, 63, 17, 2, 200]
@@ -152,4 +151,3 @@ CASES = [
     case("window-decode", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, window=70),
     case("window-decode-depths", queries=[2] * 9, keys=MANY, heads=(4, 2), **BOTH, window=150),
 ]  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mor.ops import group_rows
 from mor.ops.group_rows import reference
-from tests.support.operators import OpCase
+from tests.support.operators import OpCase, packed
 
 DTYPES = (torch.int64, torch.int32, torch.bool)
 LENGTHS: dict[str, list[int] | None] = {
@@ -20,11 +20,8 @@ LENGTHS: dict[str, list[int] | None] = {
     "one-row-each": [1] * 70,
     "unpacked": None,
 }
+CHECKED = ("no-rows", "ragged", "unpacked")
 NUM_KEYS = (1, 2, 3, 8, 9, 300)
-
-
-def packed(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def make_keys(kind: str, n: int, num_keys: int, generator: torch.Generator) -> Tensor:
@@ -36,7 +33,9 @@ def make_keys(kind: str, n: int, num_keys: int, generator: torch.Generator) -> T
     return keys.clamp(max=keys.min() + 1 if n else 0) if kind == "skewed" else keys
 
 
-def case(lengths: str, num_keys: int, kind: str, dtype: torch.dtype, raw: bool = False) -> OpCase:
+def case(
+    lengths: str, num_keys: int, kind: str, dtype: torch.dtype, opcheck: bool = False
+) -> OpCase:
     def make(_: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
         given = LENGTHS[lengths]
         n = 333 if given is None else sum(given)
@@ -50,14 +49,15 @@ def case(lengths: str, num_keys: int, kind: str, dtype: torch.dtype, raw: bool =
         id=f"{lengths}-{num_keys}-{kind}-{dtype}",
         op=group_rows,
         reference=reference,
-        raw=torch.ops.mor.group_rows.default if raw else None,
+        raw=torch.ops.mor.group_rows.default,
+        opcheck=lengths in CHECKED and num_keys == (2 if dtype == torch.bool else 3),
         make=make,
         exact=True,
     )
 
 
 CASES = (
-    [case(s, n, "random", torch.int64, raw=n == 3) for s in LENGTHS for n in NUM_KEYS]
+    [case(s, n, "random", torch.int64) for s in LENGTHS for n in NUM_KEYS]
     + [case("ragged", n, k, torch.int32) for k in ("equal", "sorted", "skewed") for n in NUM_KEYS]
-    + [case(s, 2, "random", torch.bool, raw=s == "ragged") for s in LENGTHS]
+    + [case(s, 2, "random", torch.bool) for s in LENGTHS]
 )

@@ -8,9 +8,8 @@ from torch import Tensor
 from mor.ops import paged_depth_attention
 from mor.ops.paged_depth_attention import reference
 from tests.cases.kv_gather import make_table
-from tests.support.operators import OpCase
+from tests.support.operators import OpCase, packed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = (
     "q", "k_cache", "v_cache", "block_table", "context_lens", "cu_seqlens_q", "context_starts",
     "scale",
@@ -57,7 +56,7 @@ def make_inputs(
         "v_cache": normal(*cache),
         "block_table": table,
         "context_lens": context_lens,
-        "cu_seqlens_q": torch.tensor([0, *queries]).cumsum(0).to(torch.int32),
+        "cu_seqlens_q": packed(queries),
         "context_starts": None if window is None else (context_lens - window).clamp(min=0),
         "scale": scale,
     }
@@ -69,12 +68,13 @@ def raw_args(**inputs: Any) -> tuple[Any, ...]:
     return (*(inputs[name] for name in NAMES[:-1]), scale)
 
 
-def case(name: str, raw: bool = False, **options: Any) -> OpCase:
+def case(name: str, opcheck: bool = False, **options: Any) -> OpCase:
     return OpCase(
         id=name,
         op=paged_depth_attention,
         reference=reference,
-        raw=torch.ops.mor.paged_depth_attention.default if raw else None,
+        raw=torch.ops.mor.paged_depth_attention.default,
+        opcheck=opcheck,
         raw_args=raw_args,
         make=lambda *args: make_inputs(*args, **options),
     )
@@ -84,14 +84,14 @@ GQA = {"heads": (9, 3), "head_dim": 64}
 DECODE: dict[str, Any] = {"queries": [1] * 6, "keys": [300, 33, 64, 1, 0, 129]}
 MIXED: dict[str, Any] = {"queries": [1, 0, 40, 3, 7, 2], "keys": [90, 20, 70, 5, 40, 300]}
 CASES = [
-    case("no-entries", raw=True, queries=[], keys=[]),
+    case("no-entries", opcheck=True, queries=[], keys=[]),
     case("no-queries", queries=[0, 0], keys=[3, 0]),
     case("no-keys", queries=[3, 1], keys=[0, 0]),
     case("no-heads", queries=[3], keys=[5], heads=(0, 1)),
     case("single", queries=[1], keys=[1], heads=(1, 1), head_dim=1, block_size=1),
     case("decode", **DECODE, **GQA),
     case("decode-shared-blocks", **DECODE, **GQA, shared=True, block_size=5),
-    case("decode-window", raw=True, **DECODE, **GQA, window=50),
+    case("decode-window", opcheck=True, **DECODE, **GQA, window=50),
     case("decode-head-20", **DECODE, heads=(4, 2), head_dim=20, block_size=5),
     case("decode-head-128", **DECODE, heads=(2, 1), head_dim=128),
     case("decode-head-256-block-1", **DECODE, heads=(1, 1), head_dim=256, block_size=1),
@@ -100,12 +100,12 @@ CASES = [
     case("decode-one-long", queries=[1], keys=[1500], **GQA),
     case("few-queries-any", queries=[2, 3, 4], keys=[300, 90, 17], **GQA, contexts="any"),
     case("few-queries-window", queries=[4, 4], keys=[300, 90], **GQA, contexts="any", window=30),
-    case("mixed", raw=True, **MIXED, heads=(4, 2), block_size=7),
+    case("mixed", opcheck=True, **MIXED, heads=(4, 2), block_size=7),
     case("mixed-any-window", **MIXED, heads=(4, 2), contexts="any", window=9, head_dim=24),
     case("mixed-window-of-none", **MIXED, contexts="any", window=0),
     case("all-keys", **MIXED, heads=(2, 1), contexts="all"),
     case("prefill", queries=[130, 60], keys=[130, 200], **GQA),
-    case("prefill-split", raw=True, queries=[20], keys=[900], heads=(2, 1), head_dim=32),
+    case("prefill-split", opcheck=True, queries=[20], keys=[900], heads=(2, 1), head_dim=32),
     case("prefill-window", queries=[100], keys=[700], heads=(3, 1), head_dim=17, window=40),
     case("prefill-rising", queries=[40], keys=[600], heads=(4, 2), head_dim=32, scale=1.0),
     case("prefill-head-80", queries=[70, 30], keys=[110, 40], heads=(4, 2), head_dim=80),

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from mor.ops import route_topk
 from mor.ops.route_topk import reference
-from tests.support.operators import OpCase
+from tests.support.operators import OpCase, packed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPECIAL = torch.tensor(
     [0.0, -0.0, torch.inf, -torch.inf, 1e-40, -1e-40, 5e-324, 1.0], dtype=torch.float64
 )
@@ -41,10 +40,6 @@ K = {
     "all-but-one": lambda available: max(available - 1, 0),
 }
 MASKS = ("", "candidates", "protected_rows", "both")
-
-
-def packed(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def case(lengths: str, values: str, k: str, masks: str = "", by_score: bool = False) -> OpCase:
@@ -83,7 +78,8 @@ def case(lengths: str, values: str, k: str, masks: str = "", by_score: bool = Fa
         id="-".join(filter(None, (lengths, values, k, masks, "by-score" if by_score else ""))),
         op=route_topk,
         reference=reference,
-        raw=torch.ops.mor.route_topk.default if values == "random" and masks else None,
+        raw=torch.ops.mor.route_topk.default,
+        opcheck=values == "random" and bool(masks),
         raw_args=raw_args,
         make=make,
         exact=True,

@@ -7,17 +7,8 @@ from torch import Tensor
 
 from mor.ops import scatter_tokens, scatter_tokens_
 from mor.ops.scatter_tokens import reference
+from tests.cases.gather_tokens import make_rows
 from tests.support.operators import OpCase
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def make_rows(num_rows: int, num_hits: int, order: str, generator: torch.Generator) -> Tensor:
-    if order in ("repeated", "falling-repeats"):
-        rows = torch.randint(0, max(num_rows, 1), (num_hits,), generator=generator)
-        return rows.sort().values if order == "repeated" else rows
-    rows = torch.randperm(num_rows, generator=generator)[:num_hits]
-    return rows.sort().values if order == "ascending" else rows
 
 
 def make_inputs(
@@ -29,7 +20,7 @@ def make_inputs(
     device: str = "cpu",
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    num_rows, num_hits, width = sizes
+    num_rows, num_updates, width = sizes
     generator = generator or torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -42,9 +33,9 @@ def make_inputs(
 
     return {
         "base": normal(num_rows, width),
-        "updates": normal(num_hits, width),
-        "rows": make_rows(num_rows, num_hits, order, generator).to(device),
-        "gate": factor(num_hits, gate),
+        "updates": normal(num_updates, width),
+        "rows": make_rows(num_rows, num_updates, order, generator).to(device),
+        "gate": factor(num_updates, gate),
         "base_scale": factor(num_rows, scale),
     }
 
@@ -55,7 +46,7 @@ def case(
     gate: str = "same",
     scale: str = "none",
     op: Any = scatter_tokens,
-    raw: bool = False,
+    opcheck: bool = False,
 ) -> OpCase:
     differentiable = ["base", "updates"]
     differentiable += ["gate"] if gate != "none" else []
@@ -64,7 +55,8 @@ def case(
         id="N{}-K{}-D{}".format(*sizes) + f"-{order}-gate-{gate}-scale-{scale}",
         op=op,
         reference=reference,
-        raw=torch.ops.mor.scatter_tokens.default if raw else None,
+        raw=torch.ops.mor.scatter_tokens.default if op is scatter_tokens else None,
+        opcheck=opcheck,
         make=lambda *args: make_inputs(sizes, order, gate, scale, *args),
         differentiable=tuple(differentiable) if op is scatter_tokens else (),
     )
@@ -97,7 +89,7 @@ SPECS: list[tuple[Any, ...]] = [
     ((300, 150, 576), "falling-repeats", "same", "same"),
     ((200, 67, 960), "unsorted", "same", "none"),
 ]
-CASES = [case(*spec, raw=spec[0] == (7, 7, 5)) for spec in SPECS]
+CASES = [case(*spec, opcheck=spec[0] == (7, 7, 5)) for spec in SPECS]
 IN_PLACE_CASES = [case(*spec, op=in_place) for spec in SPECS]
 # In float64, gradcheck wants float64 factors: these cases leave it out.
 MIXED_CASES = [

@@ -9,7 +9,6 @@ from mor.ops import segment_reduce
 from mor.ops.segment_reduce import reference
 from tests.support.operators import OpCase
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCES = ("sum", "mean", "amax")
 
 
@@ -26,7 +25,7 @@ def case(
     reduce: str,
     weights: str = "none",
     values: str = "random",
-    raw: bool = False,
+    opcheck: bool = False,
 ) -> OpCase:
     n, num_segments, width = sizes
 
@@ -51,7 +50,8 @@ def case(
         id="N{}-S{}-D{}".format(*sizes) + f"-{order}-{reduce}-{values}-weights-{weights}",
         op=segment_reduce,
         reference=reference,
-        raw=torch.ops.mor.segment_reduce.default if raw else None,
+        raw=torch.ops.mor.segment_reduce.default,
+        opcheck=opcheck,
         make=make,
         differentiable=("x",) if weights == "none" else ("x", "weights"),
         exact=reduce == "amax",
@@ -72,7 +72,7 @@ SIZES = [
 ]
 KINDS = [(reduce, "none") for reduce in REDUCES] + [("sum", "same"), ("mean", "same")]
 CASES = (
-    [case(sizes, "any", *kind, raw=sizes == (30, 9, 3)) for sizes in SIZES for kind in KINDS]
+    [case(sizes, "any", *kind, opcheck=sizes == (30, 9, 3)) for sizes in SIZES for kind in KINDS]
     + [case((33, 20, 17), order, *kind) for order in ("sorted", "one") for kind in KINDS]
     + [case((90, 11, 9), "any", "amax", values="ties")]
 )

@@ -115,11 +115,6 @@ VALUES: dict[str, Callable[[Draw, torch.dtype, tuple[int, ...]], Tensor]] = {
 }
 
 
-def cumulative(lengths: list[int]) -> Tensor:
-    """cu_seqlens of sequences of these lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """The result as a tuple."""
     return tuple(result) if isinstance(result, tuple | list) else (result,)

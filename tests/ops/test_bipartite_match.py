@@ -8,13 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mor.ops import bipartite_match
 from mor.ops.bipartite_match import reference
 from tests.cases.bipartite_match import CASES, LENGTHS, METRICS, make_inputs
-from tests.cases.route_topk import DTYPES, packed
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     check_bad_input,
     check_op,
     instruction_set,
+    packed,
 )
 
 

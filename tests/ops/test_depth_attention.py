@@ -6,8 +6,6 @@ Over 300 lines in one file, as every operator has one test file.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +13,15 @@ import torch
 from torch import Tensor
 
 from mor.ops.depth_attention import depth_attention, reference
-from tests.cases.depth_attention import CASES, DTYPES, UNUSED, cumulative, make_inputs, raw_args
-from tests.support.operators import OpCase, check_bad_input, check_op
+from tests.cases.depth_attention import CASES, UNUSED, make_inputs, raw_args
+from tests.support.operators import (
+    DTYPES,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+    packed,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,27 +33,13 @@ def test_depth_attention(
         # One of 37 bias gradients errs by 0.0106 instead of 0.0099: <grad_out, out> is taken from
         # the rounded `out`, as in every flash attention.
         request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=True))
-    if dtype != torch.float32:  # registration does not depend on the dtype
-        op_case = replace(op_case, raw=None)
     check_op(op_case, dtype)
-
-
-@pytest.fixture
-def instruction_set() -> Iterator[Callable[[str], None]]:
-    def force(name: str) -> None:
-        try:
-            torch.ops.mor.instruction_set(name)
-        except RuntimeError as error:
-            pytest.skip(str(error))
-
-    yield force
-    torch.ops.mor.instruction_set("best")
 
 
 VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles",
           "decode-many-head-20", "head-80", "window-many-tiles", "window-gqa-head-24",
           "window-gaps", "window-decode-depths", "rising-scores"]  # fmt: skip
-LEVELS = [  # the others ran under the best of the machine
+LEVELS = [  # test_depth_attention ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
     ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx512", torch.bfloat16),
     ("avx512_bf16", torch.bfloat16),
@@ -57,11 +48,11 @@ LEVELS = [  # the others ran under the best of the machine
 
 @pytest.mark.parametrize(("level", "dtype"), LEVELS, ids=str)
 @pytest.mark.parametrize("op_case", [c for c in CASES if c.id in VARIED], ids=lambda c: c.id)
-def test_every_instruction_set(
-    op_case: OpCase, level: str, dtype: torch.dtype, instruction_set: Callable[[str], None]
-) -> None:
-    instruction_set(level)
-    check_op(replace(op_case, raw=None), dtype)
+def test_every_instruction_set(op_case: OpCase, level: str, dtype: torch.dtype) -> None:
+    if level == torch.ops.mor.instruction_set("best"):
+        pytest.skip("test_depth_attention ran it")
+    with instruction_set(level):
+        check_op(op_case, dtype)
 
 
 def test_other_products_on_tiles_stay_right() -> None:
@@ -189,7 +180,7 @@ def test_blocks_outside_the_window_are_not_read(queries: int, depths: bool) -> N
 
 def test_a_window_counts_positions_and_includes_the_query() -> None:
     """Transformers' meaning: window 2 sees the token itself and the one before."""
-    at, cu = torch.arange(4), cumulative([4])
+    at, cu = torch.arange(4), packed([4])
     zeros, values = torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0]).view(4, 1, 1)
     out, lse = depth_attention(zeros, zeros, values, at, at, cu, cu, window=2)
     assert out.flatten().tolist() == [1.0, 1.5, 3.0, 6.0]
@@ -214,7 +205,7 @@ def test_bias_of_minus_infinity_hides_a_key(queries: int) -> None:
     kept = {n: inputs[n][1::2].clone() for n in ("k", "v", "k_positions", "key_bias")}
     leaves = [inputs[n].requires_grad_() for n in ("q", "k")]
     out, lse = depth_attention(**inputs)
-    want, want_lse = depth_attention(**inputs | kept | {"cu_seqlens_k": cumulative([50])})
+    want, want_lse = depth_attention(**inputs | kept | {"cu_seqlens_k": packed([50])})
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(lse, want_lse)
     grad_q, grad_k = torch.autograd.grad(out.sum(), leaves)

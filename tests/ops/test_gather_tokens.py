@@ -3,8 +3,9 @@ import torch
 from torch import Tensor
 
 from mor.ops import gather_tokens
-from tests.cases.gather_tokens import CASES, DTYPES, case, make_rows
+from tests.cases.gather_tokens import CASES, case, make_rows
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,

@@ -8,13 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import group_rows
 from mor.ops.group_rows import reference
-from tests.cases.group_rows import CASES, DTYPES, NUM_KEYS, case, packed
+from tests.cases.group_rows import CASES, DTYPES, NUM_KEYS, case
 from tests.support.operators import (
     INSTRUCTION_SETS,
     OpCase,
     check_bad_input,
     check_op,
     instruction_set,
+    packed,
 )
 
 

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from mor.ops import kv_append
 from mor.ops.kv_append import reference
-from tests.cases.kv_append import CASES, DTYPES, make_inputs, on_copies
-from tests.support.operators import OpCase, check_bad_input, check_op
+from tests.cases.kv_append import CASES, make_inputs, on_copies
+from tests.support.operators import DTYPES, OpCase, check_bad_input, check_op
 
 NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from mor.ops import kv_append, kv_gather
 from mor.ops.kv_gather import reference
-from tests.cases.kv_gather import CASES, DTYPES, make_inputs
+from tests.cases.kv_gather import CASES, make_inputs
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     check_bad_input,

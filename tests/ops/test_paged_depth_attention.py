@@ -1,9 +1,5 @@
-"""paged_depth_attention: values, layouts, determinism, bad input.
+"""paged_depth_attention: values, layouts, determinism, bad input."""
 
-Over 300 lines in one file, as every operator has one test file.
-"""
-
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +8,9 @@ from torch import Tensor
 
 from mor.ops import depth_attention, kv_gather, paged_depth_attention
 from mor.ops.paged_depth_attention import reference
-from tests.cases.paged_depth_attention import CASES, DTYPES, GQA, MIXED, NAMES, make_inputs
+from tests.cases.paged_depth_attention import CASES, GQA, MIXED, NAMES, make_inputs
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,
@@ -26,8 +23,6 @@ from tests.support.operators import (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op_case", CASES, ids=lambda c: c.id)
 def test_paged_depth_attention(op_case: OpCase, dtype: torch.dtype) -> None:
-    if dtype != torch.float32:  # registration does not depend on the dtype
-        op_case = replace(op_case, raw=None)
     check_op(op_case, dtype)
 
 
@@ -36,12 +31,14 @@ VARIED = ("decode", "decode-window", "decode-head-20", "decode-head-128", "decod
           "prefill-rising")  # fmt: skip
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])  # the others ran under the best
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
 @pytest.mark.parametrize("op_case", [c for c in CASES if c.id in VARIED], ids=lambda c: c.id)
 def test_every_instruction_set(op_case: OpCase, dtype: torch.dtype, isa: str) -> None:
+    if isa == torch.ops.mor.instruction_set("best"):
+        pytest.skip("test_paged_depth_attention ran it")
     with instruction_set(isa):
-        check_op(replace(op_case, raw=None), dtype)
+        check_op(op_case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

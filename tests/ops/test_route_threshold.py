@@ -1,7 +1,4 @@
-"""route_threshold: values, quantiles as torch has them, exact mass, bad input.
-
-Over 300 lines in one file, as every operator has one test file.
-"""
+"""route_threshold: values, quantiles as torch has them, exact mass, bad input."""
 
 from itertools import pairwise
 from typing import Any
@@ -13,23 +10,35 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import route_threshold, route_topk
 from mor.ops.route_threshold import reference
-from tests.cases.route_threshold import CASES, RULES, case
-from tests.cases.route_topk import DTYPES, VALUES, packed
+from tests.cases.route_threshold import BOUNDS, CASES, KINDS, RULES, case
+from tests.cases.route_topk import LENGTHS, VALUES
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     check_bad_input,
     check_op,
     instruction_set,
+    packed,
 )
-
-KINDS = ("absolute", "quantile", "mass")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op_case", {c.id: c for c in CASES}.values(), ids=lambda c: c.id)
 def test_route_threshold(op_case: OpCase, dtype: torch.dtype) -> None:
     check_op(op_case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_rule_with_every_length_and_bound(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for rule in RULES:
+        varied = [case(lengths, "random", rule) for lengths in LENGTHS]
+        varied += [case("ragged", "ties", rule, bounds) for bounds in BOUNDS]
+        for op_case in varied:
+            inputs = op_case.make(dtype, "cpu", generator)
+            for got, want in zip(route_threshold(**inputs), reference(**inputs), strict=True):
+                assert torch.equal(got, want), op_case.id
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -7,13 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import route_topk
 from mor.ops.route_topk import reference
-from tests.cases.route_topk import CASES, DTYPES, MASKS, VALUES, case, packed
+from tests.cases.route_topk import CASES, MASKS, VALUES, case
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     check_bad_input,
     check_op,
     instruction_set,
+    packed,
 )
 
 

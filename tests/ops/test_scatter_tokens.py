@@ -1,7 +1,4 @@
-"""scatter_tokens: values, gradients, in place, bad input.
-
-Over 300 lines in one file, as every operator has one test file.
-"""
+"""scatter_tokens: values, gradients, in place, bad input."""
 
 import pytest
 import torch
@@ -11,7 +8,6 @@ from mor.ops import scatter_tokens, scatter_tokens_
 from mor.ops.scatter_tokens import reference
 from tests.cases.scatter_tokens import (
     CASES,
-    DTYPES,
     IN_PLACE_CASES,
     MIXED_CASES,
     case,
@@ -19,6 +15,7 @@ from tests.cases.scatter_tokens import (
     make_inputs,
 )
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from mor.ops import gather_tokens, segment_reduce
 from mor.ops.segment_reduce import reference
-from tests.cases.segment_reduce import CASES, DTYPES, MIXED_CASES, REDUCES, case
+from tests.cases.segment_reduce import CASES, MIXED_CASES, REDUCES, case
 from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,
