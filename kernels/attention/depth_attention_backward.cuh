@@ -1,8 +1,11 @@
 // Backward of depth_attention, without atomics: every sum has one owner and one order, so gradients
 // repeat bit for bit.
-//   weight(i, j) = exp(score(i, j) - lse_i)   d_score(i, j) = weight * (<grad_out_i, v_j> -
-//   delta_i) grad_v_j = sum_i weight * grad_out_i      grad_bias_j = sum_i d_score grad_k_j = scale
-//   * sum_i d_score * q_i    grad_q_i = scale * sum_j d_score * k_j
+//   weight(i, j)  = exp(score(i, j) - lse_i)
+//   d_score(i, j) = weight(i, j) * (<grad_out_i, v_j> - delta_i)
+//   grad_q_i      = scale * sum_j d_score(i, j) * k_j
+//   grad_k_j      = scale * sum_i d_score(i, j) * q_i
+//   grad_v_j      = sum_i weight(i, j) * grad_out_i
+//   grad_bias_j   = sum_i d_score(i, j)
 #pragma once
 
 #include "depth_attention_fma_backward.cuh"
