@@ -38,7 +38,8 @@ struct __align__(16) MatchShared {
   int first, last;                         // that any of them sees
 };
 
-// A warp owns a row at a time: norms[row] = 1 / |x_row|, 0 for a row of zeros.
+// A warp owns a row at a time: norms[row] = 1 / |x_row|, 0 for a row of zeros. A lane adds the same
+// elements in the same order whatever kPack, so that strides do not change the result.
 template <class T, int kPack>
 __global__ void __launch_bounds__(kRowThreads)
     bipartite_match_norms_kernel(const T* x, int64_t stride, int64_t num_rows, int64_t width,
@@ -46,10 +47,15 @@ __global__ void __launch_bounds__(kRowThreads)
   const int lane = threadIdx.x % 32;
   for (int64_t row = row_item(); row < num_rows; row += row_item_step()) {
     acc_t<T> sum = 0;
-    for (int64_t d = lane * kPack; d < width; d += 32 * kPack) {
-      const auto part = *reinterpret_cast<const Pack<T, kPack>*>(x + row * stride + d);
+    constexpr int kChunk = 16 / int(sizeof(T));
+    for (int64_t begin = lane * kChunk; begin < width; begin += 32 * kChunk) {
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) sum += to_acc(part.v[k]) * to_acc(part.v[k]);
+      for (int e = 0; e < kChunk; e += kPack) {
+        if (begin + e >= width) break;
+        const auto part = *reinterpret_cast<const Pack<T, kPack>*>(x + row * stride + begin + e);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) sum += to_acc(part.v[k]) * to_acc(part.v[k]);
+      }
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     if (lane == 0) norms[row] = sum > 0 ? 1 / sqrt(sum) : sum;  // NaN stays NaN
