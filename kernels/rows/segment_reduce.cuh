@@ -60,12 +60,10 @@ __global__ void __launch_bounds__(kRowThreads) segment_reduce_kernel(SegmentRedu
   const int lane = threadIdx.x % 32;
   for (int64_t s = row_item(); s < a.num_segments; s += row_item_step()) {
     const int first = a.first[s], last = a.last[s];
-    acc_t<T> factor = 1;
+    acc_t<T> total = 0;
     if constexpr (kKind == kSegmentMean) {
-      acc_t<T> total = 0;
       for_each_index(a.segments, s, first, last, [&](int64_t i) { total += a.weights.at(i); });
       if (lane == 0) a.totals[s] = total;
-      factor = total == 0 ? 0 : 1 / total;
     }
     for (int64_t begin = 0; begin < a.width; begin += 32 * kPack) {
       const int64_t d = begin + lane * kPack;
@@ -78,7 +76,7 @@ __global__ void __launch_bounds__(kRowThreads) segment_reduce_kernel(SegmentRedu
         Pack<T, kPack> out;
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
-          if constexpr (kKind == kSegmentMean) acc[k] = factor == 0 ? 0 : acc[k] * factor;
+          if constexpr (kKind == kSegmentMean) acc[k] = total == 0 ? 0 : acc[k] / total;
           out.v[k] = from_acc<T>(acc[k]);
         }
         *reinterpret_cast<Pack<T, kPack>*>(a.out + s * a.width + d) = out;
