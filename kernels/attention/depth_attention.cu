@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> depth_attention_cuda(Tensor q, Tensor k, Tensor v, Te
   const auto dims =
       check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
                             k_depths, key_bias, causal, window);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const DeviceGuard guard(q.get_device_index());
   const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
                                             cu_seqlens_k, q_depths, k_depths, key_bias);
   Tensor out = new_tensor(q, {dims.num_queries, dims.num_heads, dims.head_dim});
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
   const auto dims = check_depth_attention_backward(
       grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k,
       q_depths, k_depths, key_bias, causal, window);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const DeviceGuard guard(q.get_device_index());
   const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
                                             cu_seqlens_k, q_depths, k_depths, key_bias);
   const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("depth_attention", TORCH_BOX(&mor::depth_attention_cuda));
   m.impl("depth_attention_backward", TORCH_BOX(&mor::depth_attention_backward_cuda));
 }

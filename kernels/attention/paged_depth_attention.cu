@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> paged_depth_attention_cuda(
     const optional<Tensor>& context_starts_in, double scale) {
   const auto dims = check_paged_depth_attention(
       q_in, k_cache, v_cache, block_table_in, context_lens_in, cu_seqlens_q_in, context_starts_in);
-  const torch::stable::accelerator::DeviceGuard guard(q_in.get_device_index());
+  const DeviceGuard guard(q_in.get_device_index());
   const Tensor q = last_contiguous(q_in);
   const Tensor block_table = as_contiguous(block_table_in);
   const Tensor context_lens = as_contiguous(context_lens_in);
@@ -75,6 +75,6 @@ std::tuple<Tensor, Tensor> paged_depth_attention_cuda(
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("paged_depth_attention", TORCH_BOX(&mor::paged_depth_attention_cuda));
 }

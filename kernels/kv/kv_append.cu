@@ -21,7 +21,7 @@ KvAppendSide side(const Tensor& cache, const Tensor& rows) {
 void kv_append_cuda(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in,
                     const Tensor& v_in, const Tensor& slot_mapping_in) {
   const auto dims = check_kv_append(k_cache, v_cache, k_in, v_in, slot_mapping_in);
-  const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
+  const DeviceGuard guard(k_cache.get_device_index());
   const Tensor k = last_contiguous(k_in), v = last_contiguous(v_in);
   const Tensor slot_mapping = as_contiguous(slot_mapping_in);
   const KvAppendArgs args{{side(k_cache, k), side(v_cache, v)},
@@ -38,4 +38,6 @@ void kv_append_cuda(const Tensor& k_cache, const Tensor& v_cache, const Tensor& 
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) { m.impl("kv_append", TORCH_BOX(&mor::kv_append_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
+  m.impl("kv_append", TORCH_BOX(&mor::kv_append_cuda));
+}

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> kv_gather_cuda(const Tensor& k_cache, const T
                                                   const Tensor& block_table_in,
                                                   const Tensor& seq_lens_in, int64_t num_rows) {
   const auto dims = check_kv_gather(k_cache, v_cache, block_table_in, seq_lens_in, num_rows);
-  const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
+  const DeviceGuard guard(k_cache.get_device_index());
   const Tensor block_table = as_contiguous(block_table_in);
   const Tensor seq_lens = as_contiguous(seq_lens_in);
   const auto rows = [&](const Tensor& cache) {
@@ -44,4 +44,6 @@ std::tuple<Tensor, Tensor, Tensor> kv_gather_cuda(const Tensor& k_cache, const T
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) { m.impl("kv_gather", TORCH_BOX(&mor::kv_gather_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
+  m.impl("kv_gather", TORCH_BOX(&mor::kv_gather_cuda));
+}

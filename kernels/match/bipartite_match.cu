@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> bipartite_match_cuda(const Tensor& a_in, const Tensor
                                                 const Tensor& cu_seqlens_a_in,
                                                 const Tensor& cu_seqlens_b_in, std::string metric) {
   const auto dims = check_bipartite_match(a_in, b_in, cu_seqlens_a_in, cu_seqlens_b_in, metric);
-  const torch::stable::accelerator::DeviceGuard guard(a_in.get_device_index());
+  const DeviceGuard guard(a_in.get_device_index());
   const Rows a = contiguous_rows(a_in), b = contiguous_rows(b_in);
   const Tensor cu_seqlens_a = as_contiguous(cu_seqlens_a_in),
                cu_seqlens_b = as_contiguous(cu_seqlens_b_in);
@@ -48,6 +48,6 @@ std::tuple<Tensor, Tensor> bipartite_match_cuda(const Tensor& a_in, const Tensor
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("bipartite_match", TORCH_BOX(&mor::bipartite_match_cuda));
 }

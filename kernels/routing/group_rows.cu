@@ -11,7 +11,7 @@ namespace {
 std::tuple<Tensor, Tensor> group_rows_cuda(const Tensor& keys_in, int64_t num_keys,
                                            const std::optional<Tensor>& cu_seqlens_in) {
   const auto dims = check_group_rows(keys_in, num_keys, cu_seqlens_in);
-  const torch::stable::accelerator::DeviceGuard guard(keys_in.get_device_index());
+  const DeviceGuard guard(keys_in.get_device_index());
   const Tensor keys = as_contiguous(keys_in);
   const auto cu_seqlens = as_contiguous(cu_seqlens_in);
   const int64_t num_chunks = (dims.num_rows + kGroupChunk - 1) / kGroupChunk;
@@ -47,4 +47,6 @@ std::tuple<Tensor, Tensor> group_rows_cuda(const Tensor& keys_in, int64_t num_ke
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) { m.impl("group_rows", TORCH_BOX(&mor::group_rows_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
+  m.impl("group_rows", TORCH_BOX(&mor::group_rows_cuda));
+}

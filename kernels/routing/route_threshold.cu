@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> route_threshold_cuda(const Tensor& scores_in, double 
                                                 std::optional<int64_t> max_rows) {
   const auto dims = check_route_threshold(scores_in, threshold, threshold_each, cu_seqlens_in, kind,
                                           inclusive, min_k, max_k, candidates_in, max_rows);
-  const torch::stable::accelerator::DeviceGuard guard(scores_in.get_device_index());
+  const DeviceGuard guard(scores_in.get_device_index());
   const cudaStream_t stream = current_stream(scores_in);
   const auto new_rows = [&](int64_t size) {
     return new_tensor(scores_in, {size}, ScalarType::Long);
@@ -85,6 +85,6 @@ std::tuple<Tensor, Tensor> route_threshold_cuda(const Tensor& scores_in, double 
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("route_threshold", TORCH_BOX(&mor::route_threshold_cuda));
 }

@@ -12,7 +12,7 @@ Tensor route_topk_cuda(const Tensor& scores_in, int64_t k, const std::optional<T
                        const std::optional<Tensor>& protected_rows_in, bool by_score) {
   const auto dims = check_route_topk(scores_in, k, k_each_in, cu_seqlens_in, num_rows,
                                      candidates_in, protected_rows_in);
-  const torch::stable::accelerator::DeviceGuard guard(scores_in.get_device_index());
+  const DeviceGuard guard(scores_in.get_device_index());
   const auto new_rows = [&](int64_t size) {
     return new_tensor(scores_in, {size}, ScalarType::Long);
   };
@@ -62,4 +62,6 @@ Tensor route_topk_cuda(const Tensor& scores_in, int64_t k, const std::optional<T
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) { m.impl("route_topk", TORCH_BOX(&mor::route_topk_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
+  m.impl("route_topk", TORCH_BOX(&mor::route_topk_cuda));
+}

@@ -9,7 +9,7 @@ namespace {
 
 Tensor gather_tokens_cuda(const Tensor& x_in, const Tensor& rows_in) {
   const auto dims = check_gather_tokens(x_in, rows_in);
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const DeviceGuard guard(x_in.get_device_index());
   const Rows x = contiguous_rows(x_in);
   const Tensor rows = as_contiguous(rows_in);
   Tensor y = new_tensor(x_in, {dims.num_taken, dims.width});
@@ -23,7 +23,7 @@ Tensor gather_tokens_cuda(const Tensor& x_in, const Tensor& rows_in) {
 
 Tensor gather_tokens_backward_cuda(const Tensor& grad_in, const Tensor& rows_in, int64_t num_rows) {
   const auto dims = check_gather_tokens_backward(grad_in, rows_in, num_rows);
-  const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
+  const DeviceGuard guard(grad_in.get_device_index());
   const Rows grad = contiguous_rows(grad_in);
   const Tensor rows = as_contiguous(rows_in);
   Tensor grad_x = new_tensor(grad_in, {dims.num_rows, dims.width});
@@ -41,7 +41,7 @@ Tensor gather_tokens_backward_cuda(const Tensor& grad_in, const Tensor& rows_in,
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("gather_tokens", TORCH_BOX(&mor::gather_tokens_cuda));
   m.impl("gather_tokens_backward", TORCH_BOX(&mor::gather_tokens_backward_cuda));
 }

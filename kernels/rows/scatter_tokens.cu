@@ -39,7 +39,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
 Tensor scatter_tokens_cuda(const Tensor& base, const Tensor& updates, const Tensor& rows,
                            const OptionalTensor& gate, const OptionalTensor& base_scale) {
   const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale);
-  const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
+  const DeviceGuard guard(base.get_device_index());
   Tensor out = new_tensor(base, {dims.num_rows, dims.width});
   scatter_into(out, base, updates, rows, gate, base_scale, dims, "scatter_tokens");
   return out;
@@ -48,7 +48,7 @@ Tensor scatter_tokens_cuda(const Tensor& base, const Tensor& updates, const Tens
 void scatter_tokens_in_place_cuda(Tensor base, const Tensor& updates, const Tensor& rows,
                                   const OptionalTensor& gate, const OptionalTensor& base_scale) {
   const auto dims = check_scatter_tokens_(base, updates, rows, gate, base_scale);
-  const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
+  const DeviceGuard guard(base.get_device_index());
   if (dims.width <= 1 || base.stride(1) == 1) {
     scatter_into(base, base, updates, rows, gate, base_scale, dims, "scatter_tokens_");
   } else {  // rows in pieces: through a contiguous copy
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(
     bool need_base, bool need_updates) {
   const auto dims =
       check_scatter_tokens_backward(grad_in, base_in, updates_in, rows_in, gate, base_scale);
-  const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
+  const DeviceGuard guard(grad_in.get_device_index());
   need_base = need_base && base_scale.has_value();
   const auto none = [&] { return new_tensor(grad_in, {0}); };
   const auto like_grad = [&](int64_t num_rows) {
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("scatter_tokens", TORCH_BOX(&mor::scatter_tokens_cuda));
   m.impl("scatter_tokens_", TORCH_BOX(&mor::scatter_tokens_in_place_cuda));
   m.impl("scatter_tokens_backward", TORCH_BOX(&mor::scatter_tokens_backward_cuda));

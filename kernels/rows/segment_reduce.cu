@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> segment_reduce_cuda(const Tensor& x_in, const Tensor&
                                                int64_t num_segments, std::string reduce,
                                                const std::optional<Tensor>& weights) {
   const auto dims = check_segment_reduce(x_in, segments_in, num_segments, reduce, weights);
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const DeviceGuard guard(x_in.get_device_index());
   const Rows x = contiguous_rows(x_in);
   const Tensor segments = as_contiguous(segments_in);
   const bool mean = dims.reduce == Reduce::kMean;
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> segment_reduce_cuda(const Tensor& x_in, const Tensor&
 Tensor segment_reduce_amax_backward_cuda(const Tensor& grad_in, const Tensor& x_in,
                                          const Tensor& out_in, const Tensor& segments_in) {
   const auto dims = check_segment_reduce_amax_backward(grad_in, x_in, out_in, segments_in);
-  const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
+  const DeviceGuard guard(x_in.get_device_index());
   const Rows grad = contiguous_rows(grad_in), x = contiguous_rows(x_in),
              out = contiguous_rows(out_in);
   const Tensor segments = as_contiguous(segments_in);
@@ -73,7 +73,7 @@ Tensor segment_reduce_amax_backward_cuda(const Tensor& grad_in, const Tensor& x_
 }  // namespace
 }  // namespace mor
 
-STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
   m.impl("segment_reduce", TORCH_BOX(&mor::segment_reduce_cuda));
   m.impl("segment_reduce_amax_backward", TORCH_BOX(&mor::segment_reduce_amax_backward_cuda));
 }
