@@ -1,0 +1,31 @@
+"""Serving: requests with their own sampling parameters, depths and streams, in one engine.
+
+`import mor` does not import this package. The HTTP parts need `pip install mor[serve]`, grammars
+need `pip install mor[structured]`.
+"""
+
+from mor.serving.requests import (
+    Delta,
+    Grammar,
+    ModelLimits,
+    Output,
+    Request,
+    RequestError,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+
+__all__ = [
+    "Delta",
+    "Grammar",
+    "ModelLimits",
+    "Output",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "Timings",
+    "TokenLogprobs",
+    "Usage",
+]
