@@ -1,1 +1,31 @@
-"""Serving: an engine that batches rows of any recursion step in one pass of the shared block."""
+"""Serving: requests with their own sampling parameters, depths and streams, in one engine.
+
+`import mor` does not import this package. The HTTP parts need `pip install mor[serve]`, grammars
+need `pip install mor[structured]`.
+"""
+
+from mor.serving.requests import (
+    Delta,
+    Grammar,
+    ModelLimits,
+    Output,
+    Request,
+    RequestError,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
+
+__all__ = [
+    "Delta",
+    "Grammar",
+    "ModelLimits",
+    "Output",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "Timings",
+    "TokenLogprobs",
+    "Usage",
+]
