@@ -4,6 +4,8 @@
 need `pip install mor[structured]`.
 """
 
+from mor.serving.engine import Engine
+from mor.serving.loop import EngineLoop, EngineStopped
 from mor.serving.requests import (
     Delta,
     Grammar,
@@ -19,6 +21,9 @@ from mor.serving.requests import (
 
 __all__ = [
     "Delta",
+    "Engine",
+    "EngineLoop",
+    "EngineStopped",
     "Grammar",
     "ModelLimits",
     "Output",

@@ -75,6 +75,11 @@ class Continuation:
         """Tokens generated so far."""
         return self.sampling.token_ids
 
+    @property
+    def started(self) -> bool:
+        """Whether tokens of its prompt ran."""
+        return self._scheduled is not None
+
     def schedule(self, now: float) -> None:
         """Note when the first tokens of the prompt ran."""
         if self._scheduled is None:
