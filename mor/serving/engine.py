@@ -339,7 +339,7 @@ class Engine:
             self.pool.data[torch.from_numpy(plan.fresh_blocks)] = torch.nan
 
     def _bounds(self, plan: Plan) -> Tensor | None:
-        """Most recursions of rows that enter a token-choice model, [N]; None: no row has a bound."""
+        """Most recursions of rows [N] that enter a token-choice model; None: no row has a bound."""
         if plan.kind != "enter" or self.packed.token is None or not self._bounded:
             return None
         bounds = [
