@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,27 @@ from mor.serving.requests import Delta, ModelLimits, Output, Request, RequestErr
 from mor.serving.sampling import Sampler, token_logprobs
 from mor.serving.vocabulary import Vocabulary
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "PassReport"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 #: Rows of a prompt that one pass takes: about the work at which a CPU's products stop gaining.
 _CHUNK = {"cpu": 128, "cuda": 2048}
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What the last step was.
+
+    Attributes:
+        kind: "enter", "block", "exit" or "idle".
+        rows: of the pass.
+        host_seconds: spent outside the model and the sampler.
+    """
+
+    kind: str = "idle"
+    rows: int = 0
+    host_seconds: float = 0.0
 
 
 class Engine:
@@ -49,6 +64,11 @@ class Engine:
         deterministic: a row's result does not depend on the rows beside it, to the last bit.
         max_length: tokens of a sequence; default that of the model's configuration.
         clock: the time in seconds, which deadlines refer to.
+
+    Attributes:
+        limits: what requests may ask for.
+        curves: measured (rows, seconds) of block passes and of the ends, for `simulate`.
+        last_pass: what the last step was.
 
     Raises:
         ValueError: a model, an option or a combination that cannot be served.
@@ -129,6 +149,8 @@ class Engine:
         self._prompt_scored: dict[int, int] = {}  # positions of prompts with logprobs so far
         self._deltas: list[Delta] = []  # of ends that no pass brings
         self._loop: Any = None
+        self.last_pass = PassReport()
+        self._model_seconds = 0.0
         self._poison = False  # tests: fresh blocks become NaN
 
     def encode(self, prompt: str) -> list[int]:
@@ -210,10 +232,11 @@ class Engine:
         Returns:
             What is new in each continuation that got a token or ended.
         """
-        now = self.clock()
+        begin, now = time.perf_counter(), self.clock()
         plan = self.scheduler.plan(now)
         deltas, self._deltas = self._deltas, []
         deltas += self._take_finished()
+        self._model_seconds = 0.0
         if plan.kind != "idle":
             self._prepare_blocks(plan)
             rows = Rows.of(plan, self.packed.device, self._bounds(plan))
@@ -222,10 +245,12 @@ class Engine:
             elif plan.kind == "enter":
                 self._note_start(plan, now)
                 tokens = torch.from_numpy(plan.tokens).to(self.packed.device)
-                self._report(self.packed.run_enter(tokens, rows, self.states, self.pool))
+                self._report(self._timed(self.packed.run_enter, tokens, rows))
             else:
-                self._report(self.packed.run_block(rows, self.states, self.pool))
+                self._report(self._timed(self.packed.run_block, rows))
             deltas += self._take_finished()
+        spent = time.perf_counter() - begin - self._model_seconds
+        self.last_pass = PassReport(plan.kind, plan.num_rows, spent)
         return deltas
 
     def generate(
@@ -363,6 +388,15 @@ class Engine:
                     other.schedule(now)
                     other.cached_tokens = start
 
+    def _timed(self, run: Callable[..., Any], *args: Any) -> Any:
+        """A pass, whose seconds are not the host's. It ends with what is read of it."""
+        begin = time.perf_counter()
+        result = run(*args, self.states, self.pool)
+        if isinstance(result, Tensor) and result.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._model_seconds += time.perf_counter() - begin
+        return result
+
     def _report(self, decisions: Tensor | None) -> None:
         if decisions is None:
             self.scheduler.report()
@@ -370,13 +404,15 @@ class Engine:
             self.scheduler.report(decisions.to("cpu", torch.uint8).numpy())
 
     def _run_exit(self, plan: Plan, rows: Rows) -> list[Delta]:
-        logits = self.packed.run_exit(rows, self.states, self.pool)
+        logits = self._timed(self.packed.run_exit, rows)
         self._score_prompts(plan, logits)
         ids, sampled_rows = plan.sample_ids.tolist(), plan.sample_rows
         # One that was aborted meanwhile: its sequence ends with this pass, its token is nobody's.
         wanted = [place for place, id in enumerate(ids) if id in self._live]
         picked = logits[torch.from_numpy(sampled_rows[wanted]).to(logits.device)]
+        begin = time.perf_counter()
         sampled = self._sampler(picked, [self._live[ids[place]].sampling for place in wanted])
+        self._model_seconds += time.perf_counter() - begin
         now, deltas = self.clock(), []
         tokens, stops = np.zeros(len(ids), np.int64), np.ones(len(ids), np.uint8)
         for place, result in zip(wanted, sampled, strict=True):
