@@ -3,6 +3,7 @@
 Over 300 lines in one file: all tests share one finished run.
 """
 
+import importlib
 import json
 import os
 import re
@@ -26,10 +27,10 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mor
-from mor.generate import continue_text, find_model, load_model
-from mor.options import RunOptions
+from mor.cli import app
 from mor.training import MoRTrainer
-from mor_cli.commands import app
+from mor.training.generate import continue_text, find_model, load_model
+from mor.training.options import RunOptions
 
 SHORT = (
     "--seq-len 16 --batch-size 4 --steps 4 --log-every 1 --eval-every 2 --eval-rows 4 "
@@ -334,7 +335,7 @@ def test_importing_the_package_registers_the_model_type_and_the_operators():
 
 def test_public_submodules_are_attributes_and_listed():
     for name in ("trl", "checkpoints", "analysis", "look", "ops", "models"):
-        assert getattr(mor, name).__name__ == f"mor.{name}"
+        assert getattr(mor, name) is importlib.import_module(f"mor.{name}")
         assert name in dir(mor)
     assert not {"importlib", "ModuleType", "sys"} & set(dir(mor))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -411,7 +412,7 @@ def test_a_signal_while_text_is_read_is_one_line(text, tmp_path, monkeypatch):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("mor.data.prepare_tokens", interrupted)
+    monkeypatch.setattr("mor.data.tokens.prepare_tokens", interrupted)
     assert _train(text, tmp_path)[::2] == (143, "mor: stopped\n")
 
 
@@ -549,7 +550,7 @@ def test_a_model_to_train_further_must_be_one(run, text, tmp_path):
 def test_a_configuration_of_unknown_kind_is_refused_before_text_is_read(
     text, tmp_path, values, words, monkeypatch
 ):
-    monkeypatch.setattr("mor.corpus.open_corpus", None)
+    monkeypatch.setattr("mor.data.corpus.open_corpus", None)
     _refused(_train_config(text, tmp_path, values), *words)
 
 

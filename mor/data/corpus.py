@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mor.text_files import read_records, text_of
+from mor.data.text_files import read_records, text_of
 
 __all__ = ["Corpus", "Document", "clean_text", "open_corpus", "split_documents"]
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mor.corpus import HELD_OUT, Corpus, split_documents
+from mor.data.corpus import HELD_OUT, Corpus, split_documents
 
 __all__ = [
     "TokenBlocks",

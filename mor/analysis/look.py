@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mor.corpus import clean_text
-from mor.depth_page import depth_page, token_pieces
+from mor.analysis.depth_page import depth_page, token_pieces
+from mor.analysis.plots import plot_depth_by_position, plot_router_scores, plot_text_by_depth
+from mor.data.corpus import clean_text
 from mor.models import MoRForCausalLM
-from mor.viz import plot_depth_by_position, plot_router_scores, plot_text_by_depth
 
 __all__ = ["look_at"]
 

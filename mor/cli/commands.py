@@ -15,8 +15,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from mor_cli.options import RoutingOptions, RunOptions
-from mor_cli.stopping import Stopped, on_signal, stop
+from mor.training.options import RoutingOptions, RunOptions
+from mor.training.signals import Stopped, on_signal, stop
 
 __all__ = ["app"]
 
@@ -144,8 +144,8 @@ def train(ctx: typer.Context, **options: Any) -> None:
             RunOptions(**options).check(given)
         _say(f"Loading PyTorch, then {options['data'] or 'the text'} ...")
 
-        from mor.run import options_of_run, prepare_run
-        from mor.run import train as run_training
+        from mor.training.run import options_of_run, prepare_run
+        from mor.training.run import train as run_training
 
         _hide_bars()
         if resumed:
@@ -189,7 +189,7 @@ def generate(
             raise ValueError(f"--repetition-penalty must be above 0, got {repetition_penalty}")
         text = _text(prompt)
 
-        from mor.generate import continue_text, load_model, trained_length
+        from mor.training.generate import continue_text, load_model, trained_length
 
         _hide_bars()
         language_model, tokenizer = load_model(model)
@@ -228,9 +228,9 @@ def look(
         if (text is None) == (text_file is None):
             raise ValueError("expected a text or --text FILE, one of them")
 
-        from mor.generate import load_model, trained_length
-        from mor.look import look_at
-        from mor.text_files import read_text
+        from mor.analysis.look import look_at
+        from mor.data.text_files import read_text
+        from mor.training.generate import load_model, trained_length
 
         _hide_bars()
         passage = read_text(text_file) if text_file is not None else _text(text or "")
@@ -286,7 +286,7 @@ def convert(
 
         from transformers.utils.logging import disable_progress_bar
 
-        from mor.convert import convert_checkpoint
+        from mor.training.convert import convert_checkpoint
 
         disable_progress_bar()
         model = convert_checkpoint(
@@ -337,7 +337,7 @@ def demo(
         output_dir.mkdir(parents=True, exist_ok=True)
         _say("Loading PyTorch ...")
 
-        from mor.demo import run_demo
+        from mor.training.demo import run_demo
 
         run_demo(output_dir, budget=budget, seed=seed)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from mor.analysis import count_parameters
+from mor.analysis.costs import count_parameters
 from mor.models import MoRConfig
-from mor_cli.options import (
+from mor.training.options import (
     RunOptions,
     check_recursions,
     in_words_of_the_shell,

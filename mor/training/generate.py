@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from mor.checkpoints import checkpoint_to_resume
-from mor.corpus import clean_text
-from mor.data import load_tokenizer
+from mor.data.corpus import clean_text
+from mor.data.tokens import load_tokenizer
 from mor.models import load_swapped
+from mor.training.checkpoints import checkpoint_to_resume
 
 __all__ = ["continue_text", "find_model", "load_model", "trained_length"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mor_cli.stopping import notice, stop
+from mor.training.signals import notice, stop
 
 __all__ = ["StopOnSignal"]
 

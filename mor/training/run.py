@@ -8,20 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mor.run_model import describe, model_config, read_json
-from mor_cli.options import (
+from mor.training.options import (
     NEW_WEIGHTS_LR,
     RunOptions,
     given_options,
     refuse,
 )
-from mor_cli.stopping import Stopped, on_signal
+from mor.training.run_model import describe, model_config, read_json
+from mor.training.signals import Stopped, on_signal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-    from mor.corpus import Corpus
-    from mor.training import MoRTrainer
+    from mor.data.corpus import Corpus
+    from mor.training.trainer import MoRTrainer
 
 __all__ = ["options_of_run", "prepare_run", "train"]
 
@@ -52,11 +52,11 @@ def prepare_run(
     from transformers import default_data_collator, set_seed
 
     from mor import MoRForCausalLM
-    from mor.checkpoints import check_same_model
-    from mor.corpus import open_corpus
-    from mor.data import TokenBlocks, prepare_tokens, vocabulary_size
-    from mor.generate import find_model
-    from mor.training import MoRTrainer
+    from mor.data.corpus import open_corpus
+    from mor.data.tokens import TokenBlocks, prepare_tokens, vocabulary_size
+    from mor.training.checkpoints import check_same_model
+    from mor.training.generate import find_model
+    from mor.training.trainer import MoRTrainer
 
     given = given_options(options) if given is None else given
     options.check(given)
@@ -145,8 +145,8 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
     from transformers import TrainerState
     from transformers.utils.logging import disable_progress_bar
 
-    from mor.stopping import StopOnSignal
-    from mor.training import Diverged
+    from mor.training.stopping import StopOnSignal
+    from mor.training.trainer import Diverged
 
     disable_progress_bar()  # of saving; training has its own
     output_dir = Path(str(trainer.args.output_dir))
@@ -185,7 +185,7 @@ def train(trainer: "MoRTrainer", checkpoint: Path | None) -> Path:
 def _arguments(options: RunOptions) -> "TrainingArguments":
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from mor.training import training_arguments
+    from mor.training.trainer import training_arguments
 
     names = [name.strip() for name in options.report_to.split(",")]
     reporters = [] if names == ["none"] else names
@@ -269,7 +269,7 @@ def _remember(options: RunOptions, tokens: str) -> None:
 
 
 def _checkpoint(options: RunOptions) -> Path | None:
-    from mor.checkpoints import checkpoint_to_resume, find_problem
+    from mor.training.checkpoints import checkpoint_to_resume, find_problem
 
     if options.resume_from is not None:
         problem = find_problem(options.resume_from)
@@ -295,7 +295,7 @@ def _checkpoint(options: RunOptions) -> Path | None:
 def _tokenizer(
     options: RunOptions, corpus: "Corpus", checkpoint: Path | None
 ) -> "PreTrainedTokenizerBase":
-    from mor.data import load_tokenizer, train_tokenizer
+    from mor.data.tokens import load_tokenizer, train_tokenizer
 
     source = options.tokenizer or checkpoint or options.model
     return load_tokenizer(source) if source else train_tokenizer(corpus, options.vocab_size)

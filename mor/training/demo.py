@@ -24,13 +24,13 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from mor import MoRConfig
-from mor.analysis import count_parameters, flops_per_token, kv_bytes_per_token
-from mor.corpus import open_corpus, split_documents
-from mor.data import TokenBlocks, prepare_tokens, train_tokenizer, vocabulary_size
-from mor.generate import continue_text
-from mor.look import look_at
-from mor.training import MoRTrainer, training_arguments
-from mor.viz import plot_depth_by_position, plot_loss_against_flops
+from mor.analysis.costs import count_parameters, flops_per_token, kv_bytes_per_token
+from mor.analysis.look import look_at
+from mor.analysis.plots import plot_depth_by_position, plot_loss_against_flops
+from mor.data.corpus import open_corpus, split_documents
+from mor.data.tokens import TokenBlocks, prepare_tokens, train_tokenizer, vocabulary_size
+from mor.training.generate import continue_text
+from mor.training.trainer import MoRTrainer, training_arguments
 
 __all__ = ["DemoSizes", "ModelResult", "run_demo"]
 

@@ -8,7 +8,7 @@ from mor.models.modeling_mor import MoRModel
 from mor.models.routed_layers import RoutedLayers
 from mor.models.router_losses import collect_router_losses
 from mor.models.targets import batch_share, num_targets
-from mor.training import loss_scale
+from mor.training.trainer import loss_scale
 
 __all__ = ["RouterLossMixin"]
 

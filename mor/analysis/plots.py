@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mor.depth_page import COLOURS, check_depths, depth_page, token_pieces
+from mor.analysis.depth_page import COLOURS, check_depths, depth_page, token_pieces
 
 if TYPE_CHECKING:
     from mor.modules import RecursionOutput

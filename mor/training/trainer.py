@@ -25,18 +25,18 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mor.analysis import flops_per_token
-from mor.callbacks import (
+from mor.analysis.costs import flops_per_token
+from mor.models.router_losses import collect_router_losses
+from mor.models.targets import at_least_one, batch_share, num_targets
+from mor.training.callbacks import (
     LogRouting,
     PrinterLine,
     ProgressLine,
     UpdateRouterBias,
     routing_line,
 )
-from mor.checkpoints import checkpoint_to_resume
-from mor.models.router_losses import collect_router_losses
-from mor.models.targets import at_least_one, batch_share, num_targets
-from mor.optim import parameter_groups
+from mor.training.checkpoints import checkpoint_to_resume
+from mor.training.optim import parameter_groups
 
 __all__ = [
     "Diverged",

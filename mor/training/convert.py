@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from mor.data import has_tokenizer
+from mor.data.tokens import has_tokenizer
 from mor.models import MoRForCausalLM, load_authors_checkpoint
 from mor.models.authors_options import is_authors_checkpoint
 from mor.models.configuration_mor import ARCHITECTURES
-from mor_cli.options import check_recursions, in_words_of_the_shell
+from mor.training.options import check_recursions, in_words_of_the_shell
 
 __all__ = ["convert_checkpoint"]
 
