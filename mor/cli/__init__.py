@@ -33,8 +33,8 @@ def _main(
     """Mixture-of-Recursions: train, generate, look inside."""
 
 
+app.command(cls=train.TrainCommand)(train.train)
 for _command in (
-    train.train,
     generate.generate,
     look.look,
     convert.convert,

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -93,10 +93,19 @@ def given_names(ctx: typer.Context) -> set[str]:
 def with_options_of(kind: type[RoutingOptions]) -> Callable[[Callable[..., None]], Any]:
     """Gives a command `(ctx, ..., **options)` one parameter for each field of a dataclass."""
     hints = get_type_hints(kind, include_extras=True)
+    shown = {
+        field: hints[field.name].__metadata__[0]
+        for field in fields(kind)
+        if hasattr(hints[field.name], "__metadata__")
+    }
     panels = ["Run", "Data", "Model", "Training"]
-    ordered = sorted(
-        fields(kind), key=lambda f: panels.index(hints[f.name].__metadata__[0].rich_help_panel)
-    )
+    ordered = sorted(shown, key=lambda field: panels.index(shown[field].panel))
+
+    def annotation(field: Field[Any]) -> Any:
+        of = shown[field]
+        names = [of.flags] if of.flags else []
+        option = typer.Option(*names, help=of.help, rich_help_panel=of.panel)
+        return Annotated[hints[field.name].__origin__, option]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command).parameters.values())[:-1]
@@ -105,7 +114,7 @@ def with_options_of(kind: type[RoutingOptions]) -> Callable[[Callable[..., None]
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=hints[field.name],
+                annotation=annotation(field),
             )
             for field in ordered
         ]

@@ -53,6 +53,7 @@ class Corpus:
             text is null or missing is an empty one.
         files: how many files are read; 0 where the source is not files.
         skipped: how many files of a directory are not read, by the end of their names.
+        is_remote: whether it is a dataset of the Hugging Face hub, streamed.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Corpus:
     documents: Callable[[], Iterator[Document]]
     files: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
+    is_remote: bool = False
 
     def describe(self) -> str:
         """Name and number of files, for people."""
@@ -209,4 +211,5 @@ def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> C
             text = text_of(record, text_field, f"dataset {name}")
             yield Document(text, text)
 
-    return Corpus(f"dataset {name}", json.dumps([name, config, split, text_field]), documents)
+    identity = json.dumps([name, config, split, text_field])
+    return Corpus(f"dataset {name}", identity, documents, is_remote=True)

@@ -8,9 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mor.training.arguments import training_arguments
     from mor.training.callbacks import LogRouting, UpdateRouterBias
     from mor.training.optim import parameter_groups
-    from mor.training.trainer import Diverged, MoRTrainer, loss_scale, training_arguments
+    from mor.training.trainer import Diverged, MoRTrainer, loss_scale
 
 __all__ = [
     "Diverged",
@@ -26,7 +27,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'mor.training' has no attribute {name!r}")
-    home = "optim" if name == "parameter_groups" else "trainer"  # which imports the callbacks
+    home = {"parameter_groups": "optim", "training_arguments": "arguments"}.get(name, "trainer")
     return getattr(importlib.import_module(f"mor.training.{home}"), name)
 
 

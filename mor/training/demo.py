@@ -29,8 +29,9 @@ from mor.analysis.look import look_at
 from mor.analysis.plots import plot_depth_by_position, plot_loss_against_flops
 from mor.data.corpus import open_corpus, split_documents
 from mor.data.tokens import TokenBlocks, prepare_tokens, train_tokenizer, vocabulary_size
+from mor.training.arguments import training_arguments
 from mor.training.generate import continue_text
-from mor.training.trainer import MoRTrainer, training_arguments
+from mor.training.trainer import MoRTrainer
 
 __all__ = ["DemoSizes", "ModelResult", "run_demo"]
 

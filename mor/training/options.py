@@ -11,13 +11,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Option
+from mor.training.argument_names import OURS, argument_names, nearest, without_effect
 
 __all__ = [
     "NEW_WEIGHTS_LR",
     "TRAINED_WEIGHTS_LR",
     "RoutingOptions",
     "RunOptions",
+    "Shown",
     "check_recursions",
     "flag",
     "given_options",
@@ -33,38 +34,48 @@ _RUN, _DATA, _MODEL, _TRAINING = "Run", "Data", "Model", "Training"
 NEW_WEIGHTS_LR, TRAINED_WEIGHTS_LR = 3e-3, 3e-4
 
 
-def _option(help: str, panel: str, name: str | None = None) -> Any:
-    names = [name] if name else []
-    return Option(*names, help=help, rich_help_panel=panel)
+@dataclass(frozen=True)
+class Shown:
+    """How the shell shows an option.
+
+    Attributes:
+        help: what it says of itself.
+        panel: under which heading it stands.
+        flags: what is typed; None for the field's name, with a `--no-` form if it is a bool.
+    """
+
+    help: str
+    panel: str
+    flags: str | None = None
 
 
 @dataclass
 class RoutingOptions:
     """How a model recurs and routes: options of `mor train` and of `mor convert`."""
 
-    num_recursions: Annotated[int, _option("Times the shared block is applied.", _MODEL)] = 3
+    num_recursions: Annotated[int, Shown("Times the shared block is applied.", _MODEL)] = 3
     sharing: Annotated[
         str,
-        _option("Which layers are shared: middle_cycle, cycle, middle_sequence, sequence.", _MODEL),
+        Shown("Which layers are shared: middle_cycle, cycle, middle_sequence, sequence.", _MODEL),
     ] = "middle_cycle"
     router: Annotated[
         Literal["expert", "token", "none"],
-        _option("Who chooses: experts choose tokens or tokens their depth.", _MODEL),
+        Shown("Who chooses: experts choose tokens or tokens their depth.", _MODEL),
     ] = "expert"
     capacities: Annotated[
         str | None,
-        _option(
+        Shown(
             "Expert routing: share of the tokens in each recursion, e.g. 1,2/3,1/3 (the default "
             "for three).",
             _MODEL,
         ),
     ] = None
     router_type: Annotated[
-        str, _option("The router network: linear, mlp, wide_mlp, random.", _MODEL)
+        str, Shown("The router network: linear, mlp, wide_mlp, random.", _MODEL)
     ] = "linear"
     gating: Annotated[
         str | None,
-        _option(
+        Shown(
             "weighted (the paper's), additive, or residual (starts nearest to a dense model). "
             "Default: weighted for new weights, residual for a converted model.",
             _MODEL,
@@ -72,16 +83,16 @@ class RoutingOptions:
     ] = None
     kv_strategy: Annotated[
         str,
-        _option("Keys and values a recursion sees: recursion, shared, hybrid.", _MODEL),
+        Shown("Keys and values a recursion sees: recursion, shared, hybrid.", _MODEL),
     ] = "recursion"
     relaxation: Annotated[
         Literal["lora", "dora", "none"],
-        _option("Adapters of each recursion's own; a conversion starts them by an SVD.", _MODEL),
+        Shown("Adapters of each recursion's own; a conversion starts them by an SVD.", _MODEL),
     ] = "none"
-    relaxation_rank: Annotated[int, _option("Rank of the adapters.", _MODEL)] = 16
+    relaxation_rank: Annotated[int, Shown("Rank of the adapters.", _MODEL)] = 16
     recursion_encoding: Annotated[
         bool,
-        _option("A learnt vector of each recursion's own.", _MODEL, "--recursion-encoding"),
+        Shown("A learnt vector of each recursion's own.", _MODEL, "--recursion-encoding"),
     ] = False
 
     def check(self, given: Collection[str]) -> None:
@@ -130,49 +141,49 @@ class RoutingOptions:
 class RunOptions(RoutingOptions):
     """Options of a training run; each is an option of `mor train` with the same name."""
 
-    output_dir: Annotated[Path, _option("Folder for everything the run writes.", _RUN)] = Path(
+    output_dir: Annotated[Path, Shown("Folder for everything the run writes.", _RUN)] = Path(
         "runs/train"
     )
 
     data: Annotated[
         str | None,
-        _option(
+        Shown(
             "A .txt, .md, .rst, .py, .jsonl, .json or .parquet file, a directory of them, or the "
             "name of a Hugging Face dataset. Default: the Python standard library's own sources.",
             _DATA,
         ),
     ] = None
     data_config: Annotated[
-        str | None, _option("Configuration of the Hugging Face dataset.", _DATA)
+        str | None, Shown("Configuration of the Hugging Face dataset.", _DATA)
     ] = None
-    data_split: Annotated[str, _option("Split of the Hugging Face dataset.", _DATA)] = "train"
+    data_split: Annotated[str, Shown("Split of the Hugging Face dataset.", _DATA)] = "train"
     text_field: Annotated[
-        str, _option("Field of the text in JSON, parquet and dataset records.", _DATA)
+        str, Shown("Field of the text in JSON, parquet and dataset records.", _DATA)
     ] = "text"
     max_tokens: Annotated[
         int | None,
-        _option(
+        Shown(
             "Tokens to make at most. Default: all; of a Hugging Face dataset what the run needs.",
             _DATA,
         ),
     ] = None
     tokenizer: Annotated[
         str | None,
-        _option(
+        Shown(
             "Folder or Hugging Face name of a tokenizer. Default: the model's, or one is trained "
             "on the data.",
             _DATA,
         ),
     ] = None
-    vocab_size: Annotated[int, _option("Size of the tokenizer that is trained.", _DATA)] = 4096
-    seq_len: Annotated[int, _option("Tokens in a training row.", _DATA)] = 256
+    vocab_size: Annotated[int, Shown("Size of the tokenizer that is trained.", _DATA)] = 4096
+    seq_len: Annotated[int, Shown("Tokens in a training row.", _DATA)] = 256
     separate_documents: Annotated[
-        bool, _option("Keep attention inside each document of a row.", _DATA)
+        bool, Shown("Keep attention inside each document of a row.", _DATA)
     ] = False
 
     model: Annotated[
         Path | None,
-        _option(
+        Shown(
             "Folder of a MoR model to go on from (of mor convert, say, or of a run), with its "
             "tokenizer; it has sizes and routing already.",
             _MODEL,
@@ -180,31 +191,31 @@ class RunOptions(RoutingOptions):
     ] = None
     config: Annotated[
         Path | None,
-        _option(
+        Shown(
             "JSON file with a MoR configuration, which has sizes and routing, or with that of a "
             "dense model to make recursive, which has sizes.",
             _MODEL,
         ),
     ] = None
-    layers: Annotated[int, _option("Layers a token passes at full depth (unrolled).", _MODEL)] = 8
-    hidden_size: Annotated[int, _option("Width of the model.", _MODEL)] = 256
+    layers: Annotated[int, Shown("Layers a token passes at full depth (unrolled).", _MODEL)] = 8
+    hidden_size: Annotated[int, Shown("Width of the model.", _MODEL)] = 256
     intermediate_size: Annotated[
         int | None,
-        _option("Width of the MLP. Default: 8/3 of the hidden size, in steps of 64.", _MODEL),
+        Shown("Width of the MLP. Default: 8/3 of the hidden size, in steps of 64.", _MODEL),
     ] = None
-    heads: Annotated[int, _option("Attention heads.", _MODEL)] = 4
+    heads: Annotated[int, Shown("Attention heads.", _MODEL)] = 4
     kv_heads: Annotated[
-        int | None, _option("Key and value heads. Default: as many as heads.", _MODEL)
+        int | None, Shown("Key and value heads. Default: as many as heads.", _MODEL)
     ] = None
 
-    steps: Annotated[int, _option("Optimiser steps.", _TRAINING)] = 1000
-    batch_size: Annotated[int, _option("Rows in a forward pass.", _TRAINING)] = 8
+    steps: Annotated[int, Shown("Optimiser steps.", _TRAINING)] = 1000
+    batch_size: Annotated[int, Shown("Rows in a forward pass.", _TRAINING)] = 8
     gradient_accumulation: Annotated[
-        int, _option("Forward passes in an optimiser step.", _TRAINING)
+        int, Shown("Forward passes in an optimiser step.", _TRAINING)
     ] = 1
     lr: Annotated[
         float | None,
-        _option(
+        Shown(
             f"Peak learning rate. Default: {NEW_WEIGHTS_LR:g}, with --model "
             f"{TRAINED_WEIGHTS_LR:g}.",
             _TRAINING,
@@ -213,43 +224,44 @@ class RunOptions(RoutingOptions):
     ] = None
     aux_router_lr: Annotated[
         float | None,
-        _option("Peak learning rate of auxiliary routers. Default: --lr.", _TRAINING),
+        Shown("Peak learning rate of auxiliary routers. Default: --lr.", _TRAINING),
     ] = None
     schedule: Annotated[
-        Literal["wsd", "cosine"], _option("Warmup-stable-decay or cosine.", _TRAINING)
+        Literal["wsd", "cosine"], Shown("Warmup-stable-decay or cosine.", _TRAINING)
     ] = "wsd"
-    warmup_share: Annotated[float, _option("Share of the steps that warm up.", _TRAINING)] = 0.05
-    decay_share: Annotated[float, _option("Share of the steps in which wsd decays.", _TRAINING)] = (
-        0.2
-    )
-    weight_decay: Annotated[float, _option("AdamW's weight decay.", _TRAINING)] = 0.1
+    warmup_share: Annotated[float, Shown("Share of the steps that warm up.", _TRAINING)] = 0.05
+    decay_share: Annotated[float, Shown("Share of the steps in which wsd decays.", _TRAINING)] = 0.2
+    weight_decay: Annotated[float, Shown("AdamW's weight decay.", _TRAINING)] = 0.1
     bf16: Annotated[
-        bool, _option("Compute in bfloat16 (weights stay float32).", _TRAINING, "--bf16/--float32")
+        bool, Shown("Compute in bfloat16 (weights stay float32).", _TRAINING, "--bf16/--float32")
     ] = False
     gradient_checkpointing: Annotated[
-        bool, _option("Recompute activations in the backward pass.", _TRAINING)
+        bool, Shown("Recompute activations in the backward pass.", _TRAINING)
     ] = False
-    seed: Annotated[int, _option("Seed of the weights and the order of the data.", _TRAINING)] = 0
+    seed: Annotated[int, Shown("Seed of the weights and the order of the data.", _TRAINING)] = 0
 
     resume: Annotated[
         bool,
-        _option(
+        Shown(
             "Go on from the newest complete checkpoint in the output folder; options not given are "
             "those of the run.",
             _RUN,
             "--resume",
         ),
     ] = False
-    resume_from: Annotated[Path | None, _option("Go on from this checkpoint.", _RUN)] = None
-    log_every: Annotated[int, _option("Steps between log lines.", _RUN)] = 10
-    eval_every: Annotated[int, _option("Steps between evaluations; 0: never.", _RUN)] = 100
-    eval_rows: Annotated[int, _option("Held-out rows to evaluate on.", _RUN)] = 64
-    save_every: Annotated[int, _option("Steps between checkpoints; 0: never.", _RUN)] = 200
+    resume_from: Annotated[Path | None, Shown("Go on from this checkpoint.", _RUN)] = None
+    log_every: Annotated[int, Shown("Steps between log lines.", _RUN)] = 10
+    eval_every: Annotated[int, Shown("Steps between evaluations; 0: never.", _RUN)] = 100
+    eval_rows: Annotated[int, Shown("Held-out rows to evaluate on.", _RUN)] = 64
+    save_every: Annotated[int, Shown("Steps between checkpoints; 0: never.", _RUN)] = 200
     report_to: Annotated[
         str,
-        _option("Where to log besides the screen: tensorboard, wandb, ...; none: nowhere.", _RUN),
+        Shown("Where to log besides the screen: tensorboard, wandb, ...; none: nowhere.", _RUN),
     ] = "tensorboard"
-    progress: Annotated[bool, _option("Show a progress bar, on a terminal.", _RUN)] = True
+    progress: Annotated[bool, Shown("Show a progress bar, on a terminal.", _RUN)] = True
+    #: Other fields of `transformers.TrainingArguments`, by their names; the shell takes each as an
+    #: option. A string is read as the field's type.
+    training_arguments: dict[str, Any] | None = None
 
     @property
     def peak_lr(self) -> float:
@@ -269,6 +281,7 @@ class RunOptions(RoutingOptions):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{flag(name)} must be a positive number, got {value}")
+        self._check_training_arguments(given)
         warmup, decay = self.warmup_share, self.decay_share
         if not (warmup >= 0 and decay >= 0 and warmup + decay <= 1):
             raise ValueError(
@@ -286,6 +299,20 @@ class RunOptions(RoutingOptions):
         source = "--tokenizer" if self.tokenizer else "--model" if self.model else None
         if source is not None:
             refuse(given, ["vocab_size"], f"{source} brings a tokenizer that has its own")
+
+    def _check_training_arguments(self, given: Collection[str]) -> None:
+        own = {field.name for field in fields(self)}
+        for name in self.training_arguments or {}:
+            ours = OURS.get(name, name)
+            if ours in own:
+                raise ValueError(f"TrainingArguments' {name} is the option {ours} of a run")
+            if name not in argument_names():
+                raise ValueError(f"TrainingArguments has no {name!r}{nearest(name, own)}")
+            if reason := without_effect(name):
+                raise ValueError(f"{flag(name)} would be ignored: {reason}; leave it out")
+            replaced = {"lr_scheduler_type": ["schedule", "decay_share"]}
+            replaced["warmup_steps"] = ["warmup_share"]
+            refuse(given, replaced.get(name, []), f"{flag(name)} says it")
 
 
 _SHARINGS = ("middle_cycle", "cycle", "middle_sequence", "sequence")

@@ -1,6 +1,5 @@
 """The configuration of the model that a run trains: from sizes and routing options, or a file."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from mor.training.options import (
     in_words_of_the_shell,
     refuse_routing,
 )
+from mor.training.run_record import read_json
 
-__all__ = ["describe", "model_config", "read_json"]
+__all__ = ["describe", "model_config"]
 
 
 def model_config(
@@ -123,20 +123,3 @@ def describe(config: MoRConfig) -> str:
         f"of {config.num_unique_layers}, {config.num_recursions} recursions, {how}: "
         f"{count_parameters(config) / 1e6:,.2f}M parameters"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"cannot read {path}: expected a JSON object")
-    return values

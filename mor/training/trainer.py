@@ -9,10 +9,9 @@ Over 300 lines in one file: the hooks of one Trainer, which share its counters.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,6 @@ __all__ = [
     "MoRTrainer",
     "UpdateRouterBias",
     "loss_scale",
-    "training_arguments",
 ]
 
 _ROUTER_LOSSES = ("aux_loss", "z_loss", "balancing_loss")
@@ -294,94 +292,3 @@ class _CloseWindow(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
-
-
-def training_arguments(
-    output_dir: str | Path,
-    *,
-    steps: int,
-    batch_size: int = 8,
-    gradient_accumulation: int = 1,
-    learning_rate: float = 3e-3,
-    schedule: Literal["wsd", "cosine"] = "wsd",
-    warmup_share: float = 0.05,
-    decay_share: float = 0.2,
-    min_learning_rate_share: float | None = None,
-    weight_decay: float = 0.1,
-    log_every: int = 10,
-    eval_every: int = 100,
-    save_every: int = 200,
-    report_to: Sequence[str] = (),
-    **overrides: Any,
-) -> TrainingArguments:
-    """The paper's optimiser settings as `transformers.TrainingArguments`.
-
-    AdamW with betas 0.9 and 0.95, weight decay, gradient norm clipped at 1. Schedules: `"wsd"`,
-    linear warm-up, constant, linear decay over the last `decay_share` of the steps to
-    `min_learning_rate_share` (0) of the peak; `"cosine"` to `min_learning_rate_share` (0.1). An
-    evaluation or save interval of 0 turns it off.
-
-    Raises:
-        ValueError: a count or share out of range, or an unknown schedule.
-
-    Reference: MoR paper, section 3 and appendix B.
-    """
-    for name, count in (
-        ("steps", steps),
-        ("batch_size", batch_size),
-        ("gradient_accumulation", gradient_accumulation),
-        ("log_every", log_every),
-    ):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if not (warmup_share >= 0 and decay_share >= 0 and warmup_share + decay_share <= 1):
-        raise ValueError(
-            "warmup_share and decay_share must lie in [0, 1] together, "
-            f"got {warmup_share} and {decay_share}"
-        )
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    warmup_steps = round(warmup_share * steps)
-    schedules: dict[str, tuple[str, float, dict[str, Any]]] = {
-        "wsd": (
-            "warmup_stable_decay",
-            0.0,
-            {"num_decay_steps": round(decay_share * steps), "decay_type": "linear"},
-        ),
-        "cosine": ("cosine_with_min_lr", 0.1, {}),
-    }
-    if schedule not in schedules:
-        raise ValueError(f"unknown schedule {schedule!r}: expected wsd or cosine")
-    scheduler, least, kwargs = schedules[schedule]
-    least = least if min_learning_rate_share is None else min_learning_rate_share
-    kwargs["min_lr_ratio" if schedule == "wsd" else "min_lr_rate"] = least
-    arguments: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": scheduler,
-        "lr_scheduler_kwargs": kwargs,
-        "warmup_steps": warmup_steps,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
-        "weight_decay": weight_decay,
-        "max_grad_norm": 1.0,
-        "logging_steps": log_every,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if eval_every > 0 else "no",
-        "eval_steps": eval_every if eval_every > 0 else None,
-        "save_strategy": "steps" if save_every > 0 else "no",
-        "save_steps": save_every if save_every > 0 else 500,
-        "save_total_limit": 2,
-        "ddp_find_unused_parameters": False,  # every recursion runs its layers in every process
-        "prediction_loss_only": True,
-        "report_to": list(report_to) or "none",
-        "use_cpu": not torch.cuda.is_available(),  # no other accelerator has our operators
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    return TrainingArguments(**{**arguments, **overrides})
