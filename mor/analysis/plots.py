@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mor._extras import extra
 from mor.analysis.depth_page import COLOURS, check_depths, depth_page, token_pieces
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ def plot_text_by_depth(
     Raises:
         ValueError: not one depth for each piece, a depth outside [0, 5], no column.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import Patch, Rectangle
+    with extra("plots"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.font_manager import FontProperties
+        from matplotlib.patches import Patch, Rectangle
 
     check_depths(pieces, depths)
     if columns < 1:
@@ -235,7 +237,8 @@ def _save(figure, path: str | Path) -> None:  # type: ignore[no-untyped-def]
 # matplotlib's figure and axes, a list of axes if rows are given.
 def _figure(height: float = 4.5, width: float = 8, rows: int | None = None):  # type: ignore[no-untyped-def]
     # Not pyplot: it keeps global state and may pick a backend that needs a display.
-    from matplotlib.figure import Figure
+    with extra("plots"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     if rows is None:

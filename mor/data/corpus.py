@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mor._extras import extra
 from mor.data.text_files import read_records, text_of
 
 __all__ = ["Corpus", "Document", "clean_text", "open_corpus", "split_documents"]
@@ -194,7 +195,8 @@ def _local_corpus(
 
 
 def _hub_corpus(name: str, text_field: str, config: str | None, split: str) -> Corpus:
-    import datasets
+    with extra("train"):
+        import datasets
 
     try:
         stream = datasets.load_dataset(name, config, split=split, streaming=True)

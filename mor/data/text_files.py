@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from mor._extras import extra
+
 __all__ = ["read_records", "read_text", "text_of"]
 
 #: UTF-32's little-endian mark begins with UTF-16's.
@@ -103,8 +105,9 @@ def _json(text: str, path: Path, place: str = "") -> Any:
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
+    with extra("train"):
+        import pyarrow
+        from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)

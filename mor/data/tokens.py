@@ -34,8 +34,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 #: Raise when the token files of the same text and tokenizer would come out different.
 _VERSION = 2
-#: Characters encoded at once; a longer text is cut at a line end, so that one huge file does not
-#: need huge memory.
+#: Characters encoded at once: a longer text is cut at a line end, so that the tokenizer needs no
+#: more memory for one huge document than for a small one. The text itself is in memory whole.
 _PIECE = 1 << 18
 _BATCH = 64
 #: A held-out part with less of the tokens than this is filled up.

@@ -9,6 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from mor._extras import extra
 from mor.training.options import RunOptions
 
 __all__ = ["arguments_of", "training_arguments"]
@@ -44,6 +45,8 @@ def training_arguments(
 
     Reference: MoR paper, section 3 and appendix B.
     """
+    with extra("train"):
+        import accelerate  # noqa: F401  (TrainingArguments asks for it, in other words)
     for name, count in (
         ("steps", steps),
         ("batch_size", batch_size),
@@ -119,7 +122,9 @@ def arguments_of(options: RunOptions) -> TrainingArguments:
         ):
             reporter()  # says here, and not after the text is read, what it needs to be installed
     except (RuntimeError, ImportError, ValueError) as error:
-        raise ValueError(f"--report-to {options.report_to}: {error}") from error
+        reason = str(error).removesuffix(".")
+        board = "; pip install 'mor[train]' brings tensorboard" if "tensorboard" in names else ""
+        raise ValueError(f"--report-to {options.report_to}: {reason}{board}") from error
     named = _typed(options.training_arguments or {})
     if "lr_scheduler_type" in named:  # the schedule's own are not for another
         named.setdefault("lr_scheduler_kwargs", None)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from mor import MoRConfig
+from mor._extras import extra
 from mor.analysis.costs import count_parameters, flops_per_token, kv_bytes_per_token
 from mor.analysis.look import look_at
 from mor.analysis.plots import plot_depth_by_position, plot_loss_against_flops
@@ -95,6 +96,8 @@ def run_demo(
     Returns:
         One result for each model, MoR first.
     """
+    with extra("plots"):
+        import matplotlib  # noqa: F401  (here and not after minutes of training)
     sizes = sizes or DemoSizes()
     disable_progress_bar()  # of saving, which takes no time here
     console = Console()

@@ -3,8 +3,6 @@
 `MoRTrainer` changes nothing in how the Trainer trains. It adds to each log line, and so to the
 progress bar, to TensorBoard and to `trainer_state.json`: the parts of the loss, the routing
 metrics, tokens per second, and the training FLOPs so far.
-
-Over 300 lines in one file: the hooks of one Trainer, which share its counters.
 """
 
 import time
