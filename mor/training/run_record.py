@@ -40,7 +40,7 @@ def resumed_options(options: RunOptions, given: Collection[str]) -> RunOptions:
         stored = options_of_run(options.resume_from.parent)
     paths = ("output_dir", "model", "config", "resume_from")
     known = {field.name for field in fields(options)}
-    kept = {
+    kept: dict[str, Any] = {
         name: Path(value) if name in paths and value is not None else value
         for name, value in stored.items()
         if name in known and name not in given
@@ -61,7 +61,7 @@ def remember(options: RunOptions, tokens: str) -> None:
             "other data",
             options.output_dir,
         )
-    values = {
+    values: dict[str, Any] = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in asdict(options).items()
     }
