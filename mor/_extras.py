@@ -1,4 +1,4 @@
-"""Packages that `pip install mor` leaves out, and what an import that misses one says."""
+"""Optional packages, and an error that names the extra of a missing one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ __all__ = ["extra"]
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Names the extra that brings what an import inside misses.
+    """Name the extra that brings a package which an import inside misses.
 
     Args:
         name: "train" or "plots", as in pyproject.toml.

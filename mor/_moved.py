@@ -1,4 +1,4 @@
-"""Module paths of earlier versions: each imports the module that stands at its new place."""
+"""Module paths of earlier versions, each an alias of the module at its new place."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""What a model costs, and pictures of how it routes."""
+"""Costs of a model, and pictures of its routing."""
 
 from mor.analysis.costs import (
     active_shares,

@@ -1,4 +1,4 @@
-"""What a model costs before it is built: parameters, FLOPs and key/value bytes per token.
+"""Costs of a model before it is built: parameters, FLOPs and key/value bytes per token.
 
 FLOPs are counted as in the paper (section 4.1): two per multiply-add of every matrix product and of
 attention over the visible (query, key) pairs; norms, activations and softmax are left out. The

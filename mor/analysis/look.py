@@ -1,4 +1,4 @@
-"""How deep a model goes for each token of a text, as a page and pictures: what `mor look` does."""
+"""Depth of each token of a text, as a page and pictures: the work of `mor look`."""
 
 from pathlib import Path
 from typing import Any

@@ -83,7 +83,7 @@ def plot_text_by_depth(
 def _text_boxes(
     pieces: Sequence[str], depths: Sequence[int], columns: int
 ) -> tuple[list[tuple[int, int, str, int]], int]:
-    """Where each run of characters stands: (row, column, text, depth); and the number of rows."""
+    """Place of each run of characters, (row, column, text, depth), and the number of rows."""
     boxes = []
     row = column = 0
     for piece, depth in zip(pieces, depths, strict=True):
@@ -100,7 +100,7 @@ def _text_boxes(
 
 
 def router_scores(routing: "RecursionOutput") -> list[tuple[Tensor, Tensor]]:
-    """What the router thought of the tokens at each recursion, and which of them took it.
+    """Scores of the tokens at each recursion, and which of them took it.
 
     Args:
         routing: `output.routing` of a model.

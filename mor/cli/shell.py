@@ -1,4 +1,4 @@
-"""What the commands share: errors as one sentence, signals, options made of a dataclass."""
+"""Code that the commands share: errors as one sentence, signals, options made of a dataclass."""
 
 import inspect
 import os

@@ -24,7 +24,7 @@ class TrainCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Takes the fields away; what is left is ours, or refused."""
+        """Take the fields away, and have the rest parsed."""
         ours = {flag for option in self.params for flag in (*option.opts, *option.secondary_opts)}
         words: list[str] = []
         named: dict[str, list[str]] = ctx.meta.setdefault(_NAMED, {})
@@ -57,7 +57,7 @@ class TrainCommand(TyperCommand):
 
 
 def _read_options(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Has a YAML file's options be what is not given on the command line."""
+    """Make a YAML file's options the defaults of the command line."""
     if path is None:
         return None
     import yaml
@@ -93,7 +93,7 @@ def _read_options(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def _training_arguments(ctx: typer.Context) -> dict[str, Any]:
-    """The fields of TrainingArguments that the command line and the file name."""
+    """Fields of TrainingArguments that the command line and the file name."""
     values: dict[str, Any] = {}
     for name, words in ctx.meta[_NAMED].items():
         negated = name not in argument_names()

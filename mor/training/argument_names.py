@@ -1,4 +1,4 @@
-"""Which fields `transformers.TrainingArguments` has, and what a run calls some of them."""
+"""Names of the fields of `transformers.TrainingArguments`, and a run's own words for some."""
 
 import ast
 import difflib

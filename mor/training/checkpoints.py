@@ -1,8 +1,8 @@
-"""Which checkpoint of a run to resume from: the newest one that is complete.
+"""Find the checkpoint to resume a run from: the newest one that is complete.
 
 The Trainer writes a checkpoint file by file, so a process killed meanwhile leaves a folder that
-looks like a checkpoint and is none. It deletes older checkpoints only afterwards: a complete one is
-always there.
+looks like a checkpoint and is none. It deletes older checkpoints only afterwards, so a complete one
+is always there.
 """
 
 import json

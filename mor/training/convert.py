@@ -1,4 +1,4 @@
-"""Dense checkpoint to MoR checkpoint on disk: what `mor convert` does."""
+"""Convert a dense checkpoint on disk to a MoR one: the work of `mor convert`."""
 
 import logging
 import re
@@ -110,7 +110,7 @@ def _check_depth(path: str, gguf_file: str | None, options: dict[str, Any]) -> N
 
 
 def _find(source: str) -> tuple[str, str | None]:
-    """What Transformers calls the model: a folder or a name on the hub, and a GGUF file in it."""
+    """The model as Transformers names it: a folder or a name on the hub, and a GGUF file in it."""
     path = Path(source)
     if path.is_file():
         if path.suffix != ".gguf":

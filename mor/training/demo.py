@@ -1,6 +1,6 @@
 """The demo: MoR against a dense model of the same unrolled depth, same text, same training FLOPs.
 
-Minutes on two cores. The result is reported as it falls; models this small and trained this
+Minutes on two cores. The result is reported whatever it is; models this small and trained this
 briefly show how the parts work, not which architecture wins at scale.
 """
 
@@ -46,7 +46,7 @@ _INTRO = (
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """How large the demo is.
+    """Sizes of the demo.
 
     Attributes:
         dense_steps: optimiser steps of the dense model; MoR gets those that cost the same FLOPs.

@@ -1,4 +1,4 @@
-"""FSDP2 for recursive models: what to shard together, and how to get a whole model back.
+"""FSDP2 for recursive models: shard what is used together, and save a whole model.
 
 Everything else is PyTorch's own: `torchrun`, DDP, `torch.distributed.checkpoint`. The guide is
 docs/distributed.md, a complete script examples/train_fsdp.py.

@@ -1,4 +1,4 @@
-"""Load a saved model and continue a text: what `mor generate` does."""
+"""Load a saved model and continue a text: the work of `mor generate`."""
 
 import json
 import logging

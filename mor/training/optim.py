@@ -1,4 +1,4 @@
-"""What an optimizer is given: the parameters of a model in groups."""
+"""Parameter groups of a model, for any optimizer."""
 
 from typing import Any
 

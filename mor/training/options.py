@@ -36,7 +36,7 @@ NEW_WEIGHTS_LR, TRAINED_WEIGHTS_LR = 3e-3, 3e-4
 
 @dataclass(frozen=True)
 class Shown:
-    """How the shell shows an option.
+    """Form of an option in the shell.
 
     Attributes:
         help: what it says of itself.
@@ -51,7 +51,7 @@ class Shown:
 
 @dataclass
 class RoutingOptions:
-    """How a model recurs and routes: options of `mor train` and of `mor convert`."""
+    """Options of recursion and routing: those of `mor train` and of `mor convert`."""
 
     num_recursions: Annotated[int, Shown("Times the shared block is applied.", _MODEL)] = 3
     sharing: Annotated[

@@ -1,4 +1,4 @@
-"""A whole training run from one set of options: what `mor train` does."""
+"""A whole training run from one set of options: the work of `mor train`."""
 
 import logging
 from collections.abc import Callable, Collection

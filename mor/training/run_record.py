@@ -1,4 +1,4 @@
-"""What a run remembers of its options, so that it can be resumed with them; reads no PyTorch."""
+"""Record of a run's options, with which it is resumed; imports no PyTorch."""
 
 import json
 import logging

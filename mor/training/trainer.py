@@ -1,4 +1,4 @@
-"""Training: `transformers.Trainer` with what a routed model has to say in its logs.
+"""Training: `transformers.Trainer` with the numbers of a routed model in its logs.
 
 `MoRTrainer` changes nothing in how the Trainer trains. It adds to each log line, and so to the
 progress bar, to TensorBoard and to `trainer_state.json`: the parts of the loss, the routing
