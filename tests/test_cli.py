@@ -323,6 +323,19 @@ def test_python_dash_m_answers_help_and_typos_without_loading_pytorch():
         assert not {"torch", "transformers", "numpy"} & loaded
 
 
+def test_the_installed_script_answers_without_loading_pytorch(tmp_path):
+    """As pip writes it, which imports the package first."""
+    script = tmp_path / "mor"
+    script.write_text("import sys\nfrom mor.cli import app\nsys.exit(app())\n")
+    for arguments, code in ((["--help"], 0), (["train", "--stepps", "3"], 2)):
+        command = [sys.executable, "-X", "importtime", script, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == code
+        loaded = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+        assert "mor.cli" in loaded
+        assert not {"torch", "transformers", "numpy"} & loaded
+
+
 def test_importing_the_package_registers_the_model_type_and_the_operators():
     code = (
         "import mor; from transformers import AutoConfig; import torch; "
