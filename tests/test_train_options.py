@@ -69,7 +69,15 @@ def test_a_field_that_is_ours_may_be_spelt_either_way(seen, spelt):
 
 def test_fields_have_their_types(seen, tmp_path):
     options, _ = seen(
-        *("--warmup_steps", 10, "--optim=adafactor", "--no_dataloader_drop_last", "--use-cpu"),
+        *(
+            "--warmup_steps",
+            9,
+            "--warmup_steps",
+            10,
+            "--optim=adafactor",
+            "--no_dataloader_drop_last",
+            "--use-cpu",
+        ),
         *("--label_names", "a", "b", "--lr-scheduler-type", "linear", "--steps", 20),
         *("--report-to", "none", "--output-dir", tmp_path),
     )

@@ -40,8 +40,7 @@ class TrainCommand(TyperCommand):
                 taking = words
                 words.append(flag + equals + value)
             elif name.removeprefix("no_") in argument_names():
-                taking = named.setdefault(name, [])
-                taking += [value] if equals else []
+                taking = named[name] = [value] if equals else []  # the last one counts
             else:
                 taking = words
                 words.append(word)

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["OURS", "argument_names", "nearest", "without_effect"]
+__all__ = ["OURS", "WITHOUT_EFFECT", "argument_names", "nearest"]
 
 #: Fields that an option of `RunOptions` sets, with the option's name.
 OURS = {
@@ -21,7 +21,8 @@ OURS = {
     "save_steps": "save_every",
 }
 
-_WITHOUT_EFFECT = {
+#: Fields that would be ignored in a run, with the reason.
+WITHOUT_EFFECT = {
     "num_train_epochs": "--steps says how long a run is",
     "do_train": "a run always trains",
     "do_eval": "--eval-every says when a run evaluates",
@@ -52,8 +53,3 @@ def nearest(name: str, own: Collection[str]) -> str:
     """The end of an error about an unknown name: what may have been meant, or nothing."""
     close = difflib.get_close_matches(name, {*own, *argument_names()}, n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def without_effect(name: str) -> str | None:
-    """Why a field would be ignored in a run, or None."""
-    return _WITHOUT_EFFECT.get(name)

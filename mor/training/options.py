@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mor.training.argument_names import OURS, argument_names, nearest, without_effect
+from mor.training.argument_names import OURS, WITHOUT_EFFECT, argument_names, nearest
 
 __all__ = [
     "NEW_WEIGHTS_LR",
@@ -308,7 +308,7 @@ class RunOptions(RoutingOptions):
                 raise ValueError(f"TrainingArguments' {name} is the option {ours} of a run")
             if name not in argument_names():
                 raise ValueError(f"TrainingArguments has no {name!r}{nearest(name, own)}")
-            if reason := without_effect(name):
+            if reason := WITHOUT_EFFECT.get(name):
                 raise ValueError(f"{flag(name)} would be ignored: {reason}; leave it out")
             replaced = {"lr_scheduler_type": ["schedule", "decay_share"]}
             replaced["warmup_steps"] = ["warmup_share"]
