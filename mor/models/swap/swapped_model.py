@@ -30,8 +30,8 @@ from mor.models.attention import check_attention
 from mor.models.configuration_mor import MoRConfig
 from mor.models.derived_class import Derived, derived_class
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
-from mor.models.routed_layers import RoutedLayers, SwapCall
 from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
+from mor.models.swap.routed_layers import RoutedLayers, SwapCall
 from mor.models.targets import at_least_one, batch_share, num_targets
 
 __all__ = ["coefficients_of", "install", "saved_config", "span_of", "swapped_class"]
