@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
-from mor.models.attention import AttentionContext
 from mor.models.cache import RecursionCacheLayer
+from mor.models.layer_pass import DecoderPass
 from mor.models.outputs import MoRModelOutput
-from mor.models.unrolled import states_of_all_tokens
+from mor.models.schedule import Schedule
 from mor.modules.expert_choice import ExpertChoice
-from mor.modules.packing import Packing, pack
+from mor.modules.packing import pack
 from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
@@ -73,7 +73,7 @@ class RoutedLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.slots, self.num_dense_layers = slots, config.num_hidden_layers
+        self.slots, self.num_dense_layers = tuple(slots), config.num_hidden_layers
         if router not in ("expert", "token"):
             raise ValueError(
                 f"swap: expected router to be expert or token, got {router!r}; for recursion "
@@ -87,6 +87,12 @@ class RoutedLayers(nn.Module):
         for layer in self.layers:
             layer.get_submodule("self_attn").config = attention
         self._last = LastRouting()
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which of the layers runs at which depth of the block."""
+        num_recursions = len(self.slots) // len(self.layers)
+        return Schedule.of_block(len(self.layers), num_recursions, self.slots)
 
     @property
     def routing(self) -> RecursionOutput | None:
@@ -129,7 +135,7 @@ class RoutedLayers(nn.Module):
             hidden_states.device,
             call.attention_mask,
             position_ids,
-            past=None if caches[0] is None else caches[0].last_positions,
+            past=None if caches is None else caches[0].last_positions,
             documents=past_key_values is None,
         )
         if batch.has_documents and call.attention_mask is not None:
@@ -139,68 +145,52 @@ class RoutedLayers(nn.Module):
                 "attention_mask beside position_ids that restart, and only 0 and 1 in it"
             )
         cos, sin = (batch.pack(x.expand(batch_size, *x.shape[1:])) for x in position_embeddings)
-        depth = len(self.layers)
         captured = _active_collector.get()
         keep_states = captured is not None and "hidden_states" in captured
-        outputs: list[list[Tensor]] = []
-
-        def block(x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
-            empty = x.shape[0] == 0
-            angles = cos[rows].unsqueeze(0), sin[rows].unsqueeze(0)
-            if empty:  # every process runs every layer; see MoRModel
-                x = x.new_zeros(1, x.shape[1]) + 0 * x.sum()
-                packing = Packing.uniform(1, 1, packing.positions.new_zeros(1))
-                angles = (x.new_ones(1, 1, cos.shape[-1]), x.new_zeros(1, 1, sin.shape[-1]))
-            else:
-                outputs.append([])
-            for index, layer in enumerate(self.layers):
-                cache = None if empty else caches[step * depth + index]
-                out = layer(
-                    x.unsqueeze(0),
-                    position_embeddings=angles,
-                    mor_context=AttentionContext(packing, cache, length),
-                    **kwargs,
-                )
-                x = (out[0] if isinstance(out, tuple) else out).squeeze(0)
-                if keep_states and not empty:
-                    outputs[-1].append(x)
-            return x[:0] if empty else x
-
+        layers = DecoderPass(
+            self.layers,
+            self.schedule,
+            batch,
+            {None: (cos.unsqueeze(0), sin.unsqueeze(0))},
+            caches,
+            keep_states=keep_states,
+            arguments=kwargs,
+        )
         packed = batch.pack(hidden_states)
         with _own_capturing() if keep_states else nullcontext():
-            routing = self.recursion(packed, batch.packing, block, keep_states, call.generating)
+            routing = layers.run_routed(packed, self.recursion, call.generating)
         if keep_states:
-            states = states_of_all_tokens(routing, outputs, depth)
-            _record(captured, hidden_states, [batch.unpack(state) for state in states])
+            _record(captured, hidden_states, [batch.unpack(state) for state in layers.states])
         self._last.output = routing
         if call.routing is None:  # a recomputation changes nothing
             call.routing, call.token_depths = routing, batch.unpack_masked(routing.depths, 0)
-        if past_key_values is not None:
+        if caches is not None:
             last = batch.last_positions()
             for cache in caches:
-                assert cache is not None
                 cache.advance(last)
         return batch.unpack(routing.hidden)
 
-    def _caches(self, cache: Cache | None) -> list[RecursionCacheLayer | None]:
+    def _caches(self, cache: Cache | None) -> list[RecursionCacheLayer] | None:
+        """The cache's layer of each depth; made where there was none of this kind."""
         if cache is None:
-            return [None] * len(self.slots)
+            return None
         if len(cache.layers) < self.num_dense_layers:
             raise ValueError(
                 "swap: expected past_key_values = DynamicCache(config=model.config), got a cache "
                 f"of {len(cache.layers)} layers"
             )
-        while len(cache.layers) <= max(self.slots):
+        indices = self.schedule.caches
+        while len(cache.layers) <= max(indices):
             cache.layers.append(RecursionCacheLayer())
-        for slot in self.slots:
-            if not isinstance(cache.layers[slot], RecursionCacheLayer):
-                if cache.layers[slot].get_seq_length():
+        for index in indices:
+            if not isinstance(cache.layers[index], RecursionCacheLayer):
+                if cache.layers[index].get_seq_length():
                     raise ValueError(
                         "swap: expected past_key_values that this model filled, got keys of layer "
-                        f"{slot} from another"
+                        f"{index} from another"
                     )
-                cache.layers[slot] = RecursionCacheLayer()
-        return [cache.layers[slot] for slot in self.slots]
+                cache.layers[index] = RecursionCacheLayer()
+        return [cache.layers[index] for index in indices]
 
 
 @contextmanager
