@@ -58,10 +58,10 @@ def active_shares(
             f"not return, got {list(recursion_shares)}"
         )
     capacities = recursion_shares or config.capacities or default_capacities(config.num_recursions)
-    first = 1 if config.sharing.startswith("middle") else 0
+    schedule = config.schedule
     for step, capacity in enumerate(capacities):
-        for layer in range(config.block_depth):
-            shares[first + step * config.block_depth + layer] = float(capacity)
+        for depth in schedule.step(step):
+            shares[depth] = float(capacity)
     return shares
 
 
@@ -77,10 +77,9 @@ def _check_llama_like(config: PreTrainedConfig) -> None:
 
 def _reuses_kv(config: PreTrainedConfig) -> list[bool]:
     """Whether each unrolled layer attends over keys and values of an earlier use of its weights."""
-    if not isinstance(config, MoRConfig) or config.kv_strategy == "recursion":
+    if not isinstance(config, MoRConfig):
         return [False] * config.num_hidden_layers
-    schedule = config.layer_schedule
-    return [schedule.index(unique) < depth for depth, unique in enumerate(schedule)]
+    return [config.schedule.reuses_kv(depth) for depth in range(config.num_hidden_layers)]
 
 
 def flops_breakdown(

@@ -36,7 +36,7 @@ def shard(model: MoRForCausalLM | MoRModel, **options: Any) -> MoRForCausalLM | 
         >>> optimizer = torch.optim.AdamW(shard(model, mesh=mesh).parameters())  # doctest: +SKIP
     """
     body = model.model if isinstance(model, MoRForCausalLM) else model
-    recursed = [i for i in range(len(body.layers)) if body.schedule.count(i) > 1]
+    recursed = [i for i in range(len(body.layers)) if len(body.schedule.depths_of(i)) > 1]
     for i, layer in enumerate(body.layers):
         if i not in recursed:
             fully_shard(layer, **options)

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mor.models.modeling_mor import MoRModel
-from mor.models.routed_layers import RoutedLayers
 from mor.models.router_losses import collect_router_losses
+from mor.models.swap.routed_layers import RoutedLayers
 from mor.models.targets import batch_share, num_targets
 from mor.training.trainer import loss_scale
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from mor.models.swapped_model import install, saved_config, span_of, swapped_class
+from mor.models.swap.swapped_model import install, saved_config, span_of, swapped_class
 from mor.modules.routers import RouterScore
 
 __all__ = ["SWAPPABLE", "load_swapped", "swap"]
