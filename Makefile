@@ -9,6 +9,8 @@ EXAMPLES ?= 20000
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 built := $(VENV)/.built
+# Each worker takes half a GiB. A group (xdist_group) shares what is long to make.
+workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
 .PHONY: help demo test test-clang test-slow fuzz mutation-test sanitize build lint format typecheck docs-test \
@@ -37,7 +39,7 @@ demo: $(built)
 	$(bin)/mor demo --output-dir $(DEMO)
 
 test: $(built)
-	$(bin)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(bin)/python -m pytest -q -m "not slow" $(workers) $(PYTEST_ARGS)
 
 test-clang: $(built)
 	$(bin)/python -m pytest -q -rs -m "clang and not slow" tests/simt $(PYTEST_ARGS)

@@ -38,7 +38,7 @@ if _TYPE_CHECKING or not _is_command():
     )
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
-_SUBMODULES = ("analysis", "data", "models", "modules", "ops", "testing", "training", *_NEW_PATHS)
+_SUBMODULES = ("analysis", "data", "models", "modules", "ops", "training", *_NEW_PATHS)
 
 __all__ = [
     "MoRConfig",

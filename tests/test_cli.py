@@ -39,7 +39,7 @@ SHORT = (
 TINY = [*"--layers 5 --hidden-size 32 --heads 2 --vocab-size 300".split(), *SHORT]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("cli")]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ TINY = DemoSizes(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("demo")]
 
 
 @pytest.fixture(scope="module")

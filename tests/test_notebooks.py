@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 
 from mor.analysis.depth_page import COLOURS
 
+pytestmark = pytest.mark.xdist_group("notebooks")
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FIRST = ROOT / "notebooks" / "first_mor.ipynb"

@@ -28,7 +28,7 @@ from mor.training.run import prepare_run, train
 VOCAB, LENGTH = 300, 16
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("training")]
 
 
 def _dense_config() -> LlamaConfig:

@@ -12,6 +12,7 @@ from mor.training.run import prepare_run, train
 from tests.distributed.interrupted_run import main
 from tests.distributed.launch import torchrun
 
+pytestmark = pytest.mark.xdist_group("mor_train")
 STEPS, SAVE, KILL = 6, 2, 5
 
 
