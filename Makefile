@@ -9,6 +9,8 @@ EXAMPLES ?= 20000
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
 built := $(VENV)/.built
+# Each worker takes half a GiB. A group (xdist_group) shares what is long to make.
+workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
 .PHONY: help demo test test-clang test-slow fuzz mutation-test sanitize build lint format typecheck docs-test \
@@ -30,14 +32,14 @@ help:
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
 	@echo "make cuda-check   fail if the build has no CUDA operators (it compiles them, warnings as errors, with nvcc)"
-	@echo "make wheel-check  build sdist and wheel, try the wheel in an empty environment"
+	@echo "make wheel-check  build sdist and wheel, try the wheel in two empty environments"
 	@echo "make clean        delete build results, not .venv"
 
 demo: $(built)
 	$(bin)/mor demo --output-dir $(DEMO)
 
 test: $(built)
-	$(bin)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(bin)/python -m pytest -q -m "not slow" $(workers) $(PYTEST_ARGS)
 
 test-clang: $(built)
 	$(bin)/python -m pytest -q -rs -m "clang and not slow" tests/simt $(PYTEST_ARGS)

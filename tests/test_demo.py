@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mor.demo import DemoSizes, run_demo
-from mor.generate import load_model
+from mor.training.demo import DemoSizes, run_demo
+from mor.training.generate import load_model
 
 ROOT = Path(__file__).parent.parent
 TINY = DemoSizes(
@@ -26,7 +26,7 @@ TINY = DemoSizes(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("demo")]
 
 
 @pytest.fixture(scope="module")

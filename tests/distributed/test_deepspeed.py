@@ -9,6 +9,7 @@ from tests.distributed.launch import torchrun
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("deepspeed"),
     pytest.mark.skipif(
         find_spec("deepspeed") is None,
         reason="no deepspeed, which is not among the pinned packages: see docs/distributed.md",

@@ -22,7 +22,10 @@ from tests.distributed.training import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.xdist_group("parallel"),
+]
 
 #: The models are float64, but Transformers' loss function computes in float32.
 ROUNDING = {"rtol": 1e-6, "atol": 0.0}

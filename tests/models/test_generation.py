@@ -38,8 +38,15 @@ def padded(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens * mask, mask
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("lengths", [[9], [7, 12, 1, 9, 5]], ids=["batch1", "batch5"])
+#: Where the pads of a batch stand; a prompt alone has none.
+ONE_AND_BATCHES = pytest.mark.parametrize(
+    ("lengths", "side"),
+    [([9], "left"), ([7, 12, 1, 9, 5], "left"), ([7, 12, 1, 9, 5], "right")],
+    ids=["one", "batch-left", "batch-right"],
+)
+
+
+@ONE_AND_BATCHES
 def test_cached_generation_equals_full_forward(variant, lengths, side):
     model = small_model(**variant).eval()
     tokens, mask = padded(lengths, side)
@@ -69,8 +76,7 @@ def test_prefill_in_pieces_equals_full_forward(variant):
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("lengths", [[8], [5, 9, 2, 7, 1]], ids=["batch1", "batch5"])
+@ONE_AND_BATCHES
 def test_sampling_with_a_seed_does_not_depend_on_the_cache(variant, lengths, side):
     model = small_model(**variant).eval()
     tokens, mask = padded(lengths, side)
@@ -87,8 +93,7 @@ def test_sampling_with_a_seed_does_not_depend_on_the_cache(variant, lengths, sid
     assert torch.equal(alone, uncached)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("lengths", [[6], [6, 3, 5]], ids=["batch1", "batch3"])
+@ONE_AND_BATCHES
 def test_beam_search_equals_uncached(variant, lengths, side):
     model = small_model(**variant).eval()
     tokens, mask = padded(lengths, side)

@@ -5,11 +5,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from fuzzing import FLOATING, Draw, Inputs, Operator, cumulative, in_double
+from fuzzing import FLOATING, Draw, Inputs, Operator, in_double
 from torch import Tensor
 
 from mor.ops.depth_attention import depth_attention, reference
-from mor.testing import EPSILON
+from tests.support.operators import EPSILON, packed
 
 UNUSED = 2**63 - 1  # position of a cache slot that holds no key
 HEADS = ((1, 1), (2, 2), (2, 1), (6, 2), (9, 3), (17, 1), (0, 1))
@@ -55,8 +55,8 @@ def draw_attention(d: Draw) -> Inputs:
         "v": d.floats(dtype, num_keys, kv_heads, head_dim),
         "q_positions": d.layout(q_positions, expand=False),
         "k_positions": d.layout(k_positions, expand=False),
-        "cu_seqlens_q": cumulative(queries),
-        "cu_seqlens_k": cumulative(keys),
+        "cu_seqlens_q": packed(queries),
+        "cu_seqlens_k": packed(keys),
         "q_depths": None,
         "k_depths": None,
         "key_bias": d.floats(total, num_keys) if d.flag() else None,

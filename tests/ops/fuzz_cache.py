@@ -15,7 +15,6 @@ from fuzzing import (
     Operator,
     broken_cu_seqlens,
     changed,
-    cumulative,
     restored,
 )
 from torch import Tensor
@@ -24,6 +23,7 @@ from mor.ops import kv_append, kv_gather, paged_depth_attention
 from mor.ops.kv_append import reference as append_reference
 from mor.ops.kv_gather import reference as gather_reference
 from mor.ops.paged_depth_attention import reference as paged_reference
+from tests.support.operators import packed
 
 Break = Callable[[Draw, Inputs], Inputs | None]
 WILD = (-1, 2**31 - 1, -(2**31))  # block numbers and lengths that are none
@@ -187,7 +187,7 @@ def draw_paged(d: Draw) -> Inputs:
         "v_cache": v_cache,
         "block_table": draw_table(d, [max([0, *n.tolist()]) for n in lens[1:]], size, blocks),
         "context_lens": d.layout(context_lens, expand=False),
-        "cu_seqlens_q": cumulative(queries),
+        "cu_seqlens_q": packed(queries),
         "context_starts": d.layout(context_starts, expand=False) if d.flag() else None,
         "scale": d.pick(None, 1.0, 0.0, -0.7),
     }

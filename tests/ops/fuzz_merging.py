@@ -13,7 +13,6 @@ from fuzzing import (
     Operator,
     broken_cu_seqlens,
     changed,
-    cumulative,
     in_double,
 )
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from mor.ops import bipartite_match, segment_reduce
 from mor.ops.bipartite_match import reference as match_reference
 from mor.ops.segment_reduce import reference as reduce_reference
-from mor.testing import EPSILON
+from tests.support.operators import EPSILON, packed
 
 
 def draw_segments(d: Draw) -> tuple[int, Tensor]:
@@ -159,8 +158,8 @@ def draw_match(d: Draw, **kinds: bool) -> Inputs:
     return {
         "a": d.floats(dtype, sum(of_a), width, **kinds),
         "b": d.floats(dtype, sum(of_b), width, **kinds),
-        "cu_seqlens_a": cumulative(of_a),
-        "cu_seqlens_b": cumulative(of_b),
+        "cu_seqlens_a": packed(of_a),
+        "cu_seqlens_b": packed(of_b),
         "metric": metric,
     }
 

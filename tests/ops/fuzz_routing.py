@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from fuzzing import COUNTS, FLOATING, Draw, Inputs, Operator, broken_cu_seqlens, changed, cumulative
+from fuzzing import COUNTS, FLOATING, Draw, Inputs, Operator, broken_cu_seqlens, changed
 from torch import Tensor
 
 from mor.ops import group_rows, route_threshold, route_topk
 from mor.ops.group_rows import reference as group_reference
 from mor.ops.route_threshold import reference as threshold_reference
 from mor.ops.route_topk import reference as route_reference
+from tests.support.operators import packed
 
 KINDS = ("absolute", "quantile", "mass")
 LONG = (*COUNTS, 64, 130, 4095, 4096, 4097, 20_000)  # past the pieces that threads share
@@ -39,7 +40,7 @@ def draw_route_topk(d: Draw) -> Inputs:
     return {
         "scores": scores,
         "k": k,
-        "cu_seqlens": cumulative(lengths),
+        "cu_seqlens": packed(lengths),
         "candidates": candidates,
         "protected_rows": protected,
         "by_score": d.flag(),
@@ -94,7 +95,7 @@ def draw_route_threshold(d: Draw) -> Inputs:
     inputs = {
         "scores": scores,
         "threshold": threshold,
-        "cu_seqlens": cumulative(lengths),
+        "cu_seqlens": packed(lengths),
         "kind": kind,
         "inclusive": kind != "mass" and d.flag(),
         "min_k": min_k,
@@ -145,7 +146,7 @@ def draw_group_rows(d: Draw) -> Inputs:
     if kind == "ends":
         keys = keys % 2 * (num_keys - 1)
     dtype = d.pick(torch.int64, torch.int32, *([torch.bool] if num_keys == 2 else []))
-    cu_seqlens = cumulative(lengths) if d.flag() else None
+    cu_seqlens = packed(lengths) if d.flag() else None
     return {"keys": d.layout(keys.to(dtype)), "num_keys": num_keys, "cu_seqlens": cu_seqlens}
 
 

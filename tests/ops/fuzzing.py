@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 Inputs = dict[str, Any]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -113,11 +113,6 @@ VALUES: dict[str, Callable[[Draw, torch.dtype, tuple[int, ...]], Tensor]] = {
     "huge": lambda d, dtype, shape: _normal(d, dtype, shape) * torch.finfo(dtype).max / 2**14,
     "infinite": _some(lambda dtype: [torch.inf, -torch.inf, torch.nan, 1.0]),
 }
-
-
-def cumulative(lengths: list[int]) -> Tensor:
-    """cu_seqlens of sequences of these lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:

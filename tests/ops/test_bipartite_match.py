@@ -2,83 +2,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_route_topk import DTYPES, packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import bipartite_match
 from mor.ops.bipartite_match import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
-
-METRICS = ("cosine", "dot")
-LENGTHS: dict[str, tuple[list[int], list[int]]] = {
-    "no-sequences": ([], []),
-    "no-rows": ([0, 0], [0, 0]),
-    "single": ([1], [1]),
-    "ragged": ([5, 0, 33, 17, 1], [7, 4, 0, 65, 1]),
-    "tome": ([50, 49], [49, 48]),
-    "tiles": ([250, 20], [131, 24]),
-}
-
-
-def make_inputs(
-    lengths: str, width: int, values: str, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, Any]:
-    counts = LENGTHS[lengths]
-
-    def rows(n: int) -> Tensor:
-        x = torch.randn(n, width, generator=generator, dtype=torch.float64)
-        if values == "integers":  # exact products: ties are ties in every dtype
-            x = x.mul(2).round().clamp(-4, 4)
-        if values == "equal":
-            x = torch.ones_like(x)
-        return x.to(dtype)
-
-    return {
-        "a": rows(sum(counts[0])),
-        "b": rows(sum(counts[1])),
-        "cu_seqlens_a": packed(counts[0]),
-        "cu_seqlens_b": packed(counts[1]),
-    }
-
-
-def scores_only(**inputs: Any) -> Tensor:
-    return bipartite_match(**inputs)[0]
-
-
-def reference_scores(**inputs: Any) -> Tensor:
-    return reference(**inputs)[0]
-
-
-def case(lengths: str, width: int, metric: str, raw: bool = False) -> OpCase:
-    def make(dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
-        inputs = make_inputs(lengths, width, "random", dtype, generator)
-        return {name: t.to(device) for name, t in inputs.items()} | {"metric": metric}
-
-    return OpCase(
-        id=f"{lengths}-D{width}-{metric}",
-        op=scores_only,
-        reference=reference_scores,
-        raw=torch.ops.mor.bipartite_match.default if raw else None,
-        make=make,
-        differentiable=("a", "b"),
-    )
-
-
-CASES = [
-    case(lengths, width, metric, raw=(lengths, width) == ("ragged", 5))
-    for metric in METRICS
-    for lengths, width in [
-        ("no-sequences", 4),
-        ("no-rows", 4),
-        ("single", 3),
-        ("single", 0),
-        ("ragged", 5),
-        ("ragged", 64),
-        ("tome", 33),
-        ("tiles", 600),
-    ]
-]
+from tests.cases.bipartite_match import CASES, LENGTHS, METRICS, make_inputs
+from tests.support.operators import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+    packed,
+)
 
 
 def check_index(inputs: dict[str, Any], metric: str) -> None:

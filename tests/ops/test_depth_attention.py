@@ -6,8 +6,6 @@ Over 300 lines in one file, as every operator has one test file.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,153 +13,15 @@ import torch
 from torch import Tensor
 
 from mor.ops.depth_attention import depth_attention, reference
-from mor.testing import OpCase, check_bad_input, check_op
-
-NAMES = (
-    "q", "k", "v", "q_positions", "k_positions", "cu_seqlens_q", "cu_seqlens_k",
-    "q_depths", "k_depths", "key_bias", "causal", "scale", "window",
-)  # fmt: skip
-UNUSED = 2**63 - 1  # position of a cache slot that holds no key
-
-
-def cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def make_inputs(
-    dtype: torch.dtype,
-    device: str,
-    generator: torch.Generator,
-    *,
-    queries: list[int],
-    keys: list[int],
-    heads: tuple[int, int] = (2, 2),
-    head_dim: int = 16,
-    positions: str = "subset",
-    depths: bool = False,
-    bias: bool = False,
-    padding: int = 0,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-) -> dict[str, Any]:
-    """Packed sequences; the queries stand at a sorted random choice of the keys' positions.
-
-    The bias hides the first `padding` keys of every sequence.
-    """
-    q_positions, k_positions = [torch.zeros(0).long()], [torch.zeros(0).long()]
-    for num_queries, num_keys in zip(queries, keys, strict=True):
-        key = torch.arange(num_keys) * 2 + 1
-        if positions == "pairs":
-            key = key // 4 * 4 + 1
-        chosen = torch.randint(0, 2 * num_keys + 1, (num_queries,), generator=generator)
-        if positions in ("subset", "pairs") and num_queries <= num_keys:
-            chosen = key[torch.randperm(num_keys, generator=generator)[:num_queries]]
-        if positions == "unused":
-            key[num_keys // 2 :] = UNUSED
-        if positions == "far":  # apart by more than an int64 can tell
-            far = 2**62 + 2**61
-            key, chosen = key - far, torch.where(chosen % 2 == 0, chosen - far, chosen + far)
-        if positions == "equal":
-            key, chosen = torch.zeros_like(key), torch.zeros_like(chosen)
-        q_positions.append(chosen.sort().values)
-        k_positions.append(key)
-    num_queries, num_keys = sum(queries), sum(keys)
-    total = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    inputs = {
-        "q": normal(num_queries, heads[0], head_dim).to(dtype),
-        "k": normal(num_keys, heads[1], head_dim).to(dtype),
-        "v": normal(num_keys, heads[1], head_dim).to(dtype),
-        "q_positions": torch.cat(q_positions),
-        "k_positions": torch.cat(k_positions),
-        "cu_seqlens_q": cumulative(queries),
-        "cu_seqlens_k": cumulative(keys),
-        "q_depths": None,
-        "k_depths": None,
-        "key_bias": normal(num_keys).to(total) if bias else None,
-        "causal": causal,
-        "scale": scale,
-        "window": window,
-    }
-    for start in inputs["cu_seqlens_k"][:-1].tolist() if padding else []:
-        inputs["key_bias"][start : start + padding] = -torch.inf
-    if depths:
-        for name, count in (("q_depths", num_queries), ("k_depths", num_keys)):
-            inputs[name] = torch.randint(0, 4, (count,), generator=generator, dtype=torch.int32)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-
-def raw_args(**inputs: Any) -> tuple[Any, ...]:
-    scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
-    return (*(inputs[name] for name in NAMES[:-2]), scale, inputs["window"])
-
-
-def case(name: str, **options: Any) -> OpCase:
-    return OpCase(
-        id=name,
-        op=depth_attention,
-        reference=reference,
-        raw=torch.ops.mor.depth_attention.default,
-        raw_args=raw_args,
-        make=lambda dtype, device, generator: make_inputs(dtype, device, generator, **options),
-        differentiable=("q", "k", "v", "key_bias") if options.get("bias") else ("q", "k", "v"),
-    )
-
-
-RAGGED = {"queries": [5, 0, 33, 1, 7], "keys": [9, 4, 70, 1, 0]}
-BOTH = {"depths": True, "bias": True}
-MANY = [1, 130, 0, 64, 65, 63, 17, 2, 200]
-CASES = [
-    case("no-sequences", queries=[], keys=[]),
-    case("no-rows", queries=[0, 0], keys=[0, 0]),
-    case("no-queries", queries=[0], keys=[3]),
-    case("no-keys", queries=[3], keys=[0]),
-    case("single", queries=[1], keys=[1], heads=(1, 1), head_dim=1),
-    case("small-bias-depths", queries=[3, 2], keys=[4, 3], heads=(2, 1), head_dim=3, **BOTH),
-    case("ragged", **RAGGED),
-    case("ragged-not-causal", **RAGGED, causal=False, bias=True),
-    case("gqa-4-2-head-24", **RAGGED, heads=(4, 2), head_dim=24, bias=True),
-    case("gqa-9-3-head-64", queries=[65, 17], keys=[129, 40], heads=(9, 3), head_dim=64),
-    case("depths", queries=[40, 9], keys=[390, 17], heads=(4, 2), depths=True),
-    case("depths-bias-not-causal", **RAGGED, depths=True, bias=True, causal=False),
-    case("before-any-key", queries=[40, 9], keys=[20, 3], positions="free", head_dim=17),
-    case("unused-slots", queries=[1, 20], keys=[50, 64], heads=(9, 3), positions="unused"),
-    case("equal-positions", queries=[19], keys=[35], positions="equal", head_dim=8),
-    case("many-tiles", queries=[300], keys=[530], heads=(2, 1), head_dim=32, bias=True),
-    case("rising-scores", queries=[70], keys=[600], heads=(4, 2), head_dim=32, scale=1.0),
-    case("many-heads", queries=[3], keys=[40], heads=(70, 1), head_dim=16),
-    case("decode", queries=[1, 1, 2], keys=[300, 33, 90], heads=(9, 3), head_dim=64, **BOTH),
-    case("decode-many", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, positions="unused"),
-    case("decode-many-head-20", queries=[2] * 9, keys=MANY, heads=(4, 2), head_dim=20, **BOTH),
-    case("head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256),
-    case("head-96", queries=[70], keys=[170], heads=(3, 1), head_dim=96, depths=True),
-    case("head-80", queries=[70, 9], keys=[190, 40], heads=(4, 2), head_dim=80, bias=True),
-    case("head-256-many-rows", queries=[40], keys=[37], heads=(1, 1), head_dim=256),
-    case("many-sequences", queries=[1, 2] * 20, keys=[3, 0, 5, 1] * 10, heads=(2, 1)),
-    case("padding", queries=[20, 70], keys=[37, 130], heads=(2, 1), bias=True, padding=9),
-    case("padding-alone", queries=[30], keys=[30], head_dim=64, bias=True, padding=30),
-    case("head-256-bias", queries=[40], keys=[37], heads=(1, 1), head_dim=256, bias=True),
-    case("negative-scale", queries=[20], keys=[37], scale=-0.7),
-    case("zero-scale", queries=[20], keys=[37], scale=0.0),
-    case("window-1", **RAGGED, positions="pairs", window=1),
-    case("window-bias-depths", queries=[9, 3], keys=[12, 5], head_dim=3, **BOTH, window=6),
-    case("window-gqa-head-24", **RAGGED, heads=(4, 2), head_dim=24, bias=True, window=9),
-    case("window-larger-than-all", **RAGGED, depths=True, window=2**63 - 1),
-    case("window-many-tiles", queries=[300, 40], keys=[530, 200], heads=(2, 1), **BOTH, window=90),
-    case("window-of-many-tiles", queries=[300], keys=[530], heads=(2, 1), head_dim=32, window=220),
-    case("window-gaps", queries=[100, 60], keys=[700, 9], heads=(3, 1), window=20, head_dim=64),
-    case("window-before-any-key", queries=[40, 9], keys=[20, 3], positions="free", window=4),
-    case("window-far-positions", queries=[40], keys=[20], positions="far", window=7),
-    case("window-equal-positions", queries=[19], keys=[35], positions="equal", window=1),
-    case("window-unused", queries=[1, 20], keys=[50, 64], positions="unused", window=17),
-    case("window-decode", queries=[1] * 9, keys=MANY, heads=(9, 3), head_dim=64, window=70),
-    case("window-decode-depths", queries=[2] * 9, keys=MANY, heads=(4, 2), **BOTH, window=150),
-]  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from tests.cases.depth_attention import CASES, UNUSED, make_inputs, raw_args
+from tests.support.operators import (
+    DTYPES,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+    packed,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,27 +33,13 @@ def test_depth_attention(
         # One of 37 bias gradients errs by 0.0106 instead of 0.0099: <grad_out, out> is taken from
         # the rounded `out`, as in every flash attention.
         request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=True))
-    if dtype != torch.float32:  # registration does not depend on the dtype
-        op_case = replace(op_case, raw=None)
     check_op(op_case, dtype)
-
-
-@pytest.fixture
-def instruction_set() -> Iterator[Callable[[str], None]]:
-    def force(name: str) -> None:
-        try:
-            torch.ops.mor.instruction_set(name)
-        except RuntimeError as error:
-            pytest.skip(str(error))
-
-    yield force
-    torch.ops.mor.instruction_set("best")
 
 
 VARIED = ["small-bias-depths", "gqa-4-2-head-24", "depths", "unused-slots", "decode", "many-tiles",
           "decode-many-head-20", "head-80", "window-many-tiles", "window-gqa-head-24",
           "window-gaps", "window-decode-depths", "rising-scores"]  # fmt: skip
-LEVELS = [  # the others ran under the best of the machine
+LEVELS = [  # test_depth_attention ran under the best of the machine
     ("portable", torch.float32), ("portable", torch.bfloat16), ("avx2", torch.float32),
     ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx512", torch.bfloat16),
     ("avx512_bf16", torch.bfloat16),
@@ -202,11 +48,11 @@ LEVELS = [  # the others ran under the best of the machine
 
 @pytest.mark.parametrize(("level", "dtype"), LEVELS, ids=str)
 @pytest.mark.parametrize("op_case", [c for c in CASES if c.id in VARIED], ids=lambda c: c.id)
-def test_every_instruction_set(
-    op_case: OpCase, level: str, dtype: torch.dtype, instruction_set: Callable[[str], None]
-) -> None:
-    instruction_set(level)
-    check_op(replace(op_case, raw=None), dtype)
+def test_every_instruction_set(op_case: OpCase, level: str, dtype: torch.dtype) -> None:
+    if level == torch.ops.mor.instruction_set("best"):
+        pytest.skip("test_depth_attention ran it")
+    with instruction_set(level):
+        check_op(op_case, dtype)
 
 
 def test_other_products_on_tiles_stay_right() -> None:
@@ -334,7 +180,7 @@ def test_blocks_outside_the_window_are_not_read(queries: int, depths: bool) -> N
 
 def test_a_window_counts_positions_and_includes_the_query() -> None:
     """Transformers' meaning: window 2 sees the token itself and the one before."""
-    at, cu = torch.arange(4), cumulative([4])
+    at, cu = torch.arange(4), packed([4])
     zeros, values = torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 4.0, 8.0]).view(4, 1, 1)
     out, lse = depth_attention(zeros, zeros, values, at, at, cu, cu, window=2)
     assert out.flatten().tolist() == [1.0, 1.5, 3.0, 6.0]
@@ -359,7 +205,7 @@ def test_bias_of_minus_infinity_hides_a_key(queries: int) -> None:
     kept = {n: inputs[n][1::2].clone() for n in ("k", "v", "k_positions", "key_bias")}
     leaves = [inputs[n].requires_grad_() for n in ("q", "k")]
     out, lse = depth_attention(**inputs)
-    want, want_lse = depth_attention(**inputs | kept | {"cu_seqlens_k": cumulative([50])})
+    want, want_lse = depth_attention(**inputs | kept | {"cu_seqlens_k": packed([50])})
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(lse, want_lse)
     grad_q, grad_k = torch.autograd.grad(out.sum(), leaves)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mor.testing import INSTRUCTION_SETS
+from tests.support.operators import INSTRUCTION_SETS
 
 EXAMPLES = int(os.environ.get("MOR_FUZZ_EXAMPLES", "0"))
 REFUSING = [name for name, op in OPERATORS.items() if op.refused_as]

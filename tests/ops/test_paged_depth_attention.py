@@ -1,19 +1,16 @@
-"""paged_depth_attention: values, layouts, determinism, bad input.
+"""paged_depth_attention: values, layouts, determinism, bad input."""
 
-Over 300 lines in one file, as every operator has one test file.
-"""
-
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from test_kv_gather import make_table
 from torch import Tensor
 
 from mor.ops import depth_attention, kv_gather, paged_depth_attention
 from mor.ops.paged_depth_attention import reference
-from mor.testing import (
+from tests.cases.paged_depth_attention import CASES, GQA, MIXED, NAMES, make_inputs
+from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,
@@ -22,116 +19,10 @@ from mor.testing import (
     instruction_set,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NAMES = (
-    "q", "k_cache", "v_cache", "block_table", "context_lens", "cu_seqlens_q", "context_starts",
-    "scale",
-)  # fmt: skip
-
-
-def make_inputs(
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    generator: torch.Generator | None = None,
-    *,
-    queries: list[int],
-    keys: list[int],
-    heads: tuple[int, int] = (2, 2),
-    head_dim: int = 16,
-    block_size: int = 16,
-    contexts: str = "last",
-    window: int | None = None,
-    shared: bool = False,
-    scale: float | None = None,
-) -> dict[str, Any]:
-    """Entries of `keys` cached keys, in blocks out of order.
-
-    contexts "last": the queries are the newest tokens, the last one sees all keys; "any": bounds
-    are random and rise; "all": every query sees all keys. window: of so many keys.
-    """
-    generator = generator or torch.Generator().manual_seed(0)
-    table, num_blocks = make_table(keys, block_size, generator, shared)
-    lens = [torch.zeros(0, dtype=torch.int64)]
-    for num_queries, num_keys in zip(queries, keys, strict=True):
-        newest = (torch.arange(num_queries) + num_keys - num_queries + 1).clamp(min=0)
-        drawn = torch.randint(0, num_keys + 1, (num_queries,), generator=generator)
-        choice = {"last": newest, "any": drawn.sort().values, "all": newest * 0 + num_keys}
-        lens.append(choice[contexts])
-    context_lens = torch.cat(lens).to(torch.int32)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    cache = (num_blocks, block_size, heads[1], head_dim)
-    inputs = {
-        "q": normal(sum(queries), heads[0], head_dim),
-        "k_cache": normal(*cache),
-        "v_cache": normal(*cache),
-        "block_table": table,
-        "context_lens": context_lens,
-        "cu_seqlens_q": torch.tensor([0, *queries]).cumsum(0).to(torch.int32),
-        "context_starts": None if window is None else (context_lens - window).clamp(min=0),
-        "scale": scale,
-    }
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-
-def raw_args(**inputs: Any) -> tuple[Any, ...]:
-    scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
-    return (*(inputs[name] for name in NAMES[:-1]), scale)
-
-
-def case(name: str, raw: bool = False, **options: Any) -> OpCase:
-    return OpCase(
-        id=name,
-        op=paged_depth_attention,
-        reference=reference,
-        raw=torch.ops.mor.paged_depth_attention.default if raw else None,
-        raw_args=raw_args,
-        make=lambda *args: make_inputs(*args, **options),
-    )
-
-
-GQA = {"heads": (9, 3), "head_dim": 64}
-DECODE: dict[str, Any] = {"queries": [1] * 6, "keys": [300, 33, 64, 1, 0, 129]}
-MIXED: dict[str, Any] = {"queries": [1, 0, 40, 3, 7, 2], "keys": [90, 20, 70, 5, 40, 300]}
-CASES = [
-    case("no-entries", raw=True, queries=[], keys=[]),
-    case("no-queries", queries=[0, 0], keys=[3, 0]),
-    case("no-keys", queries=[3, 1], keys=[0, 0]),
-    case("no-heads", queries=[3], keys=[5], heads=(0, 1)),
-    case("single", queries=[1], keys=[1], heads=(1, 1), head_dim=1, block_size=1),
-    case("decode", **DECODE, **GQA),
-    case("decode-shared-blocks", **DECODE, **GQA, shared=True, block_size=5),
-    case("decode-window", raw=True, **DECODE, **GQA, window=50),
-    case("decode-head-20", **DECODE, heads=(4, 2), head_dim=20, block_size=5),
-    case("decode-head-128", **DECODE, heads=(2, 1), head_dim=128),
-    case("decode-head-256-block-1", **DECODE, heads=(1, 1), head_dim=256, block_size=1),
-    case("decode-8-heads-of-one", **DECODE, heads=(8, 1), head_dim=32),
-    case("decode-40-heads-of-one", **DECODE, heads=(40, 1), head_dim=32),
-    case("decode-one-long", queries=[1], keys=[1500], **GQA),
-    case("few-queries-any", queries=[2, 3, 4], keys=[300, 90, 17], **GQA, contexts="any"),
-    case("few-queries-window", queries=[4, 4], keys=[300, 90], **GQA, contexts="any", window=30),
-    case("mixed", raw=True, **MIXED, heads=(4, 2), block_size=7),
-    case("mixed-any-window", **MIXED, heads=(4, 2), contexts="any", window=9, head_dim=24),
-    case("mixed-window-of-none", **MIXED, contexts="any", window=0),
-    case("all-keys", **MIXED, heads=(2, 1), contexts="all"),
-    case("prefill", queries=[130, 60], keys=[130, 200], **GQA),
-    case("prefill-split", raw=True, queries=[20], keys=[900], heads=(2, 1), head_dim=32),
-    case("prefill-window", queries=[100], keys=[700], heads=(3, 1), head_dim=17, window=40),
-    case("prefill-rising", queries=[40], keys=[600], heads=(4, 2), head_dim=32, scale=1.0),
-    case("prefill-head-80", queries=[70, 30], keys=[110, 40], heads=(4, 2), head_dim=80),
-    case("prefill-head-256", queries=[20], keys=[37], heads=(1, 1), head_dim=256, block_size=1),
-    case("negative-scale", **MIXED, scale=-0.7),
-    case("zero-scale", **MIXED, scale=0.0),
-]
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op_case", CASES, ids=lambda c: c.id)
 def test_paged_depth_attention(op_case: OpCase, dtype: torch.dtype) -> None:
-    if dtype != torch.float32:  # registration does not depend on the dtype
-        op_case = replace(op_case, raw=None)
     check_op(op_case, dtype)
 
 
@@ -140,12 +31,14 @@ VARIED = ("decode", "decode-window", "decode-head-20", "decode-head-128", "decod
           "prefill-rising")  # fmt: skip
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])  # the others ran under the best
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
 @pytest.mark.parametrize("op_case", [c for c in CASES if c.id in VARIED], ids=lambda c: c.id)
 def test_every_instruction_set(op_case: OpCase, dtype: torch.dtype, isa: str) -> None:
+    if isa == torch.ops.mor.instruction_set("best"):
+        pytest.skip("test_paged_depth_attention ran it")
     with instruction_set(isa):
-        check_op(replace(op_case, raw=None), dtype)
+        check_op(op_case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

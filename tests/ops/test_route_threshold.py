@@ -1,85 +1,25 @@
-"""route_threshold: values, quantiles as torch has them, exact mass, bad input.
-
-Over 300 lines in one file, as every operator has one test file.
-"""
+"""route_threshold: values, quantiles as torch has them, exact mass, bad input."""
 
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from test_route_topk import DTYPES, LENGTHS, VALUES, packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import route_threshold, route_topk
 from mor.ops.route_threshold import reference
-from mor.testing import INSTRUCTION_SETS, OpCase, check_bad_input, check_op, instruction_set
-
-KINDS = ("absolute", "quantile", "mass")
-RULES: dict[str, dict[str, Any]] = {
-    "absolute": {"threshold": 0.25},
-    "absolute-inclusive": {"threshold": -0.25, "inclusive": True},
-    "absolute-each": {"threshold": "each"},
-    "quantile": {"kind": "quantile", "threshold": 0.7},
-    "quantile-inclusive": {"kind": "quantile", "threshold": 0.3, "inclusive": True},
-    "quantile-lowest": {"kind": "quantile", "threshold": 0.0},
-    "quantile-each": {"kind": "quantile", "threshold": "each"},
-    "mass": {"kind": "mass", "threshold": 0.6},
-    "mass-all": {"kind": "mass", "threshold": 1.0},
-    "mass-each": {"kind": "mass", "threshold": "each"},
-}
-BOUNDS: dict[str, dict[str, int]] = {
-    "free": {},
-    "at-least": {"min_k": 40},
-    "at-most": {"max_k": 9},
-    "between": {"min_k": 20, "max_k": 30},
-    "fixed": {"min_k": 3, "max_k": 3},
-    "none": {"max_k": 0},
-}
-
-
-def case(
-    lengths: str,
-    values: str,
-    rule: str,
-    bounds: str = "free",
-    masked: bool = False,
-    max_rows: int | None = None,
-) -> OpCase:
-    def make(dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
-        n = sum(LENGTHS[lengths])
-        scores = VALUES[values](n, generator)
-        if RULES[rule].get("kind") == "mass":
-            scores = scores.abs().nan_to_num(posinf=7.0)
-        inputs: dict[str, Any] = {
-            "scores": scores.to(dtype),
-            "cu_seqlens": packed(LENGTHS[lengths]),
-            "candidates": torch.rand(n, generator=generator) < 0.6 if masked else None,
-            "max_rows": max_rows,
-            **RULES[rule],
-            **BOUNDS[bounds],
-        }
-        if inputs["threshold"] == "each":
-            inputs["threshold"] = torch.rand(len(LENGTHS[lengths]), generator=generator).double()
-        return {a: v.to(device) if isinstance(v, Tensor) else v for a, v in inputs.items()}
-
-    return OpCase(
-        id="-".join(filter(None, (lengths, values, rule, bounds, "masked" if masked else ""))),
-        op=route_threshold,
-        reference=reference,
-        make=make,
-        exact=True,
-    )
-
-
-CASES = (
-    [case(lengths, "random", rule) for lengths in LENGTHS for rule in RULES]
-    + [case("ragged", values, rule) for values in VALUES for rule in RULES]
-    + [case("ragged", "ties", rule, bounds) for rule in RULES for bounds in BOUNDS]
-    + [case("ragged", "random", rule, "between", True) for rule in RULES]
-    + [case("ragged", "random", rule, "at-most", True, 100) for rule in RULES]
-    + [case("long", "close", rule, masked=True) for rule in RULES]
+from tests.cases.route_threshold import BOUNDS, CASES, KINDS, RULES, case
+from tests.cases.route_topk import LENGTHS, VALUES
+from tests.support.operators import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    OpCase,
+    check_bad_input,
+    check_op,
+    instruction_set,
+    packed,
 )
 
 
@@ -87,6 +27,18 @@ CASES = (
 @pytest.mark.parametrize("op_case", {c.id: c for c in CASES}.values(), ids=lambda c: c.id)
 def test_route_threshold(op_case: OpCase, dtype: torch.dtype) -> None:
     check_op(op_case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_rule_with_every_length_and_bound(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for rule in RULES:
+        varied = [case(lengths, "random", rule) for lengths in LENGTHS]
+        varied += [case("ragged", "ties", rule, bounds) for bounds in BOUNDS]
+        for op_case in varied:
+            inputs = op_case.make(dtype, "cpu", generator)
+            for got, want in zip(route_threshold(**inputs), reference(**inputs), strict=True):
+                assert torch.equal(got, want), op_case.id
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -1,9 +1,4 @@
-"""scatter_tokens: values, gradients, in place, bad input.
-
-Over 300 lines in one file, as every operator has one test file.
-"""
-
-from typing import Any
+"""scatter_tokens: values, gradients, in place, bad input."""
 
 import pytest
 import torch
@@ -11,111 +6,22 @@ from torch import Tensor
 
 from mor.ops import scatter_tokens, scatter_tokens_
 from mor.ops.scatter_tokens import reference
-from mor.testing import (
+from tests.cases.scatter_tokens import (
+    CASES,
+    IN_PLACE_CASES,
+    MIXED_CASES,
+    case,
+    in_place,
+    make_inputs,
+)
+from tests.support.operators import (
+    DTYPES,
     INSTRUCTION_SETS,
     OpCase,
     assert_close_to_reference,
     check_op,
     instruction_set,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def make_rows(num_rows: int, num_hits: int, order: str, generator: torch.Generator) -> Tensor:
-    if order in ("repeated", "falling-repeats"):
-        rows = torch.randint(0, max(num_rows, 1), (num_hits,), generator=generator)
-        return rows.sort().values if order == "repeated" else rows
-    rows = torch.randperm(num_rows, generator=generator)[:num_hits]
-    return rows.sort().values if order == "ascending" else rows
-
-
-def make_inputs(
-    sizes: tuple[int, int, int],
-    order: str,
-    gate: str = "same",
-    scale: str = "same",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    generator: torch.Generator | None = None,
-) -> dict[str, Any]:
-    num_rows, num_hits, width = sizes
-    generator = generator or torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    def factor(size: int, kind: str) -> Tensor | None:
-        if kind == "none":
-            return None
-        return normal(size).float() if kind == "float32" else normal(size)
-
-    return {
-        "base": normal(num_rows, width),
-        "updates": normal(num_hits, width),
-        "rows": make_rows(num_rows, num_hits, order, generator).to(device),
-        "gate": factor(num_hits, gate),
-        "base_scale": factor(num_rows, scale),
-    }
-
-
-def case(
-    sizes: tuple[int, int, int],
-    order: str,
-    gate: str = "same",
-    scale: str = "none",
-    op: Any = scatter_tokens,
-    raw: bool = False,
-) -> OpCase:
-    differentiable = ["base", "updates"]
-    differentiable += ["gate"] if gate != "none" else []
-    differentiable += ["base_scale"] if scale != "none" else []
-    return OpCase(
-        id="N{}-K{}-D{}".format(*sizes) + f"-{order}-gate-{gate}-scale-{scale}",
-        op=op,
-        reference=reference,
-        raw=torch.ops.mor.scatter_tokens.default if raw else None,
-        make=lambda *args: make_inputs(sizes, order, gate, scale, *args),
-        differentiable=tuple(differentiable) if op is scatter_tokens else (),
-    )
-
-
-def in_place(base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """scatter_tokens_ on a copy that keeps the strides of base."""
-    storage = torch.empty_strided(base.size(), base.stride(), dtype=base.dtype, device=base.device)
-    copy = storage.copy_(base)
-    assert scatter_tokens_(copy, *args, **kwargs) is copy
-    return copy
-
-
-SPECS: list[tuple[Any, ...]] = [
-    ((0, 0, 4), "ascending", "same", "same"),
-    ((5, 0, 4), "ascending", "same", "same"),
-    ((5, 0, 4), "ascending", "none", "none"),
-    ((5, 3, 0), "ascending", "same", "same"),
-    ((1, 1, 1), "ascending", "same", "none"),
-    ((7, 7, 5), "ascending", "same", "same"),
-    ((7, 7, 5), "ascending", "none", "none"),
-    ((33, 20, 17), "ascending", "same", "none"),
-    ((33, 20, 17), "unsorted", "none", "same"),
-    ((9, 30, 3), "repeated", "same", "same"),
-    ((9, 30, 3), "falling-repeats", "same", "same"),
-    ((9, 30, 3), "falling-repeats", "same", "none"),
-    ((1, 50, 65), "falling-repeats", "same", "same"),
-    ((40, 39, 9), "falling-repeats", "none", "none"),
-    ((300, 150, 576), "ascending", "same", "none"),
-    ((300, 150, 576), "falling-repeats", "same", "same"),
-    ((200, 67, 960), "unsorted", "same", "none"),
-]
-CASES = [case(*spec, raw=spec[0] == (7, 7, 5)) for spec in SPECS]
-IN_PLACE_CASES = [case(*spec, op=in_place) for spec in SPECS]
-# In float64, gradcheck wants float64 factors: these cases leave it out.
-MIXED_CASES = [
-    case((33, 20, 17), "ascending", "float32", "float32"),
-    case((9, 30, 130), "falling-repeats", "float32", "none"),
-    case((9, 30, 130), "repeated", "float32", "same"),
-    case((300, 150, 576), "ascending", "float32", "none"),
-]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

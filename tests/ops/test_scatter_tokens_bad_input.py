@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mor.ops import scatter_tokens, scatter_tokens_
-from mor.testing import check_bad_input
+from tests.support.operators import check_bad_input
 
 
 @pytest.mark.parametrize("op", [scatter_tokens, scatter_tokens_])

@@ -117,7 +117,10 @@ def close(name: str, got: torch.Tensor, want: torch.Tensor, bound: float) -> Non
     assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES],
+)
 def run(request: pytest.FixtureRequest):
     """Case, tensors, model and its training output after backward."""
     case = json.loads((FOLDER / f"{request.param}.json").read_text())

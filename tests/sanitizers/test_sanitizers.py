@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.building import only_one_builds
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizers as Linux does"),
 ]
+#: What a worker of pytest-xdist has, which computes in one thread: these tests are about threads.
+OF_A_WORKER = ("PYTEST_XDIST_WORKER", "OMP_NUM_THREADS")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 OPTIONS = {
     # Python frees nothing at its end; PyTorch and Python may hand memory across.
@@ -64,13 +68,16 @@ def sanitizer(request: pytest.FixtureRequest) -> str:
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
     )
     options.append(f"-Dpybind11_DIR={pybind.stdout.strip()}")
-    for command in (
+    commands = (
         ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", *options],
         ["cmake", "--build", folder, "--target", "_ops"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.fail(f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}", pytrace=False)
+    )
+    with only_one_builds(folder):
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                output = done.stdout[-4000:] + done.stderr[-4000:]
+                pytest.fail(f"{command}\n{output}", pytrace=False)
     return name
 
 
@@ -84,7 +91,7 @@ def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         for name in libraries
     ]
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in OF_A_WORKER},
         **OPTIONS,
         "LD_PRELOAD": ":".join(found),
         "MOR_INSTRUMENTED": str(ROOT / "build" / f"sanitize-{sanitizer}" / "_ops.so"),

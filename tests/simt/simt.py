@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.testing import OpCase
+from tests.support.operators import OpCase
 
 __all__ = ["DTYPES", "Kernels", "in_harness", "inputs_of"]
 

@@ -6,7 +6,7 @@ from test_route_topk import packed
 from torch import Tensor
 
 from mor.ops.bipartite_match import reference
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 CASES_BY_ID = in_harness(CASES)
 LENGTHS = {

@@ -8,7 +8,7 @@ from test_depth_attention import CASES
 from torch import Tensor
 
 from mor.ops.depth_attention import reference
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 CASES_BY_ID = in_harness(CASES)
 FLOATING = ("q", "k", "v", "key_bias")
@@ -103,7 +103,7 @@ def check(kernels: Kernels, case: str, dtype: torch.dtype) -> None:
     same = expected(inputs, grad_out, dtype)
     exact = expected(inputs, grad_out, torch.float64)
     for name, value in got.items():
-        factor = 3.0 if name.startswith("grad") else 2.0  # as mor.testing
+        factor = 3.0 if name.startswith("grad") else 2.0  # as tests.support.operators
         assert_close_to_reference(name, value, same[name], exact[name], factor)
 
 

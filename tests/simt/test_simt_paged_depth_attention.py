@@ -8,7 +8,7 @@ from test_paged_depth_attention import CASES, GQA, MIXED, VARIED, make_inputs
 from torch import Tensor
 
 from mor.ops.paged_depth_attention import reference
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 CASES_BY_ID = in_harness(CASES)
 PREFILL = {"queries": [20, 7], "keys": [60, 30], "heads": (3, 1), "head_dim": 17}

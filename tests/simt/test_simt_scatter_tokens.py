@@ -6,7 +6,7 @@ from test_scatter_tokens import CASES, MIXED_CASES
 from torch import Tensor
 
 from mor.ops.scatter_tokens import reference
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 CASES_BY_ID = in_harness([*CASES, *MIXED_CASES])
 GATHER_CASES_BY_ID = in_harness(GATHER_CASES)

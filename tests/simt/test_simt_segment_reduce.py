@@ -5,7 +5,7 @@ from test_segment_reduce import CASES, MIXED_CASES
 from torch import Tensor
 
 from mor.ops.segment_reduce import reference
-from mor.testing import assert_close_to_reference
+from tests.support.operators import assert_close_to_reference
 
 CASES_BY_ID = in_harness([*CASES, *MIXED_CASES])
 REDUCES = ("sum", "mean", "amax")

@@ -18,6 +18,8 @@ from machine_code import (
 
 import mor.ops  # noqa: F401 - loads the library
 
+pytestmark = pytest.mark.xdist_group("machine_code")
+
 
 @pytest.fixture(scope="module")
 def built() -> list[Kernel]:
