@@ -85,7 +85,7 @@ class ServedModel:
             limits: of the server.
 
         Returns:
-            One prompt or more.
+            One prompt or more, whose tokens `Request.make` checks.
 
         Raises:
             RequestError: there is none, there are too many, or one is not text or tokens.
@@ -102,7 +102,6 @@ class ServedModel:
     def _prompt(self, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
         if isinstance(prompt, str):
             return Prompt(tuple(self.encode(prompt, add_special_tokens)), prompt)
-        check_token_ids("prompt", prompt, self.limits)
         return Prompt(tuple(prompt))
 
     def encode(self, text: str, add_special_tokens: bool, option: str = "prompt") -> list[int]:
@@ -123,11 +122,7 @@ class ServedModel:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError(option, "Unicode text", "half a surrogate pair") from None
-        # Else Transformers prints a warning for each text that is longer than the context.
-        encoded = self.vocabulary.tokenizer(
-            text, add_special_tokens=add_special_tokens, verbose=False
-        )
-        return list(encoded["input_ids"])
+        return self.vocabulary.encode(text, add_special_tokens)
 
     def chat(self, messages: Sequence[Message]) -> Prompt:
         """Tokens of a chat, up to where the assistant answers.

@@ -5,6 +5,7 @@ nothing is accepted. Nothing is ignored that a client could miss.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -288,6 +289,8 @@ def _check_limits(body: _Body, limits: ServerLimits) -> None:
         if longest > limits.stop_characters:
             expected = f"strings of at most {limits.stop_characters} characters"
             raise RequestError("stop", expected, f"{longest}")
+        if body.deadline_s is not None and not 0 < body.deadline_s < math.inf:
+            raise RequestError("deadline_s", "a positive number", shown(body.deadline_s))
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options", "stream = true", "stream = false")
     if isinstance(body, ChatCompletionBody | TokenizeBody):

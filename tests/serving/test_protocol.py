@@ -88,6 +88,8 @@ def test_prompts_of_four_kinds(prompt):
         ("max_recursions", 4, "max_recursions"),
         ("exit_threshold", 2.0, "exit_threshold"),
         ("max_tokens", 63, "max_tokens"),
+        ("deadline_s", 0, "deadline_s"),
+        ("deadline_s", -1.5, "deadline_s"),
     ],
 )
 def test_a_parameter_is_refused_by_name(name, value, param):
