@@ -6,18 +6,8 @@ need `pip install mor[structured]`.
 
 from mor.serving.engine import Engine
 from mor.serving.loop import EngineLoop, EngineStopped
-from mor.serving.requests import (
-    Delta,
-    Grammar,
-    ModelLimits,
-    Output,
-    Request,
-    RequestError,
-    SamplingParams,
-    Timings,
-    TokenLogprobs,
-    Usage,
-)
+from mor.serving.outputs import Delta, Output, Timings, TokenLogprobs, Usage
+from mor.serving.requests import Grammar, ModelLimits, Request, RequestError, SamplingParams
 
 __all__ = [
     "Delta",

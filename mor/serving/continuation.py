@@ -1,16 +1,10 @@
 """One continuation of a request: from a sampled token to what its reader gets."""
 
 from mor.serving.detokenize import TextStream
-from mor.serving.requests import (
-    Delta,
-    FinishReason,
-    ModelLimits,
-    Request,
-    Timings,
-    TokenLogprobs,
-    Usage,
-)
-from mor.serving.sampling import GrammarMatcher, Sampled, SamplingState
+from mor.serving.outputs import Delta, FinishReason, Timings, TokenLogprobs, Usage
+from mor.serving.requests import ModelLimits, Request
+from mor.serving.sampling import Sampled
+from mor.serving.sampling_state import GrammarMatcher, SamplingState
 from mor.serving.vocabulary import Vocabulary
 
 __all__ = ["Continuation"]
@@ -115,7 +109,8 @@ class Continuation:
             self.sampling.accept(token)
         except ValueError as error:
             return self.end("error", now, str(error))
-        text, stop = "", None
+        text = ""
+        stop: str | int | None = None
         if (token in self._eos and not params.ignore_eos) or token in params.stop_token_ids:
             self.finish_reason = "stop"
             stop = token if token in params.stop_token_ids else None

@@ -20,7 +20,8 @@ from mor._host import Plan, Scheduler
 from mor.serving.continuation import Continuation
 from mor.serving.curves import measure_curves
 from mor.serving.forward import PackedModel, Rows
-from mor.serving.requests import Delta, ModelLimits, Output, Request, RequestError, SamplingParams
+from mor.serving.outputs import Delta, Output
+from mor.serving.requests import ModelLimits, Request, RequestError, SamplingParams
 from mor.serving.sampling import Sampler, token_logprobs
 from mor.serving.vocabulary import Vocabulary
 

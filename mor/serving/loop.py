@@ -9,7 +9,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from mor.serving.engine import Engine
-from mor.serving.requests import Delta, SamplingParams
+from mor.serving.outputs import Delta
+from mor.serving.requests import SamplingParams
 
 __all__ = ["EngineLoop", "EngineStopped"]
 

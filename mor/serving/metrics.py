@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mor.serving.engine import Engine
-from mor.serving.requests import Delta
+from mor.serving.outputs import Delta
 
 __all__ = ["Metrics"]
 

@@ -2,165 +2,36 @@
 
 A row's token depends on its logits, its parameters and its own history alone, bit for bit: no
 operation below reduces over rows, the random number is a hash of (seed, continuation, place), and a
-tie is decided by value, not by the order in which a sort happens to leave it. `torch.sum` and
-`torch.logsumexp` are not used: with several threads their last bits depend on the number of rows.
+tie is decided by value, not by the order in which a sort happens to leave it. `torch.sum` over a
+whole row and `torch.logsumexp` are not used: with several threads their last bits depend on the
+number of rows.
 
 The order is that of Transformers: logit bias, penalties, forbidden ends, custom processors,
 grammar, temperature, top-k, top-p, min-p.
 """
 
-import hashlib
 import math
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mor.serving.requests import SamplingParams, TokenLogprobs
+from mor.serving.outputs import TokenLogprobs
+from mor.serving.requests import SamplingParams
+from mor.serving.sampling_state import SamplingState
 
-__all__ = ["GrammarMatcher", "Sampled", "Sampler", "SamplingState", "token_logprobs", "uniform"]
+__all__ = ["Sampled", "Sampler", "token_logprobs"]
 
 #: Candidates tried for top-k and top-p before all tokens are sorted, which costs 20 times as much.
 _CANDIDATES = (256, 2048)
 
+#: Tokens whose probabilities are summed before one of them is looked for.
+_BLOCK = 256
 
-class GrammarMatcher(Protocol):
-    """The state of a grammar after some tokens; `mor.serving.grammar` has the implementation."""
-
-    @property
-    def finished(self) -> bool:
-        """No token may follow."""
-        ...
-
-    def allowed(self) -> NDArray[np.bool_]:
-        """Tokens that may come next, `[V]`."""
-        ...
-
-    def accept(self, token_id: int) -> None:
-        """Go on by a token."""
-        ...
-
-
-def uniform(seed: int, index: int, place: int) -> float:
-    """Draw the random number of one token.
-
-    Args:
-        seed: of the request.
-        index: which of its continuations.
-        place: tokens generated before.
-
-    Returns:
-        A number in [0, 1), a multiple of 2**-52.
-
-    Example:
-        >>> uniform(0, 0, 0) == uniform(0, 0, 0) != uniform(0, 0, 1)
-        True
-    """
-    counter = struct.pack("<QQQ", seed % 2**64, index, place)
-    digest = hashlib.blake2b(counter, digest_size=8).digest()
-    return float((int.from_bytes(digest, "little") >> 12) * 2.0**-52)
-
-
-class _Seen:
-    """Distinct tokens of prompt and output, with the number of times each is in the output."""
-
-    def __init__(self, prompt_ids: Iterable[int]) -> None:
-        self._place: dict[int, int] = {}
-        self._ids = np.zeros(64, np.int64)
-        self._counts = np.zeros(64, np.float32)
-        for token in prompt_ids:
-            self._add(token, 0)
-
-    def _add(self, token: int, count: int) -> None:
-        place = self._place.setdefault(token, len(self._place))
-        if place == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._ids[place] = token
-        self._counts[place] += count
-
-    def add(self, token: int) -> None:
-        """Count a token of the output."""
-        self._add(token, 1)
-
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        return self._ids[: len(self._place)]
-
-    @property
-    def counts(self) -> NDArray[np.float32]:
-        return self._counts[: len(self._place)]
-
-
-class SamplingState:
-    """What sampling remembers of one continuation.
-
-    Args:
-        params: its parameters.
-        prompt_ids: tokens of the prompt.
-        seed: of the request.
-        index: which of its continuations.
-        ends: tokens that may not be chosen before `params.min_tokens`.
-        grammar: the matcher of its grammar, for this continuation alone.
-    """
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompt_ids: Sequence[int],
-        *,
-        seed: int = 0,
-        index: int = 0,
-        ends: Iterable[int] = (),
-        grammar: GrammarMatcher | None = None,
-    ) -> None:
-        """Start after the prompt."""
-        self.params = params
-        self.prompt_ids = prompt_ids
-        self.token_ids: list[int] = []
-        self.seed = seed
-        self.index = index
-        self.ends = sorted(set(ends) | set(params.stop_token_ids))
-        self.grammar = grammar
-        self.penalized = (
-            params.repetition_penalty != 1
-            or params.presence_penalty != 0
-            or params.frequency_penalty != 0
-        )
-        self.seen = _Seen(prompt_ids) if self.penalized else None
-        self._adjusted = (
-            self.penalized
-            or grammar is not None
-            or bool(params.logit_bias)
-            or bool(params.logits_processors)
-        )
-
-    @property
-    def ends_forbidden(self) -> bool:
-        """The sequence may not end yet."""
-        return bool(self.ends) and len(self.token_ids) < self.params.min_tokens
-
-    @property
-    def plain(self) -> bool:
-        """The token is the most probable one of the raw logits."""
-        return self.params.greedy and not self._adjusted and not self.ends_forbidden
-
-    def uniform(self) -> float:
-        """Draw the random number of the next token."""
-        return uniform(self.seed, self.index, len(self.token_ids))
-
-    def accept(self, token_id: int) -> None:
-        """Remember a token as part of the output."""
-        self.token_ids.append(token_id)
-        if self.seen is not None:
-            self.seen.add(token_id)
-        if self.grammar is not None:
-            self.grammar.accept(token_id)
+#: Values of a slab of rows on a CPU: intermediate results of more would be fresh memory each time.
+_SLAB = 2**20
 
 
 @dataclass(frozen=True)
@@ -224,9 +95,9 @@ class Sampler:
             elif states[row].plain:
                 tokens[row] = token
         rest = [i for i, state in enumerate(states) if not state.plain and i not in failures]
-        if rest:
-            chosen, errors = _sample_rest(raw[rest], [states[i] for i in rest])
-            for row, token, error in zip(rest, chosen, errors, strict=True):
+        for slab in _slabs(rest, raw):
+            chosen, errors = _sample_rest(raw[slab], [states[i] for i in slab])
+            for row, token, error in zip(slab, chosen, errors, strict=True):
                 if error is None:
                     tokens[row] = token
                 else:
@@ -237,13 +108,19 @@ class Sampler:
             if (count := state.params.logprobs) is not None and row not in failures
         }
         found = dict[int, TokenLogprobs]()
-        if asked:
-            ids, counts = zip(*asked.values(), strict=True)
-            found = dict(zip(asked, token_logprobs(raw[list(asked)], ids, counts), strict=True))
+        for slab in _slabs(list(asked), raw):
+            ids, counts = zip(*(asked[row] for row in slab), strict=True)
+            found.update(zip(slab, token_logprobs(raw[slab], ids, counts), strict=True))
         return [
             Sampled(tokens[row] if row not in failures else -1, found.get(row), failures.get(row))
             for row in range(len(states))
         ]
+
+
+def _slabs(rows: list[int], logits: Tensor) -> list[list[int]]:
+    """Cut rows into as many as are worked on at once."""
+    size = max(1, _SLAB // logits.shape[1]) if logits.device.type == "cpu" else len(rows)
+    return [rows[start : start + size] for start in range(0, len(rows), max(1, size))]
 
 
 def _argmax(scores: Tensor) -> tuple[list[int], list[float]]:
@@ -270,10 +147,11 @@ def _sample_rest(
             )
     random = [i for i, state in enumerate(states) if errors[i] is None and not state.params.greedy]
     if random:
+        if len(random) < len(states):
+            scores = scores[random]
         largest = torch.tensor([values[i] for i in random], dtype=scores.dtype)
-        drawn = _draw(
-            scores[random], largest.to(scores.device)[:, None], [states[i] for i in random]
-        )
+        scores.sub_(largest.to(scores.device)[:, None])
+        drawn = _draw(scores, [states[i] for i in random])
         for row, token in zip(random, drawn, strict=True):
             tokens[row] = token
     return tokens, errors
@@ -338,16 +216,18 @@ def _penalize(scores: Tensor, states: Sequence[SamplingState]) -> None:
     scores[index] = values
 
 
-def _draw(scores: Tensor, largest: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """Sample rows `[m, V]` by temperature, top-k, top-p and min-p."""
+def _draw(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
+    """Sample rows `[m, V]` by temperature, top-k, top-p and min-p.
+
+    The largest score of each row is 0, so no temperature overflows. `scores` is overwritten.
+    """
     params = [state.params for state in states]
 
     def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(list(values), dtype=dtype).to(scores.device)[:, None]
 
-    # The largest score is subtracted first: no temperature overflows.
-    temperature = column((p.temperature for p in params), scores.dtype)
-    scores = (scores - largest) / temperature
+    if any(p.temperature != 1 for p in params):
+        scores.div_(column((p.temperature for p in params), scores.dtype))
     drawn = column((state.uniform() for state in states), torch.float64)
     # A score relative to the largest is the logarithm of the ratio of the probabilities.
     floor = column((math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params), scores.dtype)
@@ -357,9 +237,11 @@ def _draw(scores: Tensor, largest: Tensor, states: Sequence[SamplingState]) -> l
         groups.setdefault(_candidates(p, scores.shape[1]), []).append(row)
     while groups:
         count, rows = groups.popitem()
-        own = scores[rows]
+        own = scores if len(rows) == len(states) else scores[rows]
         if count == 0:
-            found = _inverse(own.masked_fill(own < floor[rows], -math.inf), drawn[rows])
+            if any(params[row].min_p > 0 for row in rows):
+                own = own.masked_fill(own < floor[rows], -math.inf)
+            found = _inverse(own, drawn[rows])
         else:
             values, ids = own.topk(count, dim=1)
             least = _least(values, ids, own, [params[row] for row in rows])
@@ -414,8 +296,28 @@ def _least(values: Tensor, ids: Tensor, scores: Tensor, params: Sequence[Samplin
 
 def _inverse(scores: Tensor, drawn: Tensor) -> Tensor:
     """The first place of each row where the cumulative probability exceeds `drawn`, `[m, 1]`."""
-    cumulative = scores.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+    probabilities = scores.softmax(dim=1)
+    size = scores.shape[1]
+    if size <= 8 * _BLOCK:
+        cumulative = probabilities.cumsum(dim=1, dtype=torch.float64)
+        return torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+    # First the block, then the place in it: a sum is read at the speed of memory, a cumulative sum
+    # is not. One sum over a block is never split between threads.
+    whole = size - size % _BLOCK
+    sums = [probabilities[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=2)]
+    if whole < size:
+        sums.append(probabilities[:, whole:].sum(dim=1, keepdim=True))
+    cumulative = torch.cat(sums, dim=1).cumsum(dim=1, dtype=torch.float64)
+    target = drawn * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True)
+    target -= cumulative.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0)
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=scores.device)
+    inside = probabilities.gather(1, columns.clamp(max=size - 1)).masked_fill(columns >= size, 0)
+    inside = inside.cumsum(dim=1, dtype=torch.float64)
+    place = torch.searchsorted(inside, target, right=True)
+    # The block's sum was rounded otherwise: not beyond the last token that has a probability.
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous())
+    return block * _BLOCK + torch.minimum(place, last)
 
 
 def token_logprobs(

@@ -30,7 +30,8 @@ from mor.serving.protocol import (
     parse_body,
     to_params,
 )
-from mor.serving.requests import Delta, Output, RequestError
+from mor.serving.outputs import Delta, Output
+from mor.serving.requests import RequestError
 
 __all__ = ["create_app", "serve"]
 

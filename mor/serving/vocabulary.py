@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +44,7 @@ def incomplete_bytes(tail: bytes) -> int:
 
 
 class Vocabulary:
-    """Tokens of a Transformers tokenizer, fast or slow.
+    """Tokens of a Transformers tokenizer, fast or slow, without padding and truncation.
 
     Args:
         tokenizer: the tokenizer.
@@ -60,10 +61,28 @@ class Vocabulary:
         self._tokens = {index: token for token, index in tokenizer.get_vocab().items()}
         self.size = max(self._tokens) + 1
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None and (self._backend.padding or self._backend.truncation):
+            self._backend = copy(self._backend)
+            self._backend.no_padding()
+            self._backend.no_truncation()
         decoder = str(getattr(self._backend, "decoder", None))
         self.byte_level = "ByteLevel" in decoder
         self._added = set(getattr(tokenizer, "added_tokens_decoder", {}))
         self._special = set(tokenizer.all_special_ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text. Several threads may call this; a call of the tokenizer they may not.
+
+        Args:
+            text: the text.
+            add_special_tokens: as the tokenizer adds them, BOS for example.
+
+        Returns:
+            The tokens.
+        """
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens, without any clean-up of spaces.

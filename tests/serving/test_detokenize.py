@@ -1,12 +1,11 @@
 """Text that comes piece by piece is the text decoded at once, whatever the bytes and the stops."""
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
 
 from mor.serving.detokenize import TextStream, prompt_text
-from mor.serving.vocabulary import Vocabulary, incomplete_bytes
+from mor.serving.vocabulary import Vocabulary
 
 from .small_tokenizers import byte_fallback, byte_level
 
@@ -169,21 +168,3 @@ def test_trap_2_no_stop_before_min_tokens():
     assert joined(stream, list(b"abxabx")) == "abx"
     stream = TextStream(BYTES, [], stop=["ab"], min_tokens=4)
     assert joined(stream, list(b"abab")) == "ab"
-
-
-@pytest.mark.parametrize("text", ["", "a", "é", "€", "👍"])
-def test_incomplete_bytes(text):
-    data = b"x" + text.encode()
-    for cut in range(1, len(data) + 1):
-        size = incomplete_bytes(data[:cut])
-        assert size == (cut - 1) % max(1, len(data) - 1)
-
-
-def test_token_text_keeps_different_tokens_apart():
-    first, second = BYTES.token_text(0xE2), BYTES.token_text(0x82)
-    assert first == "bytes:\\xe2" != second
-    assert BYTES.token_text(ord("a")) == "a"
-    assert WORDS.token_bytes(1 + 0xE2) == b"\xe2"
-    assert WORDS.token_bytes(WORDS.tokenizer.convert_tokens_to_ids("▁cat")) == b" cat"
-    assert BYTES.token_bytes(BYTES.tokenizer.eos_token_id) == b"</s>"
-    assert BYTES.token_bytes(BYTES.size) == b""

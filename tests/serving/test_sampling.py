@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from mor.serving.requests import SamplingParams
-from mor.serving.sampling import Sampled, Sampler, SamplingState, token_logprobs, uniform
+from mor.serving.sampling import Sampled, Sampler, token_logprobs
+from mor.serving.sampling_state import SamplingState, uniform
 
 V = 97
 
@@ -166,6 +167,23 @@ def test_candidates_do_not_change_what_all_tokens_give(monkeypatch, top_k):
     few = Sampler(5000)(logits, states)
     monkeypatch.setattr("mor.serving.sampling._CANDIDATES", ())
     assert Sampler(5000)(logits, states) == few
+
+
+@pytest.mark.parametrize("vocab_size", [2049, 4096, 5000])
+def test_a_large_row_is_drawn_from_its_cumulative_distribution(vocab_size):
+    rows = 2000
+    logits = logits_of(11, 1, vocab_size).expand(rows, vocab_size)
+    params = SamplingParams(min_p=0.001)
+    states = [SamplingState(params, [1], seed=seed) for seed in range(rows)]
+    tokens = [sampled.token_id for sampled in Sampler(vocab_size)(logits, states)]
+    probabilities = logits[0].double().softmax(-1)
+    probabilities[probabilities < 0.001 * probabilities.max()] = 0
+    cumulative = (probabilities / probabilities.sum()).cumsum(-1)
+    drawn = torch.tensor([state.uniform() for state in states])
+    above = cumulative[tokens]
+    assert (probabilities[tokens] > 0).all()
+    assert (drawn <= above + 1e-6).all()
+    assert (drawn >= above - (probabilities / probabilities.sum())[tokens] - 1e-6).all()
 
 
 def test_the_sampled_tokens_follow_the_distribution():
