@@ -161,6 +161,8 @@ class Scheduler:
         block_seconds, ends_seconds: measured (rows, seconds) of a block pass and of the ends.
         aging_s: a waiting request rises by one priority in this time.
         watermark: share of the blocks that admission leaves free.
+        growth_ratio: share of max_tokens that admission expects sequences to use, at the start; it
+            rises with each preemption and decays to 0.1.
         prefix_cache: whether prefixes are found and kept.
         window: positions that sliding attention sees, its own among them.
         hash_bits: of the prefix cache; fewer than 64 in tests of collisions.
@@ -183,6 +185,7 @@ class Scheduler:
         ends_seconds: Sequence[tuple[float, float]] = (),
         aging_s: float = 10.0,
         watermark: float = 0.01,
+        growth_ratio: float = 0.5,
         prefix_cache: bool = True,
         window: int | None = None,
         hash_bits: int = 64,
