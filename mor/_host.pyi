@@ -59,9 +59,6 @@ class Stats:
     def exit_depths(self) -> list[int]:
         """Rows by the number of recursions they took, 0 .. R."""
     @property
-    def leaving_share(self) -> float:
-        """Share of the active rows that leave in a block pass, of late."""
-    @property
     def growth_ratio(self) -> float:
         """Share of max_tokens that admission expects running sequences to use."""
 
@@ -89,7 +86,7 @@ class Plan:
         """[B] sequence of each entry."""
     @property
     def slots(self) -> NDArray[np.int64]:
-        """[N] place of each row in the pool of states, below max_rows + chunk."""
+        """[N] place of each row in the pool of states, below `num_slots`."""
     @property
     def positions(self) -> NDArray[np.int64]:
         """[N]."""
@@ -249,6 +246,9 @@ class Scheduler:
         """
     def take_finished(self) -> list[tuple[int, Literal["stop", "length", "abort", "deadline"]]]:
         """Sequences that ended since the last call."""
+    @property
+    def num_slots(self) -> int:
+        """Size of the pool of states, max_rows + chunk: no slot is at or above it."""
     @property
     def has_work(self) -> bool: ...
     @property

@@ -231,7 +231,6 @@ void bind_stats(py::module_& m) {
       .def_readonly("prefix_tokens", &Stats::prefix_tokens)
       .def_readonly("prefix_hit_tokens", &Stats::prefix_hit_tokens)
       .def_readonly("exit_depths", &Stats::exit_depths)
-      .def_readonly("leaving_share", &Stats::leaving_share)
       .def_readonly("growth_ratio", &Stats::growth_ratio);
 }
 
@@ -265,6 +264,9 @@ PYBIND11_MODULE(_host, m) {
           py::arg("now"))
       .def("report", &report, py::arg("decisions") = py::none(), py::arg("tokens") = py::none())
       .def("take_finished", &Scheduler::take_finished)
+      .def_property_readonly(
+          "num_slots",
+          [](const Scheduler& self) { return self.options().max_rows + self.options().chunk; })
       .def_property_readonly("has_work", &Scheduler::has_work)
       .def_property_readonly("in_flight", &Scheduler::in_flight)
       .def("stats", &Scheduler::stats)

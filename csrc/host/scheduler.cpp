@@ -8,9 +8,8 @@
 namespace mor::host {
 namespace {
 
-constexpr double kLeastRatio = 0.1;        // of growth, or less if it starts there: admission.cpp
-constexpr double kRatioDecay = 0.99;       // for each exit pass
-constexpr double kShareWeight = 1.0 / 16;  // of one block pass in the share of rows that leave
+constexpr double kLeastRatio = 0.1;   // of growth, or less if it starts there: admission.cpp
+constexpr double kRatioDecay = 0.99;  // for each exit pass
 constexpr int64_t kMostRecentExits = 1 << 16;  // then the histogram is halved
 
 void expect_size(const char* name, size_t expected, size_t got) {
@@ -35,7 +34,6 @@ Scheduler::Scheduler(Options options)
   for (int32_t i = options_.max_rows + options_.chunk; i-- > 0;) free_slots_.push_back(i);
   stats_.blocks = options_.num_blocks;
   stats_.exit_depths.resize(options_.num_recursions + 1);
-  stats_.leaving_share = 1.0 / options_.num_recursions;
   stats_.growth_ratio = options_.growth_ratio;
 }
 
@@ -161,7 +159,6 @@ void Scheduler::report_block(const uint8_t* keep, size_t size) {
     }
   }
   for (Sequence* s : running_) s->chunk.waited += s->state == State::kExit;
-  int64_t left = 0;
   size_t row = 0;
   for (Sequence* s : pass_) {
     append_active(*s);
@@ -175,15 +172,12 @@ void Scheduler::report_block(const uint8_t* keep, size_t size) {
       ++row;
       if (goes_on) chunk.active[kept++] = i;
     }
-    left += static_cast<int64_t>(chunk.active.size() - kept);
     chunk.active.resize(kept);
     ++chunk.recursion;
     if (kept == 0) s->state = State::kExit;
   }
   ++stats_.block_passes;
   stats_.block_rows += static_cast<int64_t>(row);
-  stats_.leaving_share +=
-      (static_cast<double>(left) / static_cast<double>(row) - stats_.leaving_share) * kShareWeight;
   end_pass();
 }
 

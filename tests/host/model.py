@@ -1,7 +1,7 @@
-"""The scheduler's rules in plain Python: lists where csrc/host has linked lists, heaps and hashes.
+"""The scheduler's rules in plain Python: lists where csrc/host has linked lists and hashes.
 
 Written from the contract in csrc/host/scheduler.h, to be read and to be compared with: equal calls
-must give equal plans, down to the numbers of the blocks.
+must give equal plans, down to the numbers of the blocks. One file, so that a rule is found.
 """
 
 import math
@@ -75,7 +75,7 @@ class Model:
         self.tree: dict[Any, Node] = {}
         self.slots = list(reversed(range(o["max_rows"] + o["chunk"])))
         self.seqs: dict[int, Seq] = {}
-        self.next_id, self.time, self.ratio, self.share = 0, 0.0, o["growth_ratio"], 1 / self.R
+        self.next_id, self.time, self.ratio = 0, 0.0, o["growth_ratio"]
         self.recent = [0] * (self.R + 1)
         self.preempted = self.enter_next = False
         self.passed: list[Seq] = []
@@ -365,10 +365,23 @@ class Model:
         if self.o["policy"] != "auto":
             theta = 1.0 if self.o["policy"] == "lock-step" else self.o["policy"]
             return waiting >= theta * (active + waiting)
-        later = waiting + active * self.share
+        later = waiting + self.leaving()
         saved = waiting * (ends(waiting) / waiting - ends(later) / later)
         lost = active * (block(active) / active - block(active + waiting) / (active + waiting))
         return not saved > lost
+
+    def leaving(self) -> float:
+        """Active rows that are expected to leave in the next block pass."""
+        rows = 0.0
+        for s in self.running:
+            if s.state == BLOCK and s.r == s.cap:
+                rows += len(s.active)
+            elif s.state == BLOCK and self.o["router"] == "expert":
+                deeper = sum(self.recent[s.r :])
+                rows += len(s.active) * (self.recent[s.r] / deeper if deeper else 1.0)
+            elif s.state == BLOCK and self.o["router"] == "token":
+                rows += sum(s.rows[i][2] == s.r for i in s.active)
+        return rows
 
     def budget(self) -> int:
         return self.o["chunk"] - sum(len(s.rows) for s in self.running if s.is_prompt)
@@ -472,7 +485,7 @@ class Model:
     def arrays(self, kind: str, entries: list[Seq], rows: list[Any], attend: int) -> dict[str, Any]:
         """Rows are (sequence, position, group, place in the group); the first `attend` attend."""
         cu, groups, starts = [0], {}, []
-        for s, p, g, i in rows[:attend]:
+        for s, p, g, _i in rows[:attend]:
             groups[s.id] = g
             first = max(0, p - (self.o["window"] or 0) + 1)
             if g and self.o["kv_strategy"] == "recursion":
@@ -525,7 +538,7 @@ class Model:
     def report_block(self, decisions: list[int] | None) -> None:
         for s in self.running:
             s.waited += s.state == EXIT
-        total, left, keep = 0, 0, iter(decisions or [])
+        keep = iter(decisions or [])
         for s in self.passed:
             for g in self.appended(s, s.r):
                 s.counts[g] += len(s.active)
@@ -534,10 +547,8 @@ class Model:
                 s.rows[i][1] = s.r
                 if (decisions is None or next(keep)) and s.r < s.rows[i][2]:
                     stay.append(i)
-            total, left = total + len(s.active), left + len(s.active) - len(stay)
             s.active, s.r = stay, s.r + 1
             s.state = BLOCK if stay else EXIT
-        self.share += (left / total - self.share) * (1 / 16)
 
     def report_exit(self, stops: list[int] | None, tokens: list[int]) -> None:
         self.ratio, self.enter_next = max(min(0.1, self.o["growth_ratio"]), self.ratio * 0.99), True

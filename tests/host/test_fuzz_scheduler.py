@@ -1,5 +1,6 @@
 """Random operations on the scheduler and on its model: equal decisions, nothing lost, all ends."""
 
+import itertools
 import random
 from typing import Any
 
@@ -51,7 +52,7 @@ def curve(points: list[tuple[float, float]]) -> Any:
     def seconds(rows: float) -> float:
         if rows < points[0][0]:
             return points[0][1]
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if rows < x1:
                 return y0 + (y1 - y0) * ((rows - x0) / (x1 - x0))
         return points[-1][1] * (rows / points[-1][0])
@@ -96,9 +97,8 @@ def same_plan(plan: Any, expected: dict[str, Any]) -> None:
     for name in ARRAYS:
         found = getattr(plan, name)
         wanted = np.array(expected.get(name, []))
-        assert found.size == wanted.size and (found.ravel() == wanted.ravel()).all(), (
-            plan.kind, name, found, wanted,
-        )  # fmt: skip
+        same = found.size == wanted.size and (found.ravel() == wanted.ravel()).all()
+        assert same, (plan.kind, name, found, wanted)
 
 
 class Run:
@@ -184,7 +184,8 @@ class Run:
                 assert tokens == alone[: len(tokens)]
         for s in self.model.seqs.values():
             found = self.scheduler.describe(s.id)
-            assert found is not None and found["state"] == s.state
+            assert found is not None
+            assert found["state"] == s.state
             assert (found["done"], found["counts"], found["blocks"]) == (s.done, s.counts, s.tables)
         stats = self.scheduler.stats()
         assert stats.preemptions == len(self.model.preemptions)
@@ -202,7 +203,8 @@ class Run:
         assert not self.scheduler.has_work, "a request starves"
         assert set(self.ended) == set(range(self.model.next_id))
         stats = self.scheduler.stats()
-        assert stats.blocks_free == stats.blocks and stats.running == stats.waiting == 0
+        assert stats.blocks_free == stats.blocks
+        assert stats.running == stats.waiting == 0
         self.scheduler.check()
 
 
@@ -226,7 +228,8 @@ def run(seeds: range, operations: int) -> dict[str, int]:
 def test_3000_operations_decide_as_the_model_does() -> None:
     total = run(range(40), 75)
     assert total["operations"] == 3000
-    assert total["preemptions"] > 20 and total["hits"] > 100, total
+    assert total["preemptions"] > 20, total
+    assert total["hits"] > 100, total
 
 
 @pytest.mark.slow
@@ -234,4 +237,5 @@ def test_100000_operations_decide_as_the_model_does() -> None:
     total = run(range(1000, 1500), 200)
     print(total)
     assert total["operations"] == 100_000
-    assert total["preemptions"] > 1000 and total["hits"] > 10_000, total
+    assert total["preemptions"] > 1000, total
+    assert total["hits"] > 10_000, total

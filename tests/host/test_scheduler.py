@@ -1,5 +1,10 @@
-"""The scheduler's promises, one by one; numbers are those of the traps that other engines fell into."""
+"""The scheduler's promises, one by one.
 
+A trap is a fault that other engines had; its number is that of the serving design, section 4.
+One file, as the promises share one engine and its helpers.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +95,8 @@ def test_trap_6_abort_in_the_pass_that_forks_leaves_no_block() -> None:
     id = add(e, range(1, 8), n=4)
     plan = until(e, lambda p: p.kind == "exit")
     assert plan.sample_ids.tolist() == [id, id + 1, id + 2, id + 3]
-    assert e.scheduler.abort(id) and not e.scheduler.abort(id)
+    assert e.scheduler.abort(id)
+    assert not e.scheduler.abort(id)
     e.scheduler.report(*e.decide(plan))
     assert finished(e) == {id + k: "abort" for k in range(4)}
     e.scheduler.check()
@@ -103,7 +109,8 @@ def test_trap_6_children_are_admitted_together() -> None:
     add(e, [2], max_tokens=8, n=4)
     plans = drain(e)
     running = [p.num_entries for p in plans if p.kind == "block"]
-    assert running[0] == 1 and max(running) == 4, "three free places are too few for four"
+    assert running[0] == 1, "three free places are too few for four"
+    assert max(running) == 4
 
 
 def test_more_children_than_rows_are_refused() -> None:
@@ -114,7 +121,8 @@ def test_more_children_than_rows_are_refused() -> None:
 def test_trap_7_abort_of_an_unknown_or_ended_sequence_is_no_error() -> None:
     e = engine()
     id = add(e, [1], max_tokens=1)
-    assert not e.scheduler.abort(999) and not e.scheduler.abort(-1)
+    assert not e.scheduler.abort(999)
+    assert not e.scheduler.abort(-1)
     drain(e)
     assert not e.scheduler.abort(id)
     assert add(e, [1]) == id + 1, "ids are never used again"
@@ -165,7 +173,8 @@ def test_trap_13_the_tail_of_a_shared_block_is_copied() -> None:
     drain(e)
     add(e, [1, 2, 3, 4, 90, 91], max_tokens=1)
     plan = e.scheduler.plan(0.0)
-    assert plan.num_rows == 2 and len(plan.copy_sources) == 1
+    assert plan.num_rows == 2
+    assert len(plan.copy_sources) == 1
     assert not set(plan.copy_destinations) & set(plan.fresh_blocks)
     e.scheduler.report(*e.decide(plan))
     drain(e)
@@ -203,7 +212,7 @@ def test_what_changes_a_prefix_keeps_it_apart(other: dict[str, Any]) -> None:
 
 
 def test_flipped_depths_do_not_mix_in_one_prefix() -> None:
-    """Rounding may send a row elsewhere the second time: then ranks differ, and nothing is shared."""
+    """Rounding may change a depth the second time: ranks differ then, and nothing is shared."""
 
     class Flips(Deep):
         def depth(self, id: int, position: int) -> int:
@@ -245,7 +254,8 @@ def test_trap_14_nothing_is_admitted_in_ends_after_a_preemption() -> None:
             preempted_at.append(len(admitted))
         if plan.kind == "enter":
             admitted.append(set(plan.ids.tolist()))
-    assert preempted_at and all(1 not in admitted[at] for at in preempted_at)
+    assert preempted_at
+    assert all(1 not in admitted[at] for at in preempted_at)
     assert e.scheduler.stats().preemptions <= 2, "the newer sequence thrashes"
 
 
@@ -260,7 +270,9 @@ def test_the_oldest_is_never_preempted_and_the_lowest_priority_goes_first() -> N
             after = e.scheduler.describe(id)
             if before and before["state"] != "waiting" and after and after["state"] == "waiting":
                 order.append(id)
-    assert order and order[0] == ids[1] and ids[0] not in order
+    assert order
+    assert order[0] == ids[1]
+    assert ids[0] not in order
 
 
 def test_trap_15_low_priority_is_served_in_time() -> None:
@@ -309,7 +321,8 @@ def test_trap_16_a_chunk_runs_the_last_layer_as_a_whole() -> None:
     rank, last = plans[2], plans[-1]
     assert rank.positions.tolist() == [1, 3, 5, 7, 9, 11]
     assert rank.context_lens.tolist() == [1, 2, 3, 4, 5, 6], "a slot is a rank, not a position"
-    assert last.positions.tolist() == [12, *range(12)] and last.num_logit_rows == 1
+    assert last.positions.tolist() == [12, *range(12)]
+    assert last.num_logit_rows == 1
     assert last.recursions.tolist() == [1, *[1, 3, 0, 2] * 3]
 
 
@@ -335,7 +348,8 @@ def test_recursion_stores_only_what_was_active() -> None:
     id = add(e, range(1, 41), max_tokens=2)
     until(e, lambda p: p.kind == "exit" and len(p.sample_ids) > 0)
     state = e.scheduler.describe(id)
-    assert state is not None and state["counts"] == [40, 40, 20, 20]
+    assert state is not None
+    assert state["counts"] == [40, 40, 20, 20]
     assert [len(blocks) for blocks in state["blocks"]] == [0, 10, 5, 5]
 
 
@@ -347,7 +361,8 @@ def test_blocks_of_the_other_strategies(strategy: str, blocks: list[int]) -> Non
     id = add(e, range(1, 41), max_tokens=2)
     until(e, lambda p: p.kind == "exit" and len(p.sample_ids) > 0)
     state = e.scheduler.describe(id)
-    assert state is not None and [len(b) for b in state["blocks"]] == blocks
+    assert state is not None
+    assert [len(b) for b in state["blocks"]] == blocks
 
 
 def test_a_request_too_large_for_the_pool_is_refused_at_once() -> None:
@@ -370,7 +385,8 @@ def test_prompt_logits_and_no_tokens() -> None:
     e = engine()
     id = add(e, range(1, 10), max_tokens=0, prompt_logits=True)
     (last,) = (p for p in drain(e) if p.kind == "exit")
-    assert last.num_logit_rows == 9 and len(last.sample_rows) == 0
+    assert last.num_logit_rows == 9
+    assert len(last.sample_rows) == 0
     assert finished(e) == {id: "length"}
 
 
@@ -498,9 +514,9 @@ def test_expected_seconds_come_from_the_curves() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_wrong_options_are_named(option: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        _host.Scheduler(**{k: v for k, v in (OPTIONS | option).items()})
-    assert str(error.value).startswith(message)
+    options = OPTIONS | option
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        _host.Scheduler(**options)
 
 
 @pytest.mark.parametrize(
@@ -520,9 +536,8 @@ def test_wrong_options_are_named(option: dict[str, Any], message: str) -> None:
 )
 def test_wrong_requests_are_named(request_: dict[str, Any], message: str) -> None:
     scheduler = engine().scheduler
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         scheduler.add(**{"tokens": [1], "max_tokens": 1, "now": 0.0, **request_})
-    assert str(error.value).startswith(message)
     assert not scheduler.has_work
 
 

@@ -1,0 +1,1 @@
+"""Serving MoR models: continuous depth-wise batching."""
