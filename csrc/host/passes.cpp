@@ -44,7 +44,9 @@ std::shared_ptr<Plan> Scheduler::choose() {
     std::shared_ptr<Plan> plan;
     if (enter_next_) {
       enter_next_ = false;
-      if ((plan = plan_enter())) return plan;
+      plan = plan_enter();
+      last_exit_seconds_ = 0;
+      if (plan) return plan;
     }
     int32_t active = 0, exiting = 0;
     for (const Sequence* s : running_) {
@@ -206,7 +208,6 @@ std::shared_ptr<Plan> Scheduler::plan_enter() {
     plan->expected_seconds =
         std::max(0.0, options_.ends_seconds.seconds(plan->num_rows()) - last_exit_seconds_);
   }
-  last_exit_seconds_ = 0;
   return plan;
 }
 

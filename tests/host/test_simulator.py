@@ -1,6 +1,6 @@
 """The simulator: what pooling the exits gains where a pass costs the weights or the work.
 
-Times are those of the serving design, section 3.6: a block pass of up to 14 rows costs 1, as reading
+Times are those of the serving design, section 3.6: up to 14 rows, a block pass costs 1, as reading
 the weights does, and more rows cost in proportion; the ends cost the same by their own weights.
 """
 
