@@ -59,9 +59,6 @@ class Stats:
     def exit_depths(self) -> list[int]:
         """Rows by the number of recursions they took, 0 .. R."""
     @property
-    def leaving_share(self) -> float:
-        """Share of the active rows that leave in a block pass, of late."""
-    @property
     def growth_ratio(self) -> float:
         """Share of max_tokens that admission expects running sequences to use."""
 
@@ -89,7 +86,7 @@ class Plan:
         """[B] sequence of each entry."""
     @property
     def slots(self) -> NDArray[np.int64]:
-        """[N] place of each row in the pool of states, below max_rows + chunk."""
+        """[N] place of each row in the pool of states, below `num_slots`."""
     @property
     def positions(self) -> NDArray[np.int64]:
         """[N]."""
@@ -161,6 +158,8 @@ class Scheduler:
         block_seconds, ends_seconds: measured (rows, seconds) of a block pass and of the ends.
         aging_s: a waiting request rises by one priority in this time.
         watermark: share of the blocks that admission leaves free.
+        growth_ratio: share of max_tokens that admission expects sequences to use, at the start; it
+            rises with each preemption and decays to 0.1.
         prefix_cache: whether prefixes are found and kept.
         window: positions that sliding attention sees, its own among them.
         hash_bits: of the prefix cache; fewer than 64 in tests of collisions.
@@ -183,6 +182,7 @@ class Scheduler:
         ends_seconds: Sequence[tuple[float, float]] = (),
         aging_s: float = 10.0,
         watermark: float = 0.01,
+        growth_ratio: float = 0.5,
         prefix_cache: bool = True,
         window: int | None = None,
         hash_bits: int = 64,
@@ -246,6 +246,9 @@ class Scheduler:
         """
     def take_finished(self) -> list[tuple[int, Literal["stop", "length", "abort", "deadline"]]]:
         """Sequences that ended since the last call."""
+    @property
+    def num_slots(self) -> int:
+        """Size of the pool of states, max_rows + chunk: no slot is at or above it."""
     @property
     def has_work(self) -> bool: ...
     @property

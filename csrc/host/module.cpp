@@ -45,8 +45,8 @@ std::unique_ptr<Scheduler> make_scheduler(
     int32_t num_blocks, int32_t block_size, int32_t ends_block_tokens, int32_t num_recursions,
     const std::string& router, const std::string& kv_strategy, int32_t max_rows, int32_t chunk,
     const std::variant<std::string, double>& policy, std::optional<int32_t> max_wait,
-    Points block_seconds, Points ends_seconds, double aging_s, double watermark, bool prefix_cache,
-    std::optional<int32_t> window, int hash_bits) {
+    Points block_seconds, Points ends_seconds, double aging_s, double watermark,
+    double growth_ratio, bool prefix_cache, std::optional<int32_t> window, int hash_bits) {
   Options options;
   options.num_blocks = num_blocks;
   options.block_size = block_size;
@@ -75,6 +75,7 @@ std::unique_ptr<Scheduler> make_scheduler(
   options.ends_seconds = Curve("ends_seconds", std::move(ends_seconds));
   options.aging_s = aging_s;
   options.watermark = watermark;
+  options.growth_ratio = growth_ratio;
   options.prefix_cache = prefix_cache;
   if (window.has_value() && *window < 1) {
     throw std::invalid_argument("window: expected at least 1, got " + std::to_string(*window));
@@ -230,7 +231,6 @@ void bind_stats(py::module_& m) {
       .def_readonly("prefix_tokens", &Stats::prefix_tokens)
       .def_readonly("prefix_hit_tokens", &Stats::prefix_hit_tokens)
       .def_readonly("exit_depths", &Stats::exit_depths)
-      .def_readonly("leaving_share", &Stats::leaving_share)
       .def_readonly("growth_ratio", &Stats::growth_ratio);
 }
 
@@ -250,8 +250,9 @@ PYBIND11_MODULE(_host, m) {
            py::arg("kv_strategy") = "recursion", py::arg("max_rows") = 64, py::arg("chunk") = 128,
            py::arg("policy") = "auto", py::arg("max_wait") = py::none(),
            py::arg("block_seconds") = Points(), py::arg("ends_seconds") = Points(),
-           py::arg("aging_s") = 10.0, py::arg("watermark") = 0.01, py::arg("prefix_cache") = true,
-           py::arg("window") = py::none(), py::arg("hash_bits") = 64)
+           py::arg("aging_s") = 10.0, py::arg("watermark") = 0.01, py::arg("growth_ratio") = 0.5,
+           py::arg("prefix_cache") = true, py::arg("window") = py::none(),
+           py::arg("hash_bits") = 64)
       .def("add", &add, py::arg("tokens"), py::kw_only(), py::arg("max_tokens"), py::arg("now"),
            py::arg("priority") = 0, py::arg("deadline") = py::none(), py::arg("n") = 1,
            py::arg("max_recursions") = py::none(), py::arg("threshold") = 0.0,
@@ -263,6 +264,9 @@ PYBIND11_MODULE(_host, m) {
           py::arg("now"))
       .def("report", &report, py::arg("decisions") = py::none(), py::arg("tokens") = py::none())
       .def("take_finished", &Scheduler::take_finished)
+      .def_property_readonly(
+          "num_slots",
+          [](const Scheduler& self) { return self.options().max_rows + self.options().chunk; })
       .def_property_readonly("has_work", &Scheduler::has_work)
       .def_property_readonly("in_flight", &Scheduler::in_flight)
       .def("stats", &Scheduler::stats)

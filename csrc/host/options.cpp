@@ -58,6 +58,8 @@ void Options::check() {
   expect(aging_s > 0, "aging_s", "seconds > 0", aging_s);
   expect(watermark >= 0 && watermark < 1, "watermark", "a share of the blocks in [0, 1)",
          watermark);
+  expect(growth_ratio >= 0 && growth_ratio <= 1, "growth_ratio", "a share of max_tokens in [0, 1]",
+         growth_ratio);
   expect(hash_bits >= 0 && hash_bits <= 64, "hash_bits", "0 to 64", hash_bits);
   if (automatic && (block_seconds.empty() || ends_seconds.empty())) {
     throw std::invalid_argument(

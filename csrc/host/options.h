@@ -41,7 +41,8 @@ struct Options {
   int32_t max_wait = 0;  // block passes that an exited row waits at most; 0: num_recursions
   Curve block_seconds, ends_seconds;
   double aging_s = 10;
-  double watermark = 0.01;  // share of the blocks that admission leaves free
+  double watermark = 0.01;    // share of the blocks that admission leaves free
+  double growth_ratio = 0.5;  // of max_tokens that a sequence is expected to use, at the start
   bool prefix_cache = true;
   int32_t window = 0;  // of sliding attention; 0: none
   int hash_bits = 64;

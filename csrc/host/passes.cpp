@@ -44,7 +44,9 @@ std::shared_ptr<Plan> Scheduler::choose() {
     std::shared_ptr<Plan> plan;
     if (enter_next_) {
       enter_next_ = false;
-      if ((plan = plan_enter())) return plan;
+      plan = plan_enter();
+      last_exit_seconds_ = 0;
+      if (plan) return plan;
     }
     int32_t active = 0, exiting = 0;
     for (const Sequence* s : running_) {
@@ -68,6 +70,29 @@ std::shared_ptr<Plan> Scheduler::choose() {
   }
 }
 
+// Rows that are expected to leave in the next block pass, by the depths of late.
+double Scheduler::leaving_rows() const {
+  std::vector<double> share(options_.num_recursions + 1, 1.0);
+  int64_t deeper = 0;
+  for (int32_t r = options_.num_recursions; r >= 1; --r) {
+    deeper += recent_[r];
+    if (deeper > 0) share[r] = static_cast<double>(recent_[r]) / static_cast<double>(deeper);
+  }
+  double rows = 0;
+  for (const Sequence* s : running_) {
+    const Chunk& chunk = s->chunk;
+    if (s->state != State::kBlock) continue;
+    if (chunk.recursion == s->request.max_recursions) {
+      rows += static_cast<double>(chunk.active.size());
+    } else if (options_.router == Router::kExpert) {
+      rows += static_cast<double>(chunk.active.size()) * share[chunk.recursion];
+    } else if (options_.router == Router::kToken) {
+      for (const int32_t i : chunk.active) rows += chunk.targets[i] == chunk.recursion;
+    }
+  }
+  return rows;
+}
+
 bool Scheduler::ends_are_due(int32_t active, int32_t waiting) const {
   if (waiting == 0) return false;
   const Curve& block = options_.block_seconds;
@@ -82,7 +107,7 @@ bool Scheduler::ends_are_due(int32_t active, int32_t waiting) const {
     }
   }
   if (!options_.automatic) return waiting >= options_.theta * (active + waiting);
-  const double leaving = active * stats_.leaving_share;
+  const double leaving = leaving_rows();
   const double saved =
       waiting * (ends.seconds_a_row(waiting) - ends.seconds_a_row(waiting + leaving));
   const double lost =
@@ -183,7 +208,6 @@ std::shared_ptr<Plan> Scheduler::plan_enter() {
     plan->expected_seconds =
         std::max(0.0, options_.ends_seconds.seconds(plan->num_rows()) - last_exit_seconds_);
   }
-  last_exit_seconds_ = 0;
   return plan;
 }
 

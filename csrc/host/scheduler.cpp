@@ -8,10 +8,8 @@
 namespace mor::host {
 namespace {
 
-constexpr double kFirstRatio = 0.5;  // growth ratio: see admission.cpp
-constexpr double kLeastRatio = 0.1;
-constexpr double kRatioDecay = 0.99;           // for each exit pass
-constexpr double kShareWeight = 1.0 / 16;      // of one block pass in the share of rows that leave
+constexpr double kLeastRatio = 0.1;   // of growth, or less if it starts there: admission.cpp
+constexpr double kRatioDecay = 0.99;  // for each exit pass
 constexpr int64_t kMostRecentExits = 1 << 16;  // then the histogram is halved
 
 void expect_size(const char* name, size_t expected, size_t got) {
@@ -36,8 +34,7 @@ Scheduler::Scheduler(Options options)
   for (int32_t i = options_.max_rows + options_.chunk; i-- > 0;) free_slots_.push_back(i);
   stats_.blocks = options_.num_blocks;
   stats_.exit_depths.resize(options_.num_recursions + 1);
-  stats_.leaving_share = 1.0 / options_.num_recursions;
-  stats_.growth_ratio = kFirstRatio;
+  stats_.growth_ratio = options_.growth_ratio;
 }
 
 int64_t Scheduler::add(Request request, double now) {
@@ -52,7 +49,8 @@ int64_t Scheduler::add(Request request, double now) {
   auto s =
       std::make_unique<Sequence>(id, std::move(request), now, pool_, options_.num_recursions + 1);
   waiting_[s->request.priority].insert(id);
-  if (std::isfinite(s->request.deadline)) deadlines_.emplace(s->request.deadline, id);
+  if (s->request.deadline < std::numeric_limits<double>::infinity())
+    deadlines_.emplace(s->request.deadline, id);
   sequences_.emplace(id, std::move(s));
   return id;
 }
@@ -161,7 +159,6 @@ void Scheduler::report_block(const uint8_t* keep, size_t size) {
     }
   }
   for (Sequence* s : running_) s->chunk.waited += s->state == State::kExit;
-  int64_t left = 0;
   size_t row = 0;
   for (Sequence* s : pass_) {
     append_active(*s);
@@ -175,15 +172,12 @@ void Scheduler::report_block(const uint8_t* keep, size_t size) {
       ++row;
       if (goes_on) chunk.active[kept++] = i;
     }
-    left += static_cast<int64_t>(chunk.active.size() - kept);
     chunk.active.resize(kept);
     ++chunk.recursion;
     if (kept == 0) s->state = State::kExit;
   }
   ++stats_.block_passes;
   stats_.block_rows += static_cast<int64_t>(row);
-  stats_.leaving_share +=
-      (static_cast<double>(left) / static_cast<double>(row) - stats_.leaving_share) * kShareWeight;
   end_pass();
 }
 
@@ -198,7 +192,8 @@ void Scheduler::report_exit(const int64_t* tokens, size_t num_tokens, const uint
     }
   }
   stats_.exit_rows += pass().num_rows();
-  stats_.growth_ratio = std::max(kLeastRatio, stats_.growth_ratio * kRatioDecay);
+  stats_.growth_ratio =
+      std::max(std::min(kLeastRatio, options_.growth_ratio), stats_.growth_ratio * kRatioDecay);
   enter_next_ = true;
   const std::vector<Sequence*> pass = pass_;
   std::erase_if(pass_, [](const Sequence* s) { return !s->aborted; });  // others may end below
@@ -302,7 +297,8 @@ void Scheduler::fork(Sequence& parent, const int64_t* tokens, const uint8_t* sto
         std::upper_bound(running_.begin(), running_.end(), id,
                          [](int64_t x, const Sequence* other) { return x < other->id; }),
         child.get());
-    if (std::isfinite(s.request.deadline)) deadlines_.emplace(s.request.deadline, id);
+    if (s.request.deadline < std::numeric_limits<double>::infinity())
+      deadlines_.emplace(s.request.deadline, id);
     sequences_.emplace(id, std::move(child));
     take_token(s, tokens[k], stop != nullptr && stop[k]);
   }

@@ -15,7 +15,8 @@
 //   on; together they are the ends. They run when no row is active, or by the policy: theta, when
 //   that share of the rows waits (1 is lock-step); auto, unless
 //       W (c_e(W) - c_e(W + D)) > A (c_b(A) - c_b(A + W)),   c(n) = seconds(n) / n,
-//   where W rows wait, A are active and D = A * (observed share that leaves in a pass): pooling
+//   where W rows wait, A are active and D of them are expected to leave in the next pass, by
+//   their recursion and the depths of late (token-choice knows): pooling
 //   then saves more on the ends than the block passes lose. Never more than max_wait passes, nor
 //   past a deadline (serving design, section 3.5).
 //   Memory. Blocks of all rows of a pass are reserved before it. Where they do not suffice, the
@@ -50,7 +51,7 @@ struct Stats {
   int64_t sampled_tokens = 0, preemptions = 0;
   int64_t prefix_tokens = 0, prefix_hit_tokens = 0;  // of admitted sequences
   std::vector<int64_t> exit_depths;                  // rows by depth 0 .. R
-  double leaving_share = 0, growth_ratio = 0;
+  double growth_ratio = 0;
 };
 
 class Scheduler {
@@ -116,6 +117,7 @@ class Scheduler {
 
   // passes.cpp
   std::shared_ptr<Plan> choose();
+  double leaving_rows() const;
   bool ends_are_due(int32_t active, int32_t waiting) const;
   int32_t enterable_rows() const;
   int32_t enter_rows(const Sequence& s, int32_t prompt_rows) const;

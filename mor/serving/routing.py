@@ -132,14 +132,14 @@ class _Stacked:
             x = x if self.temperature == 1.0 else x / self.temperature
             logits = functional.linear(x, self.weight)
             return logits.gather(1, steps.unsqueeze(1)).squeeze(1)
-        logits = hidden.new_zeros(
-            hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)
-        )
+        logits: Tensor | None = None  # in the routers' dtype: float32 if they are random
         for step, router in enumerate(self.routers):
             rows = (steps == step).nonzero().squeeze(1)
-            if rows.shape[0] > 0:
+            if rows.shape[0] > 0 or step == 0:
                 found = router(hidden[rows], positions[rows]).squeeze(-1)
-                logits = logits.index_copy(0, rows, found.to(logits.dtype))
+                logits = found.new_zeros(hidden.shape[0]) if logits is None else logits
+                logits[rows] = found
+        assert logits is not None
         return logits
 
 
