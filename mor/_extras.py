@@ -11,7 +11,7 @@ def extra(name: str) -> Iterator[None]:
     """Name the extra that brings a package which an import inside misses.
 
     Args:
-        name: "train" or "plots", as in pyproject.toml.
+        name: "train", "plots" or "serve", as in pyproject.toml.
 
     Raises:
         ImportError: a package is missing, or one of its own is.

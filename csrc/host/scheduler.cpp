@@ -211,6 +211,8 @@ void Scheduler::report_exit(const int64_t* tokens, size_t num_tokens, const uint
     }
   }
   end_pass();
+  // What arrives when all have ended does not continue this pass.
+  if (sequences_.empty()) last_exit_seconds_ = 0;
 }
 
 void Scheduler::commit_chunk(Sequence& s) {

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from mor.cli import convert, demo, generate, info, look, train
+from mor.cli import convert, demo, generate, info, look, serve, train
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Mixture-of-Recursions: train, generate, look inside.",
+    help="Mixture-of-Recursions: train, generate, serve, look inside.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,12 +30,13 @@ def _main(
         typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
-    """Mixture-of-Recursions: train, generate, look inside."""
+    """Mixture-of-Recursions: train, generate, serve, look inside."""
 
 
 app.command(cls=train.TrainCommand)(train.train)
 for _command in (
     generate.generate,
+    serve.serve,
     look.look,
     convert.convert,
     demo.demo,

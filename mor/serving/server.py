@@ -20,6 +20,7 @@ from mor.serving.engine import Engine
 from mor.serving.errors import ApiError, error_body
 from mor.serving.loop import EngineLoop, EngineStopped
 from mor.serving.metrics import Metrics
+from mor.serving.outputs import Delta, Output
 from mor.serving.prompts import Prompt, ServedModel
 from mor.serving.protocol import (
     ChatCompletionBody,
@@ -30,7 +31,6 @@ from mor.serving.protocol import (
     parse_body,
     to_params,
 )
-from mor.serving.outputs import Delta, Output
 from mor.serving.requests import RequestError
 
 __all__ = ["create_app", "serve"]

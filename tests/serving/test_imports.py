@@ -6,7 +6,7 @@ import sys
 #: Modules that are not imported after each statement, in this order in one process.
 ABSENT = {
     "import mor": ["mor.serving", "fastapi", "uvicorn", "llguidance", "prometheus_client"],
-    "import mor.serving": ["mor.serving.sampling", "fastapi", "llguidance"],
+    "import mor.serving": ["mor.serving.protocol", "fastapi", "llguidance"],
     "import mor.serving.continuation, mor.serving.grammar": [
         "mor.serving.protocol",
         "fastapi",
