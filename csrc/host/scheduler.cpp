@@ -211,8 +211,10 @@ void Scheduler::report_exit(const int64_t* tokens, size_t num_tokens, const uint
     }
   }
   end_pass();
-  // What arrives when all have ended does not continue this pass.
-  if (sequences_.empty()) last_exit_seconds_ = 0;
+  if (sequences_.empty()) {  // whatever comes next does not follow these ends
+    enter_next_ = false;
+    last_exit_seconds_ = 0;
+  }
 }
 
 void Scheduler::commit_chunk(Sequence& s) {
