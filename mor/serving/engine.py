@@ -144,7 +144,8 @@ class Engine:
             window=packed.window,
         )
         self._sampler = Sampler(self.limits.vocab_size)
-        self._tokenizer, self._grammars = tokenizer, None
+        self._tokenizer = tokenizer
+        self._grammars: Any = None
         self._live: dict[int, Continuation] = {}
         self._bounded = 0  # continuations with max_recursions
         self._prompt_scored: dict[int, int] = {}  # positions of prompts with logprobs so far
@@ -520,6 +521,6 @@ def _limits(model: Any, packed: PackedModel, vocabulary: Vocabulary | None) -> M
 
 
 def _progress_bar(total: int) -> Any:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     return tqdm(total=total, unit="request")

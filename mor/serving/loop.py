@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from mor.serving.engine import Engine
@@ -193,7 +194,7 @@ class EngineLoop:
                 if stream.unfinished == 0:
                     del self._streams[delta.request_id]
         for loop, news in loops.items():
-            _call(loop, lambda news=news: [stream.put(delta) for stream, delta in news])
+            _call(loop, partial(_put_all, news))
 
     def _fail_waiting(self) -> None:
         """Nobody waits for a thread that has ended."""
@@ -201,7 +202,7 @@ class EngineLoop:
         reason = f"the engine failed: {self.error}" if self.error else "the engine was closed"
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
-            _call(stream.loop, lambda stream=stream: stream.fail(EngineStopped(reason)))
+            _call(stream.loop, partial(stream.fail, EngineStopped(reason)))
         for started in list(self._starting):  # requests that came too late
             if started.set_running_or_notify_cancel():
                 started.set_exception(EngineStopped(reason))
@@ -212,6 +213,11 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> None:
         loop.call_soon_threadsafe(function)
     except RuntimeError:  # the reader's loop is closed, and the reader with it
         pass
+
+
+def _put_all(news: "list[tuple[_Stream, Delta]]") -> None:
+    for stream, delta in news:
+        stream.put(delta)
 
 
 class _Stream:

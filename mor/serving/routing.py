@@ -130,8 +130,8 @@ class _Stacked:
         if self.weight is not None:
             x = hidden.to(self.weight.dtype)
             x = x if self.temperature == 1.0 else x / self.temperature
-            logits = functional.linear(x, self.weight)
-            return logits.gather(1, steps.unsqueeze(1)).squeeze(1)
+            every = functional.linear(x, self.weight)
+            return every.gather(1, steps.unsqueeze(1)).squeeze(1)
         logits: Tensor | None = None  # in the routers' dtype: float32 if they are random
         for step, router in enumerate(self.routers):
             rows = (steps == step).nonzero().squeeze(1)
