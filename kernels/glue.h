@@ -9,6 +9,11 @@
 #include "../csrc/tensors.h"
 #include "common.cuh"
 
+#if defined(MOR_SIMT)
+#include "operators.h"  // of tests/simt/harness
+#else
+#define MOR_DEVICE_KEY CUDA
+
 // Weak: only a CUDA build of libtorch exports it. With a CPU torch the library still loads and
 // registers, and the CUDA implementation can never be reached, because no CUDA tensor can exist.
 // (For the same reason no STD_CUDA_CHECK.)
@@ -17,12 +22,19 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace mor {
 
+using torch::stable::accelerator::DeviceGuard;
+
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   MOR_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
             "mor: no CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
+
+}  // namespace mor
+#endif
+
+namespace mor {
 
 inline void check_launch(cudaError_t error, const char* op) {
   MOR_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));

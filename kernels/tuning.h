@@ -10,7 +10,6 @@ namespace mor {
 // kKeys / 16 * HEAD_DIM / 8) at about 64 registers.
 template <class Acc, int HEAD_DIM>
 struct AttentionFmaTile {
-  static constexpr int kThreads = 128;
   static constexpr int kBytes = HEAD_DIM * int(sizeof(Acc));  // of a row
   static constexpr int kForward = kBytes <= 512 && sizeof(Acc) == 4 ? 64 : kBytes <= 1024 ? 32 : 16;
   static constexpr int kBackward = kBytes <= 256 ? 64 : kBytes <= 512 ? 32 : 16;

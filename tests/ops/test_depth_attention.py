@@ -16,6 +16,7 @@ from mor.ops.depth_attention import depth_attention, reference
 from tests.cases.depth_attention import CASES, UNUSED, make_inputs, raw_args
 from tests.support.operators import (
     DTYPES,
+    ON_SIMT,
     OpCase,
     check_bad_input,
     check_op,
@@ -29,7 +30,7 @@ from tests.support.operators import (
 def test_depth_attention(
     op_case: OpCase, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    if op_case.id == "head-256-bias" and dtype == torch.float16:
+    if op_case.id == "head-256-bias" and dtype == torch.float16 and not ON_SIMT:
         # One of 37 bias gradients errs by 0.0106 instead of 0.0099: <grad_out, out> is taken from
         # the rounded `out`, as in every flash attention.
         request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=True))

@@ -30,6 +30,7 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
             check_op(case(125, 61, width, "falling-repeats"), dtype)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_result_past_the_cache_is_streamed_right(dtype: torch.dtype) -> None:
     # Above 12 MiB the kernels write around the cache, here with two threads' ranges meeting.

@@ -89,6 +89,7 @@ def test_bad_input(name: str) -> None:
     check_bad_input("group_rows: .*" + message, group_rows, **inputs, fake=name in BAD_SHAPES)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_first_bad_key_is_named(isa: str) -> None:
     keys = torch.zeros(20_000, dtype=torch.int64)

@@ -50,6 +50,7 @@ def test_slices_of_a_pool(layout: str, shape: tuple[int, int, int], lengths: lis
     assert all(torch.equal(a, b) for a, b in zip(got, reference(**inputs), strict=True))
 
 
+@pytest.mark.cpu_kernels
 def test_result_past_the_cache_is_streamed_right() -> None:
     inputs = make_inputs([9000, 8003], (16, 4, 128))
     got = kv_gather(**inputs)

@@ -24,6 +24,7 @@ def test_cpu_and_fake_kernels_are_registered(name: str) -> None:
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
 
 
+@pytest.mark.cpu_kernels  # where those stand in for the CPU's, none has the key of CUDA
 @pytest.mark.skipif(
     not torch.ops.mor.cuda_architectures(), reason="built without CUDA (MOR_CUDA=OFF)"
 )

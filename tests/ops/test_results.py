@@ -10,7 +10,10 @@ from torch import Tensor
 
 from mor.ops import gather_tokens
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its memory")
+pytestmark = [
+    pytest.mark.cpu_kernels,
+    pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its memory"),
+]
 MIB = 2**20
 
 

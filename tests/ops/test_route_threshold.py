@@ -166,6 +166,7 @@ def test_compiles_without_a_graph_break(max_rows: int | None) -> None:
                 assert torch.equal(got, want)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_that_are_none_name_the_row(isa: str, kind: str) -> None:

@@ -89,6 +89,7 @@ def test_nan_that_does_not_compete_is_ignored() -> None:
     assert route_topk(scores, 2, packed([5]), by_score=True, **masks).tolist() == [4, 1, 2]
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row", [0, 63, 70])

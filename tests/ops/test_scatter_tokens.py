@@ -97,6 +97,7 @@ def test_ties_round_to_even(isa: str) -> None:
     assert torch.equal(got, gates.bfloat16()[:, None].expand(4, 37))
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_result_past_the_cache_is_streamed_right(dtype: torch.dtype) -> None:
     # Above 12 MiB the kernels write around the cache.

@@ -95,6 +95,7 @@ def test_many_rows_are_rounded_once() -> None:
         assert_close_to_reference(reduce, got, exact.bfloat16(), exact)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_result_past_the_cache_is_streamed_right(dtype: torch.dtype) -> None:
     x, segments = torch.randn(21000, 512).to(dtype), torch.randint(0, 20011, (21000,))

@@ -121,8 +121,8 @@ def kernels(library: Path) -> list[Kernel]:
 
 
 def sizes_of(types: set[str], folder: Path) -> dict[str, int]:
-    """Bytes of types of kernels/*.cuh, as nvcc lays them out."""
-    headers = sorted((REPOSITORY / "kernels").glob("*.cuh"))
+    """Bytes of types of kernels/**/*.cuh, as nvcc lays them out."""
+    headers = sorted((REPOSITORY / "kernels").rglob("*.cuh"))
     program = [*(f'#include "{header}"' for header in headers), "#include <cstdio>"]
     program += ["using namespace mor;", "int main() {"]
     program += [f'std::printf("%zu\\t%s\\n", sizeof({t}), "{t}");' for t in sorted(types)]

@@ -1,4 +1,4 @@
-#include "../../../kernels/bipartite_match.cuh"
+#include "../../../kernels/match/bipartite_match.cuh"
 
 #include "binding.h"
 

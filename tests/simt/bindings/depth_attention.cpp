@@ -1,5 +1,5 @@
-#include "../../../kernels/depth_attention_backward.cuh"
-#include "../../../kernels/depth_attention_forward.cuh"
+#include "../../../kernels/attention/depth_attention_backward.cuh"
+#include "../../../kernels/attention/depth_attention_forward.cuh"
 #include "binding.h"
 
 namespace {

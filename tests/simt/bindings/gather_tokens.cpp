@@ -1,4 +1,4 @@
-#include "../../../kernels/gather_tokens.cuh"
+#include "../../../kernels/rows/gather_tokens.cuh"
 
 #include "binding.h"
 

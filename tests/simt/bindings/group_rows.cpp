@@ -1,4 +1,4 @@
-#include "../../../kernels/group_rows.cuh"
+#include "../../../kernels/routing/group_rows.cuh"
 
 #include "binding.h"
 

@@ -1,4 +1,4 @@
-#include "../../../kernels/kv_append.cuh"
+#include "../../../kernels/kv/kv_append.cuh"
 
 #include "binding.h"
 

@@ -1,4 +1,4 @@
-#include "../../../kernels/kv_gather.cuh"
+#include "../../../kernels/kv/kv_gather.cuh"
 
 #include "binding.h"
 

@@ -1,4 +1,4 @@
-#include "../../../kernels/paged_depth_attention.cuh"
+#include "../../../kernels/attention/paged_depth_attention.cuh"
 
 #include "binding.h"
 

@@ -1,4 +1,4 @@
-#include "../../../kernels/route_threshold.cuh"
+#include "../../../kernels/routing/route_threshold.cuh"
 
 #include "binding.h"
 

@@ -1,4 +1,4 @@
-#include "../../../kernels/route_topk.cuh"
+#include "../../../kernels/routing/route_topk.cuh"
 
 #include "binding.h"
 

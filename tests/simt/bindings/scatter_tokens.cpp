@@ -1,6 +1,6 @@
-#include "../../../kernels/scatter_tokens.cuh"
+#include "../../../kernels/rows/scatter_tokens.cuh"
 
-#include "../../../kernels/gather_tokens.cuh"
+#include "../../../kernels/rows/gather_tokens.cuh"
 #include "binding.h"
 
 namespace {
@@ -29,7 +29,7 @@ SIMT_EXPORT int scatter_tokens(int64_t dtype, void* out, int64_t out_stride, con
                                int64_t base_stride, const void* updates, int64_t updates_stride,
                                const int64_t* rows, const void* gate, const void* base_scale,
                                int64_t float_factors, int* scratch, int64_t num_rows,
-                               int64_t num_hits, int64_t width) {
+                               int64_t num_updates, int64_t width) {
   return simt::guarded([&] {
     return simt::dispatch_floating(dtype, [&]<class T>(T) {
       mor::RowSums<T> sums{};
@@ -43,7 +43,7 @@ SIMT_EXPORT int scatter_tokens(int64_t dtype, void* out, int64_t out_stride, con
       sums.gate = factor<T>(gate, float_factors & 1, 1);
       sums.rows = rows;
       sums.num_rows = num_rows;
-      sums.num_hits = num_hits;
+      sums.num_updates = num_updates;
       sums.width = width;
       return mor::launch_row_sums(sums, scratch, nullptr);
     });
@@ -56,7 +56,7 @@ SIMT_EXPORT int scatter_tokens_backward(int64_t dtype, const void* grad, int64_t
                                         const void* gate, const void* base_scale,
                                         int64_t float_factors, void* grad_base, void* grad_updates,
                                         void* grad_gate, void* grad_base_scale, int64_t num_rows,
-                                        int64_t num_hits, int64_t width) {
+                                        int64_t num_updates, int64_t width) {
   return simt::guarded([&] {
     return simt::dispatch_floating(dtype, [&]<class T>(T) {
       mor::ScatterBackward<T> args{};
@@ -74,7 +74,7 @@ SIMT_EXPORT int scatter_tokens_backward(int64_t dtype, const void* grad, int64_t
       args.grad_gate = grad_gate;
       args.grad_base_scale = grad_base_scale;
       args.num_rows = num_rows;
-      args.num_hits = num_hits;
+      args.num_updates = num_updates;
       args.width = width;
       return mor::launch_scatter_tokens_backward(args, nullptr);
     });

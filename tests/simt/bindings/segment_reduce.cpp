@@ -1,4 +1,4 @@
-#include "../../../kernels/segment_reduce.cuh"
+#include "../../../kernels/rows/segment_reduce.cuh"
 
 #include "binding.h"
 

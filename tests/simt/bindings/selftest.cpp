@@ -1,8 +1,8 @@
 // Kernels with one mistake each, to see that the harness reports it, and a correct one of CUB.
 #include "binding.h"
 
+#include "../../../kernels/attention/mma.cuh"
 #include "../../../kernels/common.cuh"
-#include "../../../kernels/mma.cuh"
 #include "../harness/ptx_words.h"
 
 #include <cub/block/block_radix_sort.cuh>

@@ -4,7 +4,7 @@ from typing import Any
 
 from mutations import Mutation
 
-MATCH = "bipartite_match.cuh"
+MATCH = "match/bipartite_match.cuh"
 
 
 def match(

@@ -2,11 +2,14 @@
 
 from mutations import Mutation
 
-SHARED, MASKS = "depth_attention.cuh", "depth_attention_masks.cuh"
-BACKWARD = "depth_attention_backward.cuh"
-FMA, FMA_BACKWARD = "depth_attention_fma_forward.cuh", "depth_attention_fma_backward.cuh"
-MMA, MMA_FORWARD = "depth_attention_mma.cuh", "depth_attention_mma_forward.cuh"
-MMA_BACKWARD = "depth_attention_mma_backward.cuh"
+SHARED, MASKS = "attention/depth_attention.cuh", "attention/depth_attention_masks.cuh"
+BACKWARD = "attention/depth_attention_backward.cuh"
+FMA, FMA_BACKWARD = (
+    "attention/depth_attention_fma_forward.cuh",
+    "attention/depth_attention_fma_backward.cuh",
+)
+MMA, MMA_FORWARD = "attention/depth_attention_mma.cuh", "attention/depth_attention_mma_forward.cuh"
+MMA_BACKWARD = "attention/depth_attention_mma_backward.cuh"
 
 
 def fma(name: str, file: str, old: str, new: str, tests: str, build: str = "plain") -> Mutation:
@@ -74,9 +77,9 @@ MUTATIONS = [
         "lanes < 8; lanes *= 2) {\n      total", "lanes < 4; lanes *= 2) {\n      total", "ragged"),
     fma("rows that see nothing are NaN", FMA, "highest == kNone ? Acc(0) : highest;", "highest;",
         "before-any-key"),
-    fma("whole chunks of rows that are not", "depth_attention_fma.cuh",
+    fma("whole chunks of rows that are not", "attention/depth_attention_fma.cuh",
         "if (p.aligned && from != nullptr", "if (from != nullptr", "small-bias", "asan"),
-    fma("padding is read from the next head", "depth_attention_fma.cuh",
+    fma("padding is read from the next head", "attention/depth_attention_fma.cuh",
         "from != nullptr && d + e < p.head_dim ? from", "from != nullptr ? from", "small-bias",
         "asan"),
     fma("no barrier after the backward's scores", FMA_BACKWARD,

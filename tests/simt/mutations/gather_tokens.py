@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-GATHER = "gather_tokens.cuh"
+GATHER = "rows/gather_tokens.cuh"
 MUTATIONS = [
     Mutation(
         "tail skips every other chunk",
@@ -51,14 +51,14 @@ MUTATIONS = [
     ),
     Mutation(
         "warps start at the same row",
-        "rows.cuh",
+        "rows/rows.cuh",
         "return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 32;",
         "return (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / 64;",
         "wide",
     ),
     Mutation(
         "the grid takes rows only once",
-        "rows.cuh",
+        "rows/rows.cuh",
         "return int64_t(gridDim.x) * (kRowThreads / 32);",
         "return int64_t(65535) * (kRowThreads / 32);",
         "wide",

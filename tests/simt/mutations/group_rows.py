@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-GROUP = "group_rows.cuh"
+GROUP = "routing/group_rows.cuh"
 MUTATIONS = [
     Mutation(
         "no barrier before the keys are overwritten",

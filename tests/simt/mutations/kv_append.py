@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-APPEND = "kv_append.cuh"
+APPEND = "kv/kv_append.cuh"
 MUTATIONS = [
     Mutation(
         "no barrier before the slots are overwritten",

@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-GATHER = "kv_gather.cuh"
+GATHER = "kv/kv_gather.cuh"
 MUTATIONS = [
     Mutation(
         "no barrier between two scans",

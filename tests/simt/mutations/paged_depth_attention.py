@@ -4,7 +4,7 @@ from typing import Any
 
 from mutations import Mutation
 
-PAGED = "paged_depth_attention.cuh"
+PAGED = "attention/paged_depth_attention.cuh"
 
 
 def paged(

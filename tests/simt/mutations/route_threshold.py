@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-THRESHOLD = "route_threshold.cuh"
+THRESHOLD = "routing/route_threshold.cuh"
 
 
 def threshold(

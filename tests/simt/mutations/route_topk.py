@@ -2,7 +2,7 @@
 
 from mutations import Mutation
 
-ROUTE = "route_topk.cuh"
+ROUTE = "routing/route_topk.cuh"
 SCAN = "RouteScan(shared.scan).ExclusiveSum(count, before);\n"
 
 

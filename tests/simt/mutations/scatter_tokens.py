@@ -2,43 +2,43 @@
 
 from mutations import Mutation
 
-HITS, SCATTER = "row_hits.cuh", "scatter_tokens.cuh"
+SUMS, SCATTER = "rows/row_sums.cuh", "rows/scatter_tokens.cuh"
 MUTATIONS = [
     Mutation(
-        "every hit brings a warp to its row",
-        HITS,
-        "    if (kOnlyHit && first != item) continue;\n",
+        "every update brings a warp to its row",
+        SUMS,
+        "    if (kOnlyUpdated && first != item) continue;\n",
         "",
         "test_scatter_tokens and repeats",
         dtype="float32",
     ),
     Mutation(
-        "the hit after the one found is added",
-        HITS,
-        "i + __ffs(int(hits)) - 1",
-        "i + __ffs(int(hits))",
+        "the update after the one found is added",
+        SUMS,
+        "i + __ffs(int(found)) - 1",
+        "i + __ffs(int(found))",
         "repeats",
         dtype="float32",
     ),
     Mutation(
-        "the last hit is lost",
-        HITS,
+        "the last update is lost",
+        SUMS,
         "i + lane <= last",
         "i + lane < last",
         "repeats",
         dtype="float32",
     ),
     Mutation(
-        "hits between two steps are lost",
-        HITS,
+        "updates between two steps are lost",
+        SUMS,
         "i <= last; i += 32",
         "i <= last; i += 33",
         "repeats",
         dtype="float32",
     ),
     Mutation(
-        "the first hit is found without an atomic",
-        HITS,
+        "the first update is found without an atomic",
+        SUMS,
         "atomicMin(first + rows[i], int(i));",
         "if (int(i) < first[rows[i]]) first[rows[i]] = int(i);",
         "repeats",
@@ -47,8 +47,8 @@ MUTATIONS = [
         sample=True,
     ),
     Mutation(
-        "rows without a hit have one",
-        HITS,
+        "rows without an update have one",
+        SUMS,
         "last[n] = -1;",
         "last[n] = 0;",
         "ascending",
@@ -57,7 +57,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a float gate of bfloat16 rows is read as bfloat16",
-        HITS,
+        SUMS,
         "    if (is_float) return acc_t<T>(static_cast<const float*>(data)[i * stride]);\n",
         "",
         "test_scatter_tokens",
@@ -65,7 +65,7 @@ MUTATIONS = [
     ),
     Mutation(
         "whole vectors of rows of another width",
-        "rows.cuh",
+        "rows/rows.cuh",
         "(bits | uintptr_t(width) * sizeof(T)) % 16 == 0",
         "bits % 16 == 0",
         "test_scatter_tokens and odd",
@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "updates are taken to be packed",
-        HITS,
+        SUMS,
         "s.updates + i * s.updates_stride",
         "s.updates + i * s.width",
         "odd",
@@ -81,7 +81,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the row left over is not summed",
-        HITS,
+        SUMS,
         "begin < s.width; begin += 32 * kPack",
         "begin + 32 * kPack <= s.width; begin += 32 * kPack",
         "odd",
@@ -105,9 +105,9 @@ MUTATIONS = [
         dtype="float32",
     ),
     Mutation(
-        "rows are numbered after the hits",
+        "rows are numbered after the updates",
         SCATTER,
-        "const int64_t n = item - hit_items;",
+        "const int64_t n = item - update_items;",
         "const int64_t n = item;",
         "test_scatter_tokens_backward",
         build="asan",

@@ -4,7 +4,7 @@ from typing import Any
 
 from mutations import Mutation
 
-REDUCE = "segment_reduce.cuh"
+REDUCE = "rows/segment_reduce.cuh"
 
 
 def reduce(
@@ -25,8 +25,8 @@ MUTATIONS = [
     reduce("weights are ignored", "acc[k] += weight * v;", "acc[k] += v;", "segment_reduce"),
     reduce(
         "an empty segment divides by 0",
-        "factor = total == 0 ? 0 : 1 / total;",
-        "factor = 1 / total;",
+        "total == 0 ? 0 : acc[k] / total;",
+        "acc[k] / total;",
         "empty",
     ),
     reduce(
