@@ -117,12 +117,12 @@ def flops_breakdown(
             pairs = queries * (keys if reuses else 1 + share * (keys - 1))
         parts["attention"] += 4 * heads * head_dim * pairs / seq_len
         parts["mlp"] += 2 * 3 * d * config.intermediate_size * share
-    parts["router"] = _router_flops(config)
+    parts["router"] = _router_flops(config, shares)
     parts["head"] = 2.0 * d * config.vocab_size
     return parts
 
 
-def _router_flops(config: PreTrainedConfig) -> float:
+def _router_flops(config: PreTrainedConfig, shares: Sequence[float] | None) -> float:
     if not isinstance(config, MoRConfig) or config.router is None or config.router_type == "random":
         return 0.0
     d = config.hidden_size
@@ -132,7 +132,8 @@ def _router_flops(config: PreTrainedConfig) -> float:
     if config.router == "token":
         return float(each)
     assert config.capacities is not None
-    candidates = 1 + sum(config.capacities[:-1])
+    # A recursion's candidates are the tokens that took the one before it.
+    candidates = 1 + sum((shares or config.capacities)[:-1])
     return float(each * candidates * (2 if config.router_aux == "router" else 1))
 
 
