@@ -66,7 +66,7 @@ class MoRConfig(PreTrainedConfig):
         router_balance_coef: weight of the balancing loss.
         router_bias_update_rate: u of loss-free balancing.
         router_z_coef: weight of the z-loss; 0 leaves it out.
-        capacity_warmup_steps: expert-choice, training forwards over which capacities fall from 1.
+        capacity_warmup_steps: expert-choice, training forwards in which capacities decrease from 1.
         balance_warmup_steps: token-choice, training forwards in which all tokens go all the way.
         relaxation: "lora" or "dora" gives every use of a shared layer its own low-rank adapter (by
             peft) and norms; None shares layers entirely.

@@ -20,7 +20,7 @@ from mor.ops.gather_tokens import gather_tokens
 __all__ = ["DecoderPass", "Rotary"]
 
 Rotary = Mapping[str | None, tuple[Tensor, Tensor]]
-"""Rotary cos and sin [1, N, head_dim] for each kind of layer that turns by angles of its own."""
+"""Rotary cos and sin [1, N, head_dim] for each kind of layer that has angles of its own."""
 
 
 @dataclass(frozen=True)

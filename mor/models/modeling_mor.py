@@ -123,7 +123,7 @@ class MoRModel(MoRPreTrainedModel):
         self.layers = base.layers
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
-        # Gemma 3 turns windowed and full layers by different angles; others know one kind only.
+        # Gemma 3 rotates windowed and full layers by different angles; others have one kind only.
         one_kind = getattr(base.rotary_emb, "layer_types", None) is None
         self.rotary_types = [None] * len(base.layers) if one_kind else base.config.layer_types
         self.recursion = recursion(config)

@@ -141,7 +141,7 @@ class _Adapted(Derived):
     """Before the class of one of peft's layers: its adapter is that of the use being computed.
 
     Not by peft's `set_adapter`, which changes the module, that other threads may be using, and
-    stops the gradients of the adapters it turns off, those of the uses before among them.
+    stops the gradients of the adapters it switches off, those of the uses before among them.
     """
 
     def names_for(self, use: int) -> list[str]:

@@ -47,19 +47,19 @@ def swap(
 ) -> PreTrainedModel:
     """Replaces decoder layers of a loaded model, in place, by a Mixture-of-Recursions block.
 
-    Of a range, which stays as deep as before when unrolled, the first (last - first) / R layers are
+    Of a range, which stays as deep as before when unrolled, the first (end - first) / R layers are
     kept and used up to R times. One layer, given by its index, is kept and used up to R times: the
     model becomes R - 1 layers deeper for the tokens that go all the way.
 
     Args:
         model: a causal language model of one of the architectures `SWAPPABLE`; it stays in the
             mode it is in.
-        layers: range, or (first, one after the last), or the index of one layer.
+        layers: range, or (first, end), the end not included, or the index of one layer.
         num_recursions: R; divides the number of layers of a range. With 1 the layers run as before
             on the tokens the router takes: the identity, if it takes all with a gate of 1.
         router: "expert" or "token".
         loss_coefficients: weights of the router's losses in `output.loss`; default 0.001 for
-            "aux_loss", 0.1 for "balancing_loss".
+            "aux_loss", 0.1 for "balancing_loss" and 1e-5 for "z_loss".
         **options: of `mor.modules.ExpertChoice` or `TokenChoice`; `score` also as a dict of
             `RouterScore`'s fields.
 
