@@ -32,7 +32,7 @@ help:
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
 	@echo "make cuda-check   fail if the build has no CUDA operators (it compiles them, warnings as errors, with nvcc)"
-	@echo "make wheel-check  build sdist and wheel, try the wheel in an empty environment"
+	@echo "make wheel-check  build sdist and wheel, try the wheel in two empty environments"
 	@echo "make clean        delete build results, not .venv"
 
 demo: $(built)

@@ -22,9 +22,9 @@ from torch.utils.data import default_collate
 from transformers import LlamaConfig
 
 from mor import MoRConfig, MoRForCausalLM
-from mor.corpus import open_corpus
 from mor.data import TokenBlocks, prepare_tokens, train_tokenizer
-from mor.distributed import save_consolidated, shard
+from mor.data.corpus import open_corpus
+from mor.training.distributed import save_consolidated, shard
 
 
 def parse() -> argparse.Namespace:

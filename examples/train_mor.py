@@ -10,8 +10,8 @@ import sys
 from transformers import HfArgumentParser, LlamaConfig, Trainer, TrainingArguments
 
 from mor import MoRConfig, MoRForCausalLM
-from mor.corpus import open_corpus
 from mor.data import TokenBlocks, prepare_tokens, train_tokenizer
+from mor.data.corpus import open_corpus
 
 
 def main(arguments: list[str]) -> Trainer:

@@ -6,20 +6,25 @@ Transformers' Auto classes.
 
 import importlib as _importlib
 import sys as _sys
+from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from mor._moved import NEW_PATHS as _NEW_PATHS
 from mor.version import __version__
 
 
 def _is_command() -> bool:
-    """Whether this is `python -m mor`, which imports the package before its command.
+    """Whether this process is `mor` or `python -m mor`, which import the package first.
 
-    The command loads the models itself, once it needs them: not for --help.
+    The command loads the models itself, once it needs them: --help and a misspelt option would wait
+    seconds for PyTorch and Transformers.
     """
-    given = _sys.orig_argv
-    named = "-m" in given and given[given.index("-m") + 1 :][:1] == ["mor"]
-    return named and _sys.argv[:1] == ["-m"]  # as long as the package is looked for
+    script = _sys.argv[:1]
+    if script == ["-m"]:  # as long as the package is looked for
+        given = _sys.orig_argv
+        return "-m" in given and given[given.index("-m") + 1 :][:1] == ["mor"]
+    return bool(script) and _Path(script[0]).name == "mor"
 
 
 if _TYPE_CHECKING or not _is_command():
@@ -33,28 +38,7 @@ if _TYPE_CHECKING or not _is_command():
     )
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
-_SUBMODULES = (
-    "analysis",
-    "callbacks",
-    "checkpoints",
-    "convert",
-    "corpus",
-    "data",
-    "demo",
-    "depth_page",
-    "distributed",
-    "generate",
-    "look",
-    "models",
-    "modules",
-    "ops",
-    "optim",
-    "options",
-    "run",
-    "training",
-    "trl",
-    "viz",
-)
+_SUBMODULES = ("analysis", "data", "models", "modules", "ops", "training", *_NEW_PATHS)
 
 __all__ = [
     "MoRConfig",

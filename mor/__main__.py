@@ -1,6 +1,6 @@
 """`python -m mor` is the `mor` command."""
 
-from mor_cli.commands import app
+from mor.cli import app
 
 if __name__ == "__main__":
     app(prog_name="mor")

@@ -1,4 +1,4 @@
-"""What `mor info` shows."""
+"""Versions and build of mor: the work of `mor info`."""
 
 import platform
 from importlib.metadata import version

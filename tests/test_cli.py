@@ -3,6 +3,7 @@
 Over 300 lines in one file: all tests share one finished run.
 """
 
+import importlib
 import json
 import os
 import re
@@ -26,10 +27,10 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mor
-from mor.generate import continue_text, find_model, load_model
-from mor.options import RunOptions
+from mor.cli import app
 from mor.training import MoRTrainer
-from mor_cli.commands import app
+from mor.training.generate import continue_text, find_model, load_model
+from mor.training.options import RunOptions
 
 SHORT = (
     "--seq-len 16 --batch-size 4 --steps 4 --log-every 1 --eval-every 2 --eval-rows 4 "
@@ -86,7 +87,7 @@ def test_every_option_of_a_run_is_an_option_of_train_with_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, output, _ = _mor("train", "--help")
     for field in fields(RunOptions):
-        assert "--" + field.name.replace("_", "-") in output
+        assert "--" + field.name.replace("_", "-") in output or field.name == "training_arguments"
     text = " ".join(output.replace("│", " ").split())
     assert "Default: the Python standard library's own sources." in text
 
@@ -322,6 +323,19 @@ def test_python_dash_m_answers_help_and_typos_without_loading_pytorch():
         assert not {"torch", "transformers", "numpy"} & loaded
 
 
+def test_the_installed_script_answers_without_loading_pytorch(tmp_path):
+    """As pip writes it, which imports the package first."""
+    script = tmp_path / "mor"
+    script.write_text("import sys\nfrom mor.cli import app\nsys.exit(app())\n")
+    for arguments, code in ((["--help"], 0), (["train", "--stepps", "3"], 2)):
+        command = [sys.executable, "-X", "importtime", script, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == code
+        loaded = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+        assert "mor.cli" in loaded
+        assert not {"torch", "transformers", "numpy"} & loaded
+
+
 def test_importing_the_package_registers_the_model_type_and_the_operators():
     code = (
         "import mor; from transformers import AutoConfig; import torch; "
@@ -334,7 +348,7 @@ def test_importing_the_package_registers_the_model_type_and_the_operators():
 
 def test_public_submodules_are_attributes_and_listed():
     for name in ("trl", "checkpoints", "analysis", "look", "ops", "models"):
-        assert getattr(mor, name).__name__ == f"mor.{name}"
+        assert getattr(mor, name) is importlib.import_module(f"mor.{name}")
         assert name in dir(mor)
     assert not {"importlib", "ModuleType", "sys"} & set(dir(mor))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -411,7 +425,7 @@ def test_a_signal_while_text_is_read_is_one_line(text, tmp_path, monkeypatch):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("mor.data.prepare_tokens", interrupted)
+    monkeypatch.setattr("mor.training.run.prepare_tokens", interrupted)
     assert _train(text, tmp_path)[::2] == (143, "mor: stopped\n")
 
 
@@ -549,7 +563,7 @@ def test_a_model_to_train_further_must_be_one(run, text, tmp_path):
 def test_a_configuration_of_unknown_kind_is_refused_before_text_is_read(
     text, tmp_path, values, words, monkeypatch
 ):
-    monkeypatch.setattr("mor.corpus.open_corpus", None)
+    monkeypatch.setattr("mor.training.run.open_corpus", None)
     _refused(_train_config(text, tmp_path, values), *words)
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import mor
-from mor.convert import convert_checkpoint
+from mor.training.convert import convert_checkpoint
 
 from .models.conftest import small_config
 from .test_cli import _mor

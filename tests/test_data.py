@@ -17,8 +17,6 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mor import data as data_module
-from mor.corpus import Corpus, Document, clean_text, open_corpus, split_documents
 from mor.data import (
     TokenBlocks,
     load_tokenizer,
@@ -26,6 +24,8 @@ from mor.data import (
     train_tokenizer,
     vocabulary_size,
 )
+from mor.data import tokens as data_module
+from mor.data.corpus import Corpus, Document, clean_text, open_corpus, split_documents
 
 
 def _texts(corpus: Corpus) -> list[str]:

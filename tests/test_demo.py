@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mor.demo import DemoSizes, run_demo
-from mor.generate import load_model
+from mor.training.demo import DemoSizes, run_demo
+from mor.training.generate import load_model
 
 ROOT = Path(__file__).parent.parent
 TINY = DemoSizes(

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mor.depth_page import COLOURS
+from mor.analysis.depth_page import COLOURS
 
 pytestmark = pytest.mark.xdist_group("notebooks")
 ROOT = Path(__file__).parents[1]

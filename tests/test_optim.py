@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import get_constant_schedule
 
-from mor.optim import parameter_groups
 from mor.training import MoRTrainer, training_arguments
+from mor.training.optim import parameter_groups
 
 from .models.conftest import small_model
 from .models.test_generation import prompts

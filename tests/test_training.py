@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from mor import MoRConfig, MoRForCausalLM
 from mor.analysis import flops_per_token
-from mor.checkpoints import checkpoint_to_resume, find_problem
 from mor.data import TokenBlocks, TokenFiles
-from mor.options import RunOptions
-from mor.run import prepare_run, train
 from mor.training import Diverged, LogRouting, MoRTrainer, UpdateRouterBias, training_arguments
+from mor.training.checkpoints import checkpoint_to_resume, find_problem
+from mor.training.options import RunOptions
+from mor.training.run import prepare_run, train
 
 VOCAB, LENGTH = 300, 16
 
@@ -328,8 +328,8 @@ def uninterrupted(text, tmp_path_factory):
 _KILLED_RUN = """
 import json, os, signal, sys
 import safetensors.torch, torch
-from mor.options import RunOptions
-from mor.run import prepare_run, train
+from mor.training.options import RunOptions
+from mor.training.run import prepare_run, train
 from pathlib import Path
 
 options, moment = json.loads(sys.argv[1]), sys.argv[2]

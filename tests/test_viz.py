@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mor.depth_page import COLOURS
-from mor.viz import (
+from mor.analysis.depth_page import COLOURS
+from mor.analysis.plots import (
     depth_page,
     plot_depth_by_position,
     plot_loss_against_flops,
@@ -190,7 +190,7 @@ def test_text_figure_has_an_area_of_colour_for_each_token(tmp_path):
 
 
 def test_text_figure_breaks_lines():
-    from mor.viz import _text_boxes
+    from mor.analysis.plots import _text_boxes
 
     boxes, rows = _text_boxes(["abc", "de\n", "", "\nfghij", "k"], [1, 2, 1, 3, 2], 4)
     assert boxes == [

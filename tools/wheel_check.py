@@ -1,18 +1,21 @@
-"""Builds the sdist, a wheel from it, and tries the wheel in an empty environment.
+"""Builds the sdist, a wheel from it, and tries the wheel in two empty environments.
 
     .venv/bin/python tools/wheel_check.py build/wheel-check
 
-The new environment sees the packages of the one that runs this (torch, Transformers), but not its
-mor: that comes from the wheel. It runs `mor info` and the README's example, from another folder.
+Each new environment sees only the packages that the wheel says it needs, linked from this one: of
+`mor` (operators, a model) in one, of `mor[train]` (a short run) in the other. mor comes from the
+wheel, and its commands run from another folder.
 """
 
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
+from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 from venv import EnvBuilder
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_SDIST = """
@@ -21,6 +24,10 @@ sys.path.insert(0, '_build')
 import backend
 backend.build_sdist(sys.argv[1])
 """
+SHORT_RUN = (
+    "train --steps 2 --layers 5 --hidden-size 32 --heads 2 --vocab-size 300 --seq-len 16 "
+    "--max-tokens 3000 --eval-every 0 --no-progress"
+)
 SITE_PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
@@ -35,21 +42,43 @@ def main(folder: Path) -> None:
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, sdist)
     (wheel,) = folder.glob("*.whl")
 
-    venv = folder / "venv"
-    EnvBuilder(clear=True).create(venv)
-    python = venv / "bin" / "python"
-    run(*pip, "--python", python, "install", "--no-deps", wheel)
-    packages = Path(run(python, "-c", SITE_PACKAGES).strip())
-    # A folder named in a .pth file is searched; .pth files in it (an editable mor) are not read.
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     with tempfile.TemporaryDirectory() as elsewhere:
-        where = run(python, "-c", "import mor; print(mor.__file__)", cwd=elsewhere).strip()
-        if not Path(where).is_relative_to(packages):
-            sys.exit(f"wheel-check: mor came from {where}, not from the wheel")
-        print(run(venv / "bin" / "mor", "info", cwd=elsewhere))
+        bare = environment(folder / "bare", wheel)
+        print(run(bare / "mor", "info", cwd=elsewhere))
         example = ROOT / "tools" / "run_examples.py"
-        print(run(python, example, ROOT / "README.md", cwd=elsewhere))
+        print(run(bare / "python", example, ROOT / "README.md", cwd=elsewhere))
+        run("sh", "-c", f"! {bare}/mor train 2> said && grep -F 'mor[train]' said", cwd=elsewhere)
+        train = environment(folder / "train", wheel, "train")
+        print(run(train / "mor", *SHORT_RUN.split(), cwd=elsewhere))
     print(f"{sdist.name} and {wheel.name} work")
+
+
+def environment(folder: Path, wheel: Path, extra: str = "") -> Path:
+    """Installs a wheel, links what it needs from this environment, returns its commands."""
+    EnvBuilder(clear=True).create(folder)
+    commands = folder / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", commands / "python")
+    run(*pip, "install", "--no-deps", wheel)
+    packages = Path(run(commands / "python", "-c", SITE_PACKAGES).strip())
+    installed: Distribution = PathDistribution(next(packages.glob("mor-*.dist-info")))
+    waiting, linked = [(installed, extra)], set()
+    while waiting:
+        package, of = waiting.pop()
+        for needed in map(Requirement, package.requires or []):
+            if needed.marker is not None and not needed.marker.evaluate({"extra": of}):
+                continue
+            if needed.name in linked:
+                continue
+            linked.add(needed.name)
+            found = distribution(needed.name)
+            waiting.append((found, ""))
+            for name in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+                if not (packages / name).exists():
+                    (packages / name).symlink_to(found.locate_file(name))
+    where = run(commands / "python", "-c", "import mor; print(mor.__file__)", cwd=folder).strip()
+    if not Path(where).is_relative_to(packages):
+        sys.exit(f"wheel-check: mor came from {where}, not from the wheel")
+    return commands
 
 
 def run(*command: str | Path, cwd: str | Path = ROOT) -> str:

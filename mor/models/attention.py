@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from mor.models.cache import RecursionCacheLayer
+from mor.models.cache import Placement, RecursionCacheLayer
 from mor.models.derived_class import Derived, derived_class
 from mor.modules.packing import Packing
 from mor.ops.depth_attention import depth_attention
@@ -50,7 +50,7 @@ class AttentionContext:
     Attributes:
         packing: the active tokens, which are the queries.
         cache: where their keys and values are kept, if there is a cache.
-        longest: most active tokens any sequence can have in this call.
+        placement: where they go in it, found once for all layers that the tokens run together.
         shared: with KV sharing, where the first use of this layer leaves its keys and values.
         reuses_kv: a later use, which computes no keys and values of its own.
         rows: a later use that overwrites the shared keys of its active tokens (hybrid): their rows
@@ -60,7 +60,7 @@ class AttentionContext:
 
     packing: Packing
     cache: RecursionCacheLayer | None = None
-    longest: int = 0
+    placement: Placement | None = None
     shared: SharedKV | None = None
     reuses_kv: bool = False
     rows: Tensor | None = None
@@ -86,7 +86,8 @@ class AttentionContext:
     def _append(self, keys: Tensor, values: Tensor, packing: Packing) -> KeyView:
         if self.cache is None:
             return keys, values, packing.positions, packing.cu_seqlens
-        return self.cache.append(keys, values, packing, self.longest)
+        assert self.placement is not None
+        return self.cache.append(keys, values, packing, self.placement)
 
 
 def check_attention(config: Any, option: str) -> None:

@@ -182,13 +182,13 @@ def _source_names(config: MoRConfig | LlamaConfig) -> Callable[[str], list[str]]
     """Maps one of our names to those of the authors; a shared layer stands at every depth."""
     if not isinstance(config, MoRConfig):
         return lambda name: [name, _HEAD] if _is_tied(name, config) else [name]
-    first = 1 if config.sharing.startswith("middle") else 0
-    depth, block, recursions = config.num_hidden_layers, config.block_depth, config.num_recursions
-    wrappers = {"expert": recursions, "token": 1}.get(config.router or "", depth - 2 * first)
+    schedule = config.schedule
+    first, block, shared = schedule.num_ends, schedule.block_depth, schedule.shared_depths
+    wrappers = {"expert": config.num_recursions, "token": 1}.get(config.router or "", len(shared))
 
     def layer(at: int) -> str:
         """The authors' module at an unrolled depth."""
-        if first and at == depth - 1:
+        if at >= shared.stop:
             return f"model.layers.{first + wrappers}"
         if config.router is None or at < first:
             return f"model.layers.{at}"
@@ -201,12 +201,7 @@ def _source_names(config: MoRConfig | LlamaConfig) -> Callable[[str], list[str]]
         parts = name.split(".")
         if parts[1] == "layers":
             rest = ".".join(parts[3:])
-            schedule = config.layer_schedule
-            return [
-                f"{layer(at)}.{rest}"
-                for at, unique in enumerate(schedule)
-                if unique == int(parts[2])
-            ]
+            return [f"{layer(at)}.{rest}" for at in schedule.depths_of(int(parts[2]))]
         if name == "model.recursion.bias":
             return [f"model.layers.{first}.router_bias"]
         if parts[1] == "recursion":

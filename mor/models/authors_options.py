@@ -159,8 +159,8 @@ def mor_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: an option that is unknown, or that no model here has.
     """
-    top = _Section(options)
-    top.refuse_unknown()
+    root = _Section(options)
+    root.refuse_unknown()
     _Section(options.get("model_config"), "model_config")
     recursive = _Section(options.get("recursive"), "recursive")
     kv_sharing = _Section(options.get("kv_sharing"), "kv_sharing")

@@ -1,5 +1,6 @@
 """The recursion-wise key/value cache as a layer of Transformers' caches."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,17 +9,50 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from mor.modules.packing import Packing
 
-__all__ = ["RecursionCacheLayer"]
+__all__ = ["Placement", "RecursionCacheLayer", "Slots"]
 
 #: Position of an unused slot: after every query, so that causal attention never reads it.
 _UNUSED = torch.iinfo(torch.int64).max
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where the rows of one forward call go in a cache of B sequences.
+
+    Attributes:
+        slots: [K] int64 place of each row among the B * capacity slots.
+        positions, lengths: see `RecursionCacheLayer`, the rows included.
+        cu_seqlens: [B + 1] int32 multiples of the capacity.
+        longest: upper bound of the lengths.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+class Placement:
+    """`Slots` for all layers that the same rows run one after another: their caches fill alike.
+
+    Attributes:
+        longest: most rows any sequence can have in this call.
+        found: None until the first layer appends.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.found: Slots | None = None
+
+
 class RecursionCacheLayer(CacheLayerMixin):
     """Keys and values of one unrolled layer, only of the tokens that were active there.
 
-    Each sequence has its own length, so a token that left early costs no slot, and a pad never has
-    one. Slots are reserved with room to grow: appending writes the new rows only.
+    Each sequence has its own length, so a token that exited early costs no slot, and a pad never
+    has one. Slots are reserved with room to grow: appending writes the new rows only. The layers of
+    one recursion hold the same positions and lengths, as the same tensors: `append` writes to them
+    once for all, and every other method that changes them makes new ones.
 
     Attributes:
         keys, values: [B, capacity, Hkv, head_dim].
@@ -50,7 +84,7 @@ class RecursionCacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
 
     def append(
-        self, keys: Tensor, values: Tensor, packing: Packing, longest: int
+        self, keys: Tensor, values: Tensor, packing: Packing, placement: Placement
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Adds the rows of one forward call.
 
@@ -58,7 +92,7 @@ class RecursionCacheLayer(CacheLayerMixin):
             keys: [K, Hkv, head_dim] of the active tokens.
             values: [K, Hkv, head_dim].
             packing: their sequences (the rows of the batch) and positions.
-            longest: most rows any sequence can have in this call.
+            placement: where they go; found here by the first of the layers that share it.
 
         Returns:
             keys and values [B * capacity, Hkv, head_dim], positions [B * capacity] and cu_seqlens
@@ -68,54 +102,66 @@ class RecursionCacheLayer(CacheLayerMixin):
             self.lazy_initialization(keys, values)
             shape = (packing.num_sequences, 0, *keys.shape[1:])
             self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-            self.positions = packing.positions.new_empty(shape[:2])
-            self.lengths = packing.positions.new_zeros(shape[0])
             self.is_initialized = True
         assert self.keys is not None and self.values is not None
-        assert self.positions is not None and self.lengths is not None
         if packing.num_sequences != self.keys.shape[0]:
             raise ValueError(
                 f"mor cache: expected {self.keys.shape[0]} sequences, got {packing.num_sequences}"
             )
-        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+        found = placement.found
+        if found is None:
+            found = placement.found = self._place(packing, placement.longest)
+        self.positions, self.lengths, self._longest = found.positions, found.lengths, found.longest
+        batch, capacity = found.positions.shape
+        if self.keys.shape[1] < capacity:
+            self.keys, self.values = _grow(self.keys, capacity), _grow(self.values, capacity)
+        elif self.keys.is_inference() and not torch.is_inference_mode_enabled():
             # Tensors made in inference mode cannot be updated in place outside it.
             self.keys, self.values = self.keys.clone(), self.values.clone()
-            self.positions, self.lengths = self.positions.clone(), self.lengths.clone()
-        # A graph keeps what it attended over, so nothing of it may be overwritten.
-        in_graph = keys.requires_grad or self.keys.requires_grad
-        self._reserve(longest)
-        batch, capacity = self.keys.shape[:2]
-        slots = packing.sequence_ids * capacity + self.lengths[packing.sequence_ids] + packing.ranks
-        flat = [x.flatten(0, 1) for x in (self.keys, self.values, self.positions)]
-        new = (keys, values, packing.positions)
-        if in_graph:
-            flat = [x.index_copy(0, slots, y) for x, y in zip(flat, new, strict=True)]
-            self.keys, self.values, self.positions = (
-                x.reshape(batch, capacity, *x.shape[1:]) for x in flat
+        flat = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        if keys.requires_grad or self.keys.requires_grad:
+            # A graph keeps what it attended over, so nothing of it may be overwritten.
+            flat = (
+                flat[0].index_copy(0, found.slots, keys),
+                flat[1].index_copy(0, found.slots, values),
             )
+            self.keys, self.values = (x.unflatten(0, (batch, capacity)) for x in flat)
         else:
-            for x, y in zip(flat, new, strict=True):
-                x.index_copy_(0, slots, y)
-        self.lengths = self.lengths + packing.cu_seqlens.diff()
-        steps = torch.arange(packing.num_sequences + 1, dtype=torch.int32, device=keys.device)
-        flat_keys, flat_values, flat_positions = flat
-        return flat_keys, flat_values, flat_positions, steps * capacity
+            flat[0].index_copy_(0, found.slots, keys)
+            flat[1].index_copy_(0, found.slots, values)
+        return *flat, found.positions.flatten(), found.cu_seqlens
 
-    def _reserve(self, more: int) -> None:
-        assert self.keys is not None and self.values is not None
-        assert self.positions is not None and self.lengths is not None
-        capacity = self.keys.shape[1]
-        if self._longest + more > capacity:
-            # The bound is loose where tokens left early: ask before growing.
-            self._longest = int(self.lengths.max()) if self.lengths.numel() else 0
-        self._longest += more
-        if self._longest <= capacity:
-            return
-        # One and a half times, and at least 64 slots more: appends stay O(1) on average.
-        grown = max(self._longest + 64, capacity + capacity // 2)
-        self.keys = _grow(self.keys, grown)
-        self.values = _grow(self.values, grown)
-        self.positions = _grow(self.positions, grown, _UNUSED)
+    def _place(self, packing: Packing, longest: int) -> Slots:
+        """Finds slots for the rows of a packing, at most `longest` of each sequence."""
+        positions, lengths = self.positions, self.lengths
+        if positions is None or lengths is None:
+            positions = packing.positions.new_empty(packing.num_sequences, 0)
+            lengths = packing.positions.new_zeros(packing.num_sequences)
+        capacity, bound = positions.shape[1], self._longest + longest
+        if bound > capacity:
+            # The bound is loose where tokens exited early: ask before growing.
+            bound = (int(lengths.max()) if lengths.numel() else 0) + longest
+        if bound > capacity:
+            # One and a half times, and at least 64 slots more: appends stay O(1) on average.
+            capacity = max(bound + 64, capacity + capacity // 2)
+            positions = _grow(positions, capacity, _UNUSED)
+        ids = packing.sequence_ids
+        slots = ids * capacity + lengths[ids] + packing.ranks
+        positions = positions.flatten()
+        if torch.is_grad_enabled() or (
+            positions.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            positions = positions.index_copy(0, slots, packing.positions)
+        else:
+            positions.index_copy_(0, slots, packing.positions)
+        return Slots(
+            slots,
+            positions.unflatten(0, (packing.num_sequences, capacity)),
+            lengths + packing.cu_seqlens.diff(),
+            torch.arange(packing.num_sequences + 1, dtype=torch.int32, device=slots.device)
+            * capacity,
+            bound,
+        )
 
     @property
     def num_columns(self) -> int:

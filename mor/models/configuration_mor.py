@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from mor.models.schedule import SHARINGS, Schedule
 from mor.modules.recursion import check_capacities
 from mor.modules.routers import GATINGS, ROUTER_TYPES, SCORE_FUNCTIONS
 
@@ -21,7 +22,6 @@ __all__ = ["ARCHITECTURES", "MoRConfig"]
 #: Dense architectures whose models are nothing but embedding, layers, norm and head: others scale
 #: embeddings or logits in places a recursion would skip (Gemma 3's embedding module scales itself).
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-SHARINGS = ("middle_cycle", "cycle", "middle_sequence", "sequence")
 KV_STRATEGIES = ("recursion", "shared", "hybrid")
 #: What Transformers itself adds to configurations, though they have no such field.
 _OF_SAVED_FILES = ("auto_map", "quantization_config")
@@ -66,7 +66,7 @@ class MoRConfig(PreTrainedConfig):
         router_balance_coef: weight of the balancing loss.
         router_bias_update_rate: u of loss-free balancing.
         router_z_coef: weight of the z-loss; 0 leaves it out.
-        capacity_warmup_steps: expert-choice, training forwards over which capacities fall from 1.
+        capacity_warmup_steps: expert-choice, training forwards in which capacities decrease from 1.
         balance_warmup_steps: token-choice, training forwards in which all tokens go all the way.
         relaxation: "lora" or "dora" gives every use of a shared layer its own low-rank adapter (by
             peft) and norms; None shares layers entirely.
@@ -196,43 +196,36 @@ class MoRConfig(PreTrainedConfig):
         return getattr(self.base_config, "layer_types", None)
 
     @property
+    def schedule(self) -> Schedule:
+        """Which layer runs at which unrolled depth, as the options say now."""
+        return Schedule.of_model(
+            self.num_hidden_layers, self.num_recursions, self.sharing, self.kv_strategy
+        )
+
+    @property
     def block_depth(self) -> int:
         """b, layers of the shared block (or, for the sequence strategies, of the repeated part)."""
-        ends = 2 if self.sharing.startswith("middle") else 0
-        return (self.num_hidden_layers - ends) // self.num_recursions
+        return self.schedule.block_depth
 
     @property
     def num_unique_layers(self) -> int:
         """Layers that have their own weights."""
-        return max(self.layer_schedule) + 1
+        return self.schedule.num_unique_layers
 
     @property
     def layer_schedule(self) -> list[int]:
         """The unique layer used at each unrolled depth (paper, table 1)."""
-        b, r = self.block_depth, self.num_recursions
-        if self.sharing.endswith("sequence"):
-            middle = [layer for layer in range(b) for _ in range(r)]
-        else:
-            middle = list(range(b)) * r
-        if not self.sharing.startswith("middle"):
-            return middle
-        return [0, *(layer + 1 for layer in middle), b + 1]
+        return list(self.schedule.layers)
 
     @property
     def layer_uses(self) -> list[int]:
         """How many earlier depths used the layer of each unrolled depth."""
-        schedule = self.layer_schedule
-        return [schedule[:depth].count(unique) for depth, unique in enumerate(schedule)]
+        return list(self.schedule.uses)
 
     @property
     def encoded_depths(self) -> list[int]:
-        """Unrolled depths whose output a recursion encoding multiplies: where a block ends.
-
-        For the sequence strategies a block is one layer.
-        """
-        first = 1 if self.sharing.startswith("middle") else 0
-        step = 1 if self.sharing.endswith("sequence") else self.block_depth
-        return list(range(first + step - 1, self.num_hidden_layers - first, step))
+        """Unrolled depths whose output a recursion encoding multiplies: where a block ends."""
+        return list(self.schedule.encoded_depths)
 
     def validate_layer_type(self) -> None:
         """The cache layers are mor's own, which Transformers' list does not know."""
@@ -312,7 +305,7 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"MoRConfig.num_recursions: expected at least 1, got {self.num_recursions}"
             )
-        if self.router is not None and self.sharing.endswith("sequence"):
+        if self.router is not None and not self.schedule.in_cycles:
             raise ValueError(
                 f"MoRConfig.sharing: {self.sharing} has no recursion step after which a token "
                 "could exit; use cycle or middle_cycle with a router, or router=None"
@@ -322,12 +315,12 @@ class MoRConfig(PreTrainedConfig):
                 f"MoRConfig.capacities: only expert-choice has capacities, got {self.capacities} "
                 f"with router {self.router!r}"
             )
-        ends = 2 if self.sharing.startswith("middle") else 0
         depth = self.num_hidden_layers
-        if depth - ends < self.num_recursions or (depth - ends) % self.num_recursions:
+        shared = depth - 2 * self.schedule.num_ends
+        if shared < self.num_recursions or shared % self.num_recursions:
             raise ValueError(
                 f"MoRConfig.num_recursions: {self.num_recursions} recursions must divide the "
-                f"{depth - ends} layers that {self.sharing} shares (base_config has "
+                f"{shared} layers that {self.sharing} shares (base_config has "
                 f"num_hidden_layers = {depth})"
             )
         if (self.relaxation or self.recursion_encoding) and self.num_recursions == 1:

@@ -29,13 +29,13 @@ def base_model(config: MoRConfig) -> Any:
 
 def _unique_layer_types(config: MoRConfig) -> list[str] | None:
     """Attention type of each unique layer: the one of all unrolled depths that use it."""
-    option, schedule = "MoRConfig.base_config", config.layer_schedule
-    types = layer_types_at(config.base_config, len(schedule), option)
+    option, schedule = "MoRConfig.base_config", config.schedule
+    types = layer_types_at(config.base_config, len(schedule.layers), option)
     if types is None:
         return None
     found = []
-    for unique in range(config.num_unique_layers):
-        depths = [depth for depth, layer in enumerate(schedule) if layer == unique]
+    for unique in range(schedule.num_unique_layers):
+        depths = schedule.depths_of(unique)
         used_as = [types[depth] for depth in depths]
         if len(set(used_as)) > 1:
             raise ValueError(

@@ -37,7 +37,7 @@ def source_layers(
     """
     if init not in INITIALISATIONS:
         raise ValueError(f"from_dense: expected init to be one of {INITIALISATIONS}, got {init!r}")
-    ends = 1 if config.sharing.startswith("middle") else 0
+    ends = config.schedule.num_ends
     wanted = config.num_unique_layers - 2 * ends
     first, last = ends, num_dense_layers - 1 - ends
     available = last - first + 1
@@ -66,19 +66,15 @@ def source_layers(
 
 def _sharing_depths(config: MoRConfig, num_dense_layers: int) -> list[list[int]]:
     """Dense layers at the depths of each shared unique layer, ends left out."""
-    schedule = config.layer_schedule
-    ends = 1 if config.sharing.startswith("middle") else 0
-    depths = range(ends, len(schedule) - ends)
+    schedule = config.schedule
     dense = dense_depths(config, num_dense_layers)
-    found: dict[int, list[int]] = {}
-    for depth in depths:
-        found.setdefault(schedule[depth], []).append(dense[depth])
-    return [sorted(set(layers)) for _, layers in sorted(found.items())]
+    layers = sorted({schedule.layers[depth] for depth in schedule.shared_depths})
+    return [sorted({dense[depth] for depth in schedule.depths_of(layer)}) for layer in layers]
 
 
 def dense_depths(config: MoRConfig, num_dense_layers: int) -> list[int]:
     """The dense layer at each unrolled depth: stretched over it, where the depths differ."""
-    ends = 1 if config.sharing.startswith("middle") else 0
+    ends = config.schedule.num_ends
     middle = config.num_hidden_layers - 2 * ends
     stretch = (num_dense_layers - 1 - 2 * ends) / max(middle - 1, 1)
     between = [ends + round(i * stretch) for i in range(middle)]

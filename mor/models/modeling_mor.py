@@ -30,14 +30,14 @@ from mor.models.cache import RecursionCacheLayer
 from mor.models.configuration_mor import MoRConfig
 from mor.models.construction import base_model, initialise, recursion
 from mor.models.conversion import initialise_from_dense, source_layers
+from mor.models.layer_pass import DecoderPass, Rotary
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.relaxation import initialise_adapters, relax
 from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
 from mor.models.targets import at_least_one, batch_share, num_targets
-from mor.models.unrolled import UnrolledLayers, states_of_all_tokens
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
-from mor.modules.packing import Packing, pack
+from mor.modules.packing import pack
 from mor.modules.recursion import RecursionOutput
 from mor.modules.token_choice import TokenChoice
 
@@ -117,22 +117,20 @@ class MoRModel(MoRPreTrainedModel):
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
-        self.schedule = config.layer_schedule
-        self.uses = config.layer_uses
-        self.encoded_depths = config.encoded_depths
+        self.schedule = config.schedule
         base = base_model(config)
         self.embed_tokens = base.embed_tokens
         self.layers = base.layers
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
-        # Gemma 3 turns windowed and full layers by different angles; others know one kind only.
+        # Gemma 3 rotates windowed and full layers by different angles; others have one kind only.
         one_kind = getattr(base.rotary_emb, "layer_types", None) is None
         self.rotary_types = [None] * len(base.layers) if one_kind else base.config.layer_types
         self.recursion = recursion(config)
         if isinstance(self.recursion, TokenChoice) and config.router_balancing == "loss_free":
             self._keep_in_fp32_modules_strict = ["recursion.bias"]
         self.recursion_encoding = (
-            nn.Parameter(torch.ones(len(self.encoded_depths), config.hidden_size))
+            nn.Parameter(torch.ones(len(self.schedule.encoded_depths), config.hidden_size))
             if config.recursion_encoding
             else None
         )
@@ -151,6 +149,11 @@ class MoRModel(MoRPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the token embedding."""
         self.embed_tokens = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read pickles of earlier versions too, whose schedule was a list."""
+        super().__setstate__(state)
+        self.schedule = self.config.schedule
 
     @property
     def routing_metrics(self) -> RoutingMetrics:
@@ -235,20 +238,25 @@ class MoRModel(MoRPreTrainedModel):
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states: list[Tensor] | None = [] if output_hidden_states else None
-        hidden = batch.pack(inputs_embeds)
-        if states is not None:
-            states.append(hidden)
+        hidden = embedded = batch.pack(inputs_embeds)
+        states: list[Tensor] = []
         if batch.packing.num_rows == 0:  # a chunk of pads: no layer has anything to do
             routing = RecursionOutput(hidden, batch.packing.positions)
-            if states is not None:
-                states += [hidden] * len(self.schedule)
+            states = [hidden] * len(self.schedule.layers)
         else:
-            call = UnrolledLayers(self, hidden, batch, past_key_values)
-            hidden, routing = self._run_all(hidden, call, states, generating)
+            call = DecoderPass(
+                self.layers,
+                self.schedule,
+                batch,
+                self._angles(hidden, batch.packing.positions),
+                layers,
+                keep_states=output_hidden_states,
+                rotary_types=self.rotary_types,
+                encoding=self.recursion_encoding,
+            )
+            hidden, routing = call.run_all(hidden, self.recursion, generating)
+            states = call.states
         hidden = self.norm(hidden)
-        if states is not None:
-            states[-1] = hidden
         before = layers[0].last_states if layers is not None else None
         if before is None and batch.past is not None and 0 in (batch.packing.lengths or ()):
             raise ValueError(
@@ -267,8 +275,8 @@ class MoRModel(MoRPreTrainedModel):
             last_hidden_state=unpacked,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(
-                tuple([*(batch.unpack(s) for s in states[:-1]), unpacked])
-                if states is not None
+                (*(batch.unpack(state) for state in (embedded, *states[:-1])), unpacked)
+                if output_hidden_states
                 else None
             ),
             token_depths=batch.unpack_masked(routing.depths, 0),
@@ -280,6 +288,14 @@ class MoRModel(MoRPreTrainedModel):
         )
         hand_over(output.router_loss, self.training)
         return output.to_tuple() if wants_tuple(return_dict, self.config) else output
+
+    def _angles(self, hidden: Tensor, positions: Tensor) -> Rotary:
+        """Rotary cos and sin of all rows, for all recursions: some depend on the call's length."""
+        at = hidden.unsqueeze(0), positions.unsqueeze(0)
+        return {
+            kind: self.rotary_emb(*at, *([] if kind is None else [kind]))
+            for kind in dict.fromkeys(self.rotary_types)
+        }
 
     def _uses_cache(self, use_cache: bool | None, cache: Cache | None, generating: bool) -> bool:
         """Whether this call fills a cache, given or new.
@@ -306,52 +322,6 @@ class MoRModel(MoRPreTrainedModel):
                 )
             return False
         return bool(use_cache)
-
-    def _run_all(
-        self, hidden: Tensor, call: UnrolledLayers, states: list[Tensor] | None, generating: bool
-    ) -> tuple[Tensor, RecursionOutput]:
-        """All unrolled layers on packed rows [N, D]; appends [N, D] to `states` after each."""
-        ends = 1 if self.config.sharing.startswith("middle") else 0
-        block_depth, last = self.config.block_depth, len(self.schedule) - 1
-        packing = call.packing
-        outputs: list[list[Tensor]] = []  # of the layers of each step, if states are wanted
-
-        def block(x: Tensor, current: Packing, step: int, rows: Tensor) -> Tensor:
-            first = ends + step * block_depth
-            with_dummy, at = torch.compiler.is_compiling() and current.lengths is None, rows
-            if with_dummy:
-                x, current, at = call.add_dummy_row(x, current, rows)
-            elif x.shape[0] == 0:
-                return call.run_without_rows(x, range(first, first + block_depth))
-            outputs.append([])
-            angles = call.angles if current is packing else call.rotary(at)
-            for depth in range(first, first + block_depth):
-                x = call.run(depth, x, current, angles, rows)
-                if states is not None:
-                    outputs[-1].append(x[:-1] if with_dummy else x)
-            return x[:-1] if with_dummy else x
-
-        if ends:
-            hidden = call.run(0, hidden, packing, call.angles)
-            if states is not None:
-                states.append(hidden)
-        if self.recursion is not None:
-            routing = self.recursion(hidden, packing, block, states is not None, generating)
-            hidden = routing.hidden
-        else:
-            for depth in range(ends, last + 1 - ends):
-                hidden = call.run(depth, hidden, packing, call.angles)
-                if states is not None:
-                    states.append(hidden)
-            depths = torch.full_like(packing.positions, self.config.num_recursions)
-            routing = RecursionOutput(hidden, depths)
-        if states is not None and self.recursion is not None:
-            states.extend(states_of_all_tokens(routing, outputs, block_depth))
-        if ends:
-            hidden = call.run(last, hidden, packing, call.angles)
-            if states is not None:
-                states.append(hidden)
-        return hidden, routing
 
 
 class MoRForCausalLM(TellsLostLosses, MoRPreTrainedModel, GenerationMixin):

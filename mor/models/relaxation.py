@@ -36,9 +36,9 @@ def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
     Reference: MoR paper, appendix (relaxation), after Relaxed Recursive Transformers
     (arXiv 2410.20672).
     """
-    schedule = config.layer_schedule
+    schedule = config.schedule
     for unique, layer in enumerate(layers):
-        uses = schedule.count(unique)
+        uses = len(schedule.depths_of(unique))
         if uses == 1:
             continue
         linears = _linears(layer, config.relaxation_targets)
@@ -49,7 +49,8 @@ def relax(layers: nn.ModuleList, config: MoRConfig) -> None:
             and next(module.parameters(False), None) is not None
         ]
         for use in range(uses):
-            unread = _OF_KEYS if use and config.kv_strategy == "shared" else ()
+            depth = schedule.depths_of(unique)[use]
+            unread = () if schedule.computes_kv(depth) else _OF_KEYS
             names = [name for name in linears if name not in unread]
             # The first use keeps the layer's own norms.
             copies = [name for name in norms if use and name not in unread]
@@ -140,7 +141,7 @@ class _Adapted(Derived):
     """Before the class of one of peft's layers: its adapter is that of the use being computed.
 
     Not by peft's `set_adapter`, which changes the module, that other threads may be using, and
-    stops the gradients of the adapters it turns off, those of the uses before among them.
+    stops the gradients of the adapters it switches off, those of the uses before among them.
     """
 
     def names_for(self, use: int) -> list[str]:
@@ -208,9 +209,9 @@ def start_from_dense(
         config: the MoR configuration.
         depths: the dense layer of each unrolled depth.
     """
-    schedule = config.layer_schedule
-    for unique, use, source_depth in zip(schedule, config.layer_uses, depths, strict=True):
-        if schedule.count(unique) == 1:
+    schedule = config.schedule
+    for unique, use, source_depth in zip(schedule.layers, schedule.uses, depths, strict=True):
+        if len(schedule.depths_of(unique)) == 1:
             continue
         adapter = f"{_PREFIX}{use}"
         layer, dense = layers[unique], dense_layers[source_depth]

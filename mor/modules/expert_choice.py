@@ -51,17 +51,19 @@ class ExpertChoice(nn.Module):
         score: turns logits into gates.
         gating: "weighted", "additive" for `H_t + f(H)_t` or "residual" for
             `H_t + g_t (f(H)_t - H_t)`.
-        aux: "loss" trains the router itself to predict its selection; "router" trains a separate
-            mlp-free twin on detached states and uses it in causal evaluation; None does neither.
+        aux: "loss" trains the router itself to predict its selection; "router" trains a second
+            router of the same type on detached states, which decides in causal evaluation; None
+            does neither.
         train_routing: "topk", or "threshold" to select in training as in evaluation: what a trainer
             needs that compares the two (DPO, KTO). The router still learns the k best tokens.
         eval_routing: "threshold", or "topk" to reproduce published numbers (looks at later tokens).
-        capacity_warmup_steps: training forward calls over which capacities fall from 1 to c_r. With
+        capacity_warmup_steps: training forward calls over which capacities decrease from 1 to c_r.
+            With
             a checkpoint around the module, a backward pass must follow each of these calls: the
             recomputation takes the capacities of the last one.
 
     Raises:
-        ValueError: capacities that rise, leave (0, 1] or are not R; unknown options.
+        ValueError: capacities that increase, are outside (0, 1] or are not R; unknown options.
 
     Reference: MoR paper, section 2.2.1.
     """
@@ -211,10 +213,10 @@ class ExpertChoice(nn.Module):
         """Capacities of a call that learns; a recomputation has those of the call it repeats."""
         if self.capacity_warmup_steps == 0:
             return self.capacities
-        left = _warmed_up(int(self.warmup_step) - (not counts), self.capacity_warmup_steps)
+        rest = _warmup_rest(int(self.warmup_step) - (not counts), self.capacity_warmup_steps)
         if counts:
             self.warmup_step += 1
-        return [c + (1 - c) * left for c in self.capacities]
+        return [c + (1 - c) * rest for c in self.capacities]
 
     def _select_topk(
         self, logits: Tensor, packing: Packing, total: tuple[int, ...] | None, capacity: float
@@ -237,8 +239,8 @@ class ExpertChoice(nn.Module):
         return local, packing.select(local, lengths=wanted)
 
 
-def _warmed_up(steps: int, warmup: int) -> float:
-    """Share of a warm-up that is left, 1 to 0 by a half cosine."""
+def _warmup_rest(steps: int, warmup: int) -> float:
+    """Share of a warm-up that is still to come, 1 to 0 by a half cosine."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, steps / warmup)))
 
 

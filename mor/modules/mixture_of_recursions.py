@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mor.modules.block_arguments import BlockArguments
+from mor.modules.block_arguments import BlockArguments, CallArguments
 from mor.modules.expert_choice import ExpertChoice
-from mor.modules.packing import Packing, pack
+from mor.modules.layer_pass import LayerPass
+from mor.modules.packing import PackedBatch, Packing, pack
 from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
@@ -130,59 +131,75 @@ class MixtureOfRecursions(nn.Module):
                 (batch_size, length), self.num_recursions, device=hidden.device
             )
             return result
-        arguments = self.arguments.of_call(given, batch_size, length)
-        extra: list[Any] = []
-
-        def call(x: Tensor, sequences: Tensor | None, tokens: Tensor | None) -> Tensor:
-            if sequences is None or tokens is None:
-                cut = arguments.of_no_token()
-            else:
-                together = arguments.cut(sequences, tokens)
-                if together is None:
-                    alone = zip(x.split(1), sequences.split(1), tokens.split(1), strict=True)
-                    return torch.cat([call(*one) for one in alone])
-                cut = together
-            result = self.block(x, *cut[0], **cut[1])
-            extra[:] = [result]
-            return _first(result).to(x.dtype)  # autocast may have made it narrower
-
-        def block(x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
-            if x.shape[0] > 0:
-                return _by_length(call, x, packing, batch.columns[rows])
-            # Nobody takes this step; the block still runs, so that every process calls it: on the
-            # first token, from which attention would not be NaN.
-            first = None if everyone is None else everyone[:1]
-            if first is None and batch_size * length > 0:
-                first = torch.zeros(1, dtype=torch.int64, device=x.device)
-            if first is None or first.shape[0] == 0:
-                dropped = call(x.new_zeros(1, 1, width) + 0 * x.sum(), None, None)
-            else:
-                dropped = call(
-                    x.new_zeros(1, 1, width) + 0 * x.sum(),
-                    first // length,
-                    (first % length).unsqueeze(1),
-                )
-            return dropped.reshape(1, -1)[:0]
-
         batch = pack((batch_size, length), hidden.device, token_mask)
-        everyone = batch.rows
+        arguments = self.arguments.of_call(given, batch_size, length)
+        layers = _BlockPass(self.block, arguments, batch)
         packed = batch.pack(hidden)
         if self.recursion is None:
             rows = torch.arange(packed.shape[0], device=packed.device)
             depths = torch.full_like(rows, self.num_recursions)
             out = packed
             for step in range(self.num_recursions):
-                out = block(out, batch.packing, step, rows)
+                out = layers(out, batch.packing, step, rows)
         else:
-            routing = self.recursion(packed, batch.packing, block)
+            routing = self.recursion(packed, batch.packing, layers)
             self._last.output = routing
             out, depths = routing.hidden, routing.depths
         self._last.token_depths = batch.unpack_masked(depths, 0)
-        if everyone is not None:
-            out = hidden.reshape(-1, width).index_copy(0, everyone, out)
+        if batch.rows is not None:
+            out = hidden.reshape(-1, width).index_copy(0, batch.rows, out)
         out = out.reshape(batch_size, length, width)
-        result = extra[0]
+        result = layers.last_result(hidden)
         return (out, *result[1:]) if isinstance(result, tuple) else out
+
+
+class _BlockPass(LayerPass):
+    """A wrapped block during one forward call, on sequences [b, k, D] of its tokens.
+
+    Args:
+        block: the module.
+        arguments: its other arguments in this call.
+        batch: how the batch was packed.
+    """
+
+    def __init__(self, block: nn.Module, arguments: CallArguments, batch: PackedBatch) -> None:
+        self.block, self.arguments, self.batch = block, arguments, batch
+        self._result: Any = None
+        self._was_called = False
+
+    def run(self, x: Tensor, packing: Packing, step: int, rows: Tensor) -> Tensor:
+        """The block on rows [K, D], at least one."""
+        return _by_length(self._call_some, x, packing, self.batch.columns[rows])
+
+    def run_dummy_row(self, x: Tensor, step: int) -> Tensor:
+        """The block on a row [1, D] with the arguments of a token, or of none if there is none."""
+        batch_size, length = self.batch.shape
+        first = None if self.batch.rows is None else self.batch.rows[:1]
+        if first is None and batch_size * length > 0:
+            first = torch.zeros(1, dtype=torch.int64, device=x.device)
+        if first is None or first.shape[0] == 0:
+            cut: Any = self.arguments.of_no_token()
+        else:  # of the first token, from which attention is not NaN
+            cut = self.arguments.cut(first // length, (first % length).unsqueeze(1))
+        return self._call(x.unsqueeze(0), cut).reshape(1, -1)
+
+    def last_result(self, hidden: Tensor) -> Any:
+        """What the block returned in its last call; its form is known from a call alone."""
+        if not self._was_called:
+            self.run_dummy_row(hidden.new_zeros(1, hidden.shape[-1]), 0)
+        return self._result
+
+    def _call_some(self, x: Tensor, sequences: Tensor, tokens: Tensor) -> Tensor:
+        """The block on tokens [b, k] of some sequences, one by one where arguments need it."""
+        cut = self.arguments.cut(sequences, tokens)
+        if cut is None:
+            alone = zip(x.split(1), sequences.split(1), tokens.split(1), strict=True)
+            return torch.cat([self._call_some(*one) for one in alone])
+        return self._call(x, cut)
+
+    def _call(self, x: Tensor, cut: Any) -> Tensor:
+        self._result, self._was_called = self.block(x, *cut[0], **cut[1]), True
+        return _first(self._result).to(x.dtype)  # autocast may have made it narrower
 
 
 def _first(result: Any) -> Tensor:

@@ -35,7 +35,7 @@ __all__ = ["TokenChoice"]
 class TokenChoice(nn.Module):
     """Token-choice routing: one decision before the first recursion, causal by construction.
 
-    A token of depth i leaves after recursion i with `x + g * f^i(x)`, g the score of its choice; as
+    A token of depth i exits after recursion i with `x + g * f^i(x)`, g the score of its choice; as
     the authors' code, and unlike the paper's equation, there is no gate between recursions.
 
     Args:
@@ -171,7 +171,7 @@ class TokenChoice(nn.Module):
         return biased.detach().argmax(dim=-1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TokenChoice":
-        """Moves the module, and leaves the bias in float32: bfloat16 would round its steps away."""
+        """Moves the module, and keeps the bias in float32: bfloat16 would round its steps away."""
         kept = self._buffers.get("bias")
         super()._apply(fn, recurse)
         moved = self._buffers.get("bias")

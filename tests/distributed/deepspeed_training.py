@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from mor.callbacks import UpdateRouterBias
+from mor.training.callbacks import UpdateRouterBias
 from tests.distributed.training import batch_of, model_of
 
 STEPS, SAVED_AFTER = 4, 2

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from mor.options import RunOptions
-from mor.run import prepare_run, train
+from mor.training.options import RunOptions
+from mor.training.run import prepare_run, train
 
 
 def main(options: dict, whole: Path, killed: Path, kill_step: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mor.options import RunOptions
-from mor.run import prepare_run, train
+from mor.training.options import RunOptions
+from mor.training.run import prepare_run, train
 from tests.distributed.interrupted_run import main
 from tests.distributed.launch import torchrun
 

@@ -16,7 +16,7 @@ def train(folder: Path, batch_size: int) -> list[float]:
     """The auxiliary routers after two steps."""
     from datasets import Dataset
 
-    from mor.trl import RouterLossMixin
+    from mor.training.trl import RouterLossMixin
     from tests.distributed.training import VOCAB, model_of
 
     rows = torch.randint(1, VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from mor import MoRConfig, MoRForCausalLM
-from mor.distributed import save_consolidated, shard
+from mor.training.distributed import save_consolidated, shard
 
 STEPS, SAVED_AFTER, LENGTH, VOCAB = 4, 2, 16, 97
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import mor
-from mor.trl import RouterLossMixin
+from mor.training.trl import RouterLossMixin
 
 from .conftest import ROUTING, TEXTS, VOCAB, tiny_model
 

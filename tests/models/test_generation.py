@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
+
+from mor.analysis import flops_breakdown
 
 from .conftest import small_model
 
@@ -175,3 +178,106 @@ def test_cache_refuses_another_batch_size():
     cache = model(prompts(2, 4), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="expected 2 sequences, got 3"):
         model(prompts(3, 1), past_key_values=cache)
+
+
+def with_depths(model: torch.nn.Module, depth: int) -> torch.nn.Module:
+    """The model, whose router sends every token through the same number of recursions."""
+    recursion = model.model.recursion
+    for step, router in enumerate(getattr(recursion, "routers", None) or [recursion.router]):
+        logits = torch.full((3,), -50.0)
+        logits[depth - 1] = 50.0
+        if hasattr(recursion, "routers"):
+            logits = torch.tensor([50.0 if step < depth else -50.0])
+        # The router's product stays, so that it is counted; its result is a constant.
+        router.register_forward_hook(lambda module, args, out, to=logits: 0 * out + to)
+    return model
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda depth: f"depth{depth}")
+def exiting(request, variant) -> tuple[torch.nn.Module, int]:
+    """A model all of whose tokens exit after the same recursion, and that recursion's number."""
+    if variant.get("router") is None or "router_aux" in variant:
+        pytest.skip("no single router decides")
+    return with_depths(small_model(**variant).eval(), request.param), request.param
+
+
+def count_layer_calls(model: torch.nn.Module) -> list[int]:
+    """A list that grows by one for each call of a decoder layer from now on."""
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *args, index=index: calls.append(index))
+    return calls
+
+
+def test_a_recursion_that_no_token_takes_runs_no_layer(exiting):
+    model, depth = exiting
+    tokens = prompts(2, 5)
+    expected = model.config.num_hidden_layers - (3 - depth) * model.config.block_depth
+    calls = count_layer_calls(model)
+    with torch.no_grad():
+        output = model(tokens)
+    assert output.token_depths.unique().tolist() == [depth]
+    assert len(calls) == expected
+    calls.clear()
+    model(tokens)  # with gradients every process runs every layer
+    assert len(calls) == model.config.num_hidden_layers
+
+
+def test_steps_without_tokens_are_decoded_as_in_the_full_forward(exiting):
+    """Greedy, in a padded batch, after a crop and from a reused prompt; and beams."""
+    model, _ = exiting
+    tokens, mask = padded([7, 3, 6], "left")
+    sequences, logits = generate_greedily(model, tokens, mask, steps=5)
+    for row, n in enumerate([7, 3, 6]):
+        with torch.no_grad():
+            full = model(sequences[row : row + 1, 7 - n :]).logits[0, n - 1 : -1]
+        torch.testing.assert_close(logits[row], full, atol=1e-4, rtol=0)
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        cache.crop(-2)
+        again = model(tokens[:, -2:], attention_mask=mask, past_key_values=cache).logits
+        full = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(again, full[:, -2:], atol=1e-4, rtol=0)
+    cache.crop(-1)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **options), sequences)
+    beams = {**options, "num_beams": 3}
+    assert torch.equal(
+        model.generate(tokens, **beams), model.generate(tokens, use_cache=False, **beams)
+    )
+
+
+def test_tokens_of_other_depths_follow_steps_without_tokens(variant):
+    """What exits early leaves a cache that deeper tokens go on from."""
+    if variant.get("router") is None or "router_aux" in variant:
+        pytest.skip("no single router decides")
+    model = small_model(**variant).eval()
+    shallow = with_depths(small_model(**variant).eval(), 1)
+    shallow.load_state_dict(model.state_dict())
+    tokens = prompts(2, 9)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for column in range(5):
+            shallow(tokens[:, column : column + 1], past_key_values=cache)
+        stepwise = [
+            model(piece, past_key_values=cache).logits for piece in tokens[:, 5:].split(1, 1)
+        ]
+        other = DynamicCache(config=model.config)
+        shallow(tokens[:, :5], past_key_values=other)
+        at_once = model(tokens[:, 5:], past_key_values=other).logits
+    torch.testing.assert_close(torch.cat(stepwise, 1), at_once, atol=1e-4, rtol=0)
+
+
+def test_analysis_predicts_the_products_of_decoding(exiting):
+    model, depth = exiting
+    prompt, new = 6, 5
+    tokens = prompts(1, prompt)
+    shares = [1.0] * depth + [0.0] * (3 - depth)
+    length = prompt + new - 1
+    expected = flops_breakdown(model.config, length, shares)
+    head = expected.pop("head") * new  # generation has logits of the last column alone
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.generate(tokens, max_new_tokens=new, do_sample=False)
+    assert counter.get_total_flops() == round(sum(expected.values()) * length + head)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import mor
-from mor.models.routed_layers import RoutedLayers
+from mor.models.swap.routed_layers import RoutedLayers
 from mor.modules import RouterScore
 
 from .conftest import check_causal_evaluation, small_model

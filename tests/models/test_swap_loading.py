@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import mor
-from mor.models.routed_layers import RoutedLayers
+from mor.models.swap.routed_layers import RoutedLayers
 
 from .conftest import small_llama, small_swapped
 from .test_generation import prompts

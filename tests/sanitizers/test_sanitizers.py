@@ -19,6 +19,7 @@ pytestmark = [
 #: What a worker of pytest-xdist has, which computes in one thread: these tests are about threads.
 OF_A_WORKER = ("PYTEST_XDIST_WORKER", "OMP_NUM_THREADS")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+TARGETS = {"address": ["_ops", "_host"], "thread": ["_ops"]}  # the scheduler has no threads
 OPTIONS = {
     # Python frees nothing at its end; PyTorch and Python may hand memory across.
     "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
@@ -70,7 +71,7 @@ def sanitizer(request: pytest.FixtureRequest) -> str:
     options.append(f"-Dpybind11_DIR={pybind.stdout.strip()}")
     commands = (
         ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", *options],
-        ["cmake", "--build", folder, "--target", "_ops"],
+        ["cmake", "--build", folder, "--target", *TARGETS[name]],
     )
     with only_one_builds(folder):
         for command in commands:
@@ -94,7 +95,7 @@ def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         **{name: value for name, value in os.environ.items() if name not in OF_A_WORKER},
         **OPTIONS,
         "LD_PRELOAD": ":".join(found),
-        "MOR_INSTRUMENTED": str(ROOT / "build" / f"sanitize-{sanitizer}" / "_ops.so"),
+        "MOR_INSTRUMENTED": str(ROOT / "build" / f"sanitize-{sanitizer}"),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), *sys.path]),
         "PYTHONMALLOC": "malloc",
     }
@@ -116,6 +117,17 @@ def test_seeded_bug_is_found(sanitizer: str, bug: str) -> None:
 def test_thread_local_after_a_pointer_is_no_huge_block(sanitizer: str) -> None:
     done = run(sanitizer, "-c", THREAD_LOCAL)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("sanitizer", ["address"], indirect=True)
+def test_scheduler(sanitizer: str) -> None:
+    """Its 100,000 random operations, too."""
+    done = run(
+        sanitizer, "-m", "pytest", "-qx", "-p", "instrumented", "-p", "no:cacheprovider",
+        "tests/host",
+    )  # fmt: skip
+    print(done.stdout[-200:])
+    assert done.returncode == 0, done.stdout[-8000:]
 
 
 @pytest.mark.parametrize("sanitizer", RUNTIMES, indirect=True)

@@ -4,8 +4,8 @@
 
 #include <immintrin.h>
 
-#include "isa.h"
-#include "vec.h"
+#include "csrc/cpu/simd/isa.h"
+#include "csrc/cpu/simd/vec.h"
 
 namespace mor {
 namespace MOR_ISA {

@@ -1,7 +1,7 @@
 // 2^x for vectors of floats. Included by *.simd.cpp only.
 #pragma once
 
-#include "vec.h"
+#include "csrc/cpu/simd/vec.h"
 
 namespace mor {
 namespace MOR_ISA {

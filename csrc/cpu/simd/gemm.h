@@ -9,9 +9,9 @@
 
 #include <type_traits>
 
-#include "vec.h"
+#include "csrc/cpu/simd/vec.h"
 #if defined(__AMX_BF16__)
-#include "amx.h"
+#include "csrc/cpu/simd/amx.h"
 #endif
 
 namespace mor {

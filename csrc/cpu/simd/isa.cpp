@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "csrc/cpu/simd/isa.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-#include "../../checks.h"
+#include "csrc/checks.h"
 
 namespace mor {
 namespace {

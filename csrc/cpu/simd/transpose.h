@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "vec.h"
+#include "csrc/cpu/simd/vec.h"
 
 namespace mor {
 namespace MOR_ISA {
