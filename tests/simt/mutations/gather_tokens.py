@@ -63,4 +63,11 @@ MUTATIONS = [
         "return int64_t(65535) * (kRowThreads / 32);",
         "wide",
     ),
+    Mutation(
+        "strides between the rows are dropped",
+        "rows/gather_tokens.cu",
+        "x.stride * item, dims.width * item,",
+        "dims.width * item, dims.width * item,",
+        "test_gather_tokens or columns",
+    ),
 ]

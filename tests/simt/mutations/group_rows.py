@@ -87,4 +87,19 @@ MUTATIONS = [
         "ragged",
         build="race",
     ),
+    Mutation(
+        "int32 keys are read as int64",
+        "routing/group_rows.cu",
+        "run(int32_t{});",
+        "run(int64_t{});",
+        "test_group_rows or sequence",
+    ),
+    Mutation(
+        "no room for the total of the counts",
+        "routing/group_rows.cu",
+        "num_keys * num_chunks + 1",
+        "num_keys * num_chunks",
+        "test_group_rows",
+        build="asan",
+    ),
 ]

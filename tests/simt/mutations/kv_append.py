@@ -83,4 +83,18 @@ MUTATIONS = [
         "middle",
         build="asan",
     ),
+    Mutation(
+        "elements are read as if they were contiguous",
+        "kv/kv_append.cu",
+        "k = last_contiguous(k_in)",
+        "k = k_in",
+        "test_kv_append",
+    ),
+    Mutation(
+        "the kernel runs on whichever device is current",
+        "kv/kv_append.cu",
+        "  const DeviceGuard guard(k_cache.get_device_index());\n",
+        "",
+        "test_kv_append",
+    ),
 ]

@@ -72,4 +72,19 @@ MUTATIONS = [
         "middle",
         build="asan",
     ),
+    Mutation(
+        "no room for the end of the last sequence",
+        "kv/kv_gather.cu",
+        "{dims.num_entries + 1}",
+        "{dims.num_entries}",
+        "test_kv_gather",
+        build="asan",
+    ),
+    Mutation(
+        "lengths are read as if they were contiguous",
+        "kv/kv_gather.cu",
+        "seq_lens = as_contiguous(seq_lens_in)",
+        "seq_lens = seq_lens_in",
+        "test_kv_gather",
+    ),
 ]

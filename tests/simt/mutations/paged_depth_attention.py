@@ -113,4 +113,19 @@ MUTATIONS = [
         "sees ? top + log_acc(sum)",
         "test_paged_depth_attention and decode",
     ),
+    Mutation(
+        "room for one part, however many there are",
+        "attention/paged_depth_attention.cu",
+        "splits > 1 ? splits * rows : 0",
+        "splits > 1 ? rows : 0",
+        "test_paged_depth_attention or fused",
+        build="asan",
+    ),
+    Mutation(
+        "an empty call is launched",
+        "attention/paged_depth_attention.cu",
+        "if (rows == 0 || dims.num_entries == 0) return {out, lse};\n",
+        "",
+        "test_paged_depth_attention",
+    ),
 ]

@@ -93,4 +93,18 @@ MUTATIONS = [
         "int32_t(start + before)",
         "do_not_fit",
     ),
+    Mutation(
+        "float64 thresholds are read as float32",
+        "routing/route_threshold.cu",
+        "each->scalar_type() == ScalarType::Double",
+        "false",
+        "test_route_threshold and float64",
+    ),
+    Mutation(
+        "no sequences leave the rows unwritten",
+        "routing/route_threshold.cu",
+        "    if (dims.num_sequences == 0) torch::stable::fill_(*rows, -1);\n",
+        "",
+        "test_route_threshold",
+    ),
 ]

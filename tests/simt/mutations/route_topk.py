@@ -108,4 +108,19 @@ MUTATIONS = [
         "earlier + 1 < b; earlier += kRouteThreads",
         "one_k_for_all",
     ),
+    Mutation(
+        "protected rows alone get no totals",
+        "routing/route_topk.cu",
+        "candidates.has_value() || protected_rows.has_value()",
+        "candidates.has_value()",
+        "test_route_topk",
+        build="asan",
+    ),
+    Mutation(
+        "candidates are read as if they were contiguous",
+        "routing/route_topk.cu",
+        "candidates = as_contiguous(candidates_in);\n  const auto protected",
+        "candidates = candidates_in;\n  const auto protected",
+        "test_route_topk",
+    ),
 ]

@@ -121,4 +121,26 @@ MUTATIONS = [
         "test_scatter_tokens_backward",
         dtype="bfloat16",
     ),
+    Mutation(
+        "the result in place stays in the copy",
+        "rows/scatter_tokens.cu",
+        "    torch::stable::copy_(base, copy);\n",
+        "",
+        "in_place",
+    ),
+    Mutation(
+        "indices are read as if they were contiguous",
+        "rows/scatter_tokens.cu",
+        "const Tensor rows = as_contiguous(rows_in);\n  Tensor scratch",
+        "const Tensor rows = rows_in;\n  Tensor scratch",
+        "test_scatter_tokens and float32",
+    ),
+    Mutation(
+        "room for the first update of a row, none for the last",
+        "rows/row_sums.h",
+        "{2 * num_rows}",
+        "{num_rows}",
+        "test_scatter_tokens and float32",
+        build="asan",
+    ),
 ]

@@ -77,4 +77,19 @@ MUTATIONS = [
         "amax_backward",
         build="asan",
     ),
+    Mutation(
+        "only the mean needs room for totals, and has none",
+        "rows/segment_reduce.cu",
+        "{mean ? num_segments : 0}",
+        "{0}",
+        "test_segment_reduce and mean",
+        build="asan",
+    ),
+    Mutation(
+        "totals of float64 are float32",
+        "rows/segment_reduce.cu",
+        "is_double ? ScalarType::Double : ScalarType::Float",
+        "ScalarType::Float",
+        "test_segment_reduce and mean and float64",
+    ),
 ]
