@@ -38,7 +38,9 @@ if _TYPE_CHECKING or not _is_command():
     )
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
-_SUBMODULES = ("analysis", "data", "models", "modules", "ops", "training", *_NEW_PATHS)
+_SUBMODULES = (
+    "analysis", "data", "models", "modules", "ops", "schedules", "training", *_NEW_PATHS,
+)  # fmt: skip
 
 __all__ = [
     "MoRConfig",
