@@ -11,7 +11,8 @@ together.
 import functools
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,17 @@ from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
 from mor.models.swap.routed_layers import RoutedLayers, SwapCall
 from mor.models.targets import at_least_one, batch_share, num_targets
+from mor.modules.mixture_of_depths import depth_options
 
-__all__ = ["coefficients_of", "install", "saved_config", "span_of", "swapped_class"]
+__all__ = [
+    "caller_of",
+    "coefficients_of",
+    "install",
+    "saved_config",
+    "span_of",
+    "swapped_class",
+    "uninstall",
+]
 
 #: In the saved configuration, so that Auto classes refuse what they would load as a dense model.
 _SAVED_MODEL_TYPE = "mor_swap"
@@ -64,47 +74,140 @@ _PASSED_ON = (
 _COEFFICIENTS = {"aux_loss": 0.001, "balancing_loss": 0.1, "z_loss": 1e-5}
 
 
-def install(model: PreTrainedModel, settings: dict[str, Any]) -> RoutedLayers:
-    """Puts the routed block that `settings` describe (see `swap`) into a dense model."""
+@dataclass(frozen=True)
+class _Block:
+    """A routed block to be put into a dense model: `RoutedLayers` in place of `span`."""
+
+    span: range
+    kept: int
+    slots: Sequence[int]
+    num_recursions: int
+    router: str
+    options: Mapping[str, Any]
+
+
+def install(model: PreTrainedModel, settings: dict[str, Any]) -> list[RoutedLayers]:
+    """Puts the routed blocks that `settings` describe (see `swap`, `apply_mod`) into a dense model.
+
+    Raises:
+        ValueError: see `swap`; the model is left as it was.
+    """
+    coefficients_of(settings)
+    stack, where = model.model.layers, caller_of(settings)
+    if where == "apply_mod":
+        blocks = _depth_blocks(len(stack), settings)
+    else:
+        blocks = [_recursed_block(len(stack), settings)]
+    if any(isinstance(layer, RoutedLayers) for layer in stack):
+        raise ValueError(f"{where}: the model has routed layers already")
+    check_attention(model.config, where)
+    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
+    if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
+        raise ValueError(
+            f"{where}: expected layers of one attention type, got {kinds}; see MoRConfig"
+        )
+    layers, routed, end = [], [], 0
+    for block in blocks:
+        made = RoutedLayers(
+            stack[block.span.start : block.span.start + block.kept],
+            model.config,
+            block.slots,
+            block.num_recursions,
+            block.router,
+            where=where,
+            **block.options,
+        )
+        made.train(model.training)
+        layers += [*stack[end : block.span.start], made]
+        end = block.span.stop
+        routed.append(made)
+    model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
+    model.model.layers = nn.ModuleList([*layers, *stack[end:]])
+    model.model.layers.training = model.training
+    # What the Trainer does not gather when it evaluates.
+    model.config.keys_to_ignore_at_inference = MoRConfig.keys_to_ignore_at_inference
+    return routed
+
+
+def uninstall(model: Any) -> None:
+    """Puts the layers of routed blocks back: the model is dense again, with the same weights.
+
+    Raises:
+        ValueError: a block whose layers stood for others, which are gone.
+    """
+    stack = model.model.layers
+    blocks = [layer for layer in stack if isinstance(layer, RoutedLayers)]
+    if any(len(block.slots) != len(block.layers) for block in blocks):
+        raise ValueError(
+            "remove: expected layers that are used once, got a block whose layers recur: the "
+            "layers that it replaced are gone; load the dense model again"
+        )
+    for block in blocks:
+        for layer in block.layers:
+            layer.get_submodule("self_attn").config = model.config
+    dense = [one for layer in stack for one in (layer.layers if layer in blocks else [layer])]
+    model.model.layers = nn.ModuleList(dense)
+    model.model.layers.training = model.training
+    model.model.__class__ = model.model.dense_class
+    model.__class__ = model.dense_class
+    del model.config.mor_swap
+    vars(model.config).pop("keys_to_ignore_at_inference", None)
+
+
+def caller_of(settings: Mapping[str, Any]) -> str:
+    """The function that was given these settings; begins the errors."""
+    return "apply_mod" if settings.get("system") == "mod" else "swap"
+
+
+def _depth_blocks(num_layers: int, settings: dict[str, Any]) -> list[_Block]:
+    """One layer each, wherever the capacity is below 1."""
+    options = {k: v for k, v in settings.items() if k not in ("system", "loss_coefficients")}
+    ratios = options.pop("ratios")
+    if len(ratios) != num_layers:
+        raise ValueError(
+            f"apply_mod: capacity: expected a ratio for each of the {num_layers} layers, got "
+            f"{len(ratios)}"
+        )
+    return [
+        _Block(
+            range(index, index + 1),
+            1,
+            [index],
+            1,
+            "expert",
+            depth_options("apply_mod", ratio, options),
+        )
+        for index, ratio in enumerate(ratios)
+        if ratio < 1
+    ]
+
+
+def _recursed_block(num_layers: int, settings: dict[str, Any]) -> _Block:
     options = dict(settings)
     layers, num_recursions, router = (
         options.pop(name) for name in ("layers", "num_recursions", "router")
     )
     options.pop("loss_coefficients", None)
-    coefficients_of(settings)
-    stack, span = model.model.layers, span_of(layers)
-    if not 0 <= span.start < span.stop <= len(stack):
+    span = span_of(layers)
+    if not 0 <= span.start < span.stop <= num_layers:
         got = layers if isinstance(layers, int) else (span.start, span.stop)
         raise ValueError(
-            f"swap: expected the index of a layer below {len(stack)}, or (first, end) with "
-            f"0 <= first < end <= {len(stack)}, got {got}"
+            f"swap: expected the index of a layer below {num_layers}, or (first, end) with "
+            f"0 <= first < end <= {num_layers}, got {got}"
         )
     if num_recursions < 1:
         raise ValueError(f"swap: expected num_recursions of at least 1, got {num_recursions}")
-    slots, kept = list(span), list(stack[span.start : span.stop])
+    slots, kept = list(span), len(span)
     if isinstance(layers, int):
-        slots += range(len(stack), len(stack) + num_recursions - 1)
+        slots += range(num_layers, num_layers + num_recursions - 1)
     elif len(span) % num_recursions:
         raise ValueError(
             f"swap: {num_recursions} recursions must divide the {len(span)} layers of {span}; one "
             f"layer to be used again and again is given by its index, as in layers={span.start}"
         )
     else:
-        kept = kept[: len(span) // num_recursions]
-    if any(isinstance(layer, RoutedLayers) for layer in stack):
-        raise ValueError("swap: the model has routed layers already")
-    check_attention(model.config, "swap")
-    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
-    if len(kinds) > 1:  # the model would hand the layers behind the block another kind's masks
-        raise ValueError(f"swap: expected layers of one attention type, got {kinds}; see MoRConfig")
-    routed = RoutedLayers(kept, model.config, slots, num_recursions, router, **options)
-    routed.train(model.training)
-    model.model.__class__ = derived_class(_SwappedDecoder, type(model.model))
-    model.model.layers = nn.ModuleList([*stack[: span.start], routed, *stack[span.stop :]])
-    model.model.layers.training = model.training
-    # What the Trainer does not gather when it evaluates.
-    model.config.keys_to_ignore_at_inference = MoRConfig.keys_to_ignore_at_inference
-    return routed
+        kept = len(span) // num_recursions
+    return _Block(span, kept, slots, num_recursions, router, options)
 
 
 def coefficients_of(settings: dict[str, Any]) -> dict[str, float]:
@@ -112,8 +215,8 @@ def coefficients_of(settings: dict[str, Any]) -> dict[str, float]:
     given = settings.get("loss_coefficients") or {}
     if unknown := set(given) - set(_COEFFICIENTS):
         raise ValueError(
-            f"swap: loss_coefficients: expected names among {list(_COEFFICIENTS)}, got "
-            f"{sorted(unknown)}"
+            f"{caller_of(settings)}: loss_coefficients: expected names among "
+            f"{list(_COEFFICIENTS)}, got {sorted(unknown)}"
         )
     return {**_COEFFICIENTS, **given}
 
@@ -149,13 +252,14 @@ class _SwappedDecoder(Derived):
         known = (*_parameters(self.dense_class), *_PASSED_ON)
         unknown = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         described = kwargs.get("position_ids") is not None
-        refuse_unused(unknown, self.config, "swap", described)
+        where = caller_of(self.config.mor_swap)
+        refuse_unused(unknown, self.config, where, described)
         if described:  # the dense layers may make use of them
             kwargs |= {name: value for name, value in unknown.items() if name in REDUNDANT}
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
             raise ValueError(
-                "swap: expected past_key_values = DynamicCache(config=model.config), got "
+                f"{where}: expected past_key_values = DynamicCache(config=model.config), got "
                 f"{type(cache).__name__}{' with offloading' if cache.offloading else ''}"
             )
         if mask is not None:
@@ -165,15 +269,15 @@ class _SwappedDecoder(Derived):
             got = "one for each kind of layer" if isinstance(mask, dict) else list(mask.shape)
             if got != want:
                 raise ValueError(
-                    f"swap: attention_mask: expected shape {want} (past columns among them), got "
-                    f"{got}; documents packed in a row are told apart by position_ids that restart "
-                    "at 0"
+                    f"{where}: attention_mask: expected shape {want} (past columns among them), "
+                    f"got {got}; documents packed in a row are told apart by position_ids that "
+                    "restart at 0"
                 )
         if kwargs.setdefault("use_cache") is None and cache is None and self.training:
             kwargs["use_cache"] = False  # a recomputation would append twice
         inside = "mor_call" in kwargs  # the language model takes no tuple of its decoder
         call = kwargs.setdefault("mor_call", SwapCall())
-        call.attention_mask = mask
+        call.attention_mask, call.described = mask, described
         continued = cache is not None or (self.training and bool(kwargs["use_cache"]))
         call.generating = kwargs.pop("generating", call.generating) or continued
         return_dict = kwargs.pop("return_dict", None)
