@@ -37,7 +37,7 @@ if _TYPE_CHECKING or not _is_command():
         swap,
     )
 if _TYPE_CHECKING:
-    from mor.systems import apply_mod, remove
+    from mor.systems import apply_mod, apply_pmod, remove
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _SUBMODULES = (
@@ -45,7 +45,7 @@ _SUBMODULES = (
 )  # fmt: skip
 
 #: Of `mor.systems`, imported at their first use.
-_SYSTEMS = ("apply_mod", "remove")
+_SYSTEMS = ("apply_mod", "apply_pmod", "remove")
 
 __all__ = [
     "MoRConfig",
@@ -53,6 +53,7 @@ __all__ = [
     "MoRModel",
     "__version__",
     "apply_mod",
+    "apply_pmod",
     "load_authors_checkpoint",
     "load_swapped",
     "remove",

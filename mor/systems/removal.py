@@ -3,6 +3,7 @@
 from typing import Any
 
 from mor.models.swap.swapped_model import uninstall
+from mor.systems.pmod import take_off
 
 __all__ = ["remove"]
 
@@ -14,7 +15,7 @@ def remove(model: Any) -> Any:
     for bit.
 
     Args:
-        model: what `apply_mod` returned, or `swap` with layers that are used once.
+        model: what `apply_mod` or `apply_pmod` returned, or `swap` with layers that are used once.
 
     Returns:
         The same model.
@@ -22,9 +23,10 @@ def remove(model: Any) -> Any:
     Raises:
         ValueError: a model that nothing was applied to, or a swapped one whose layers recur.
     """
-    if not getattr(getattr(model, "config", None), "mor_swap", None):
+    settings = getattr(getattr(model, "config", None), "mor_swap", None)
+    if not settings:
         raise ValueError(
             f"remove: expected a model that mor changed, got a {type(model).__name__} as it was"
         )
-    uninstall(model)
+    (take_off if settings.get("system") == "pmod" else uninstall)(model)
     return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
-from mor.models.cache import RecursionCacheLayer
+from mor.models.cache import RecursionCacheLayer, recursion_layers
 from mor.models.layer_pass import DecoderPass
 from mor.models.outputs import MoRModelOutput
 from mor.models.schedule import Schedule
@@ -21,7 +21,7 @@ from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["RoutedLayers", "SwapCall"]
+__all__ = ["RoutedLayers", "SwapCall", "record_states"]
 
 
 @dataclass(eq=False)
@@ -173,7 +173,11 @@ class RoutedLayers(nn.Module):
             )
         call = SwapCall() if mor_call is None else mor_call
         batch_size = hidden_states.shape[0]
-        caches = self._caches(past_key_values)
+        caches = None
+        if past_key_values is not None:
+            caches = recursion_layers(
+                past_key_values, self.schedule.caches, self.num_dense_layers, self.where
+            )
         batch = call.batch
         if batch is None or batch.packing.positions.device != hidden_states.device:
             batch = call.batch = self._pack(hidden_states, position_ids, caches, call)
@@ -193,7 +197,7 @@ class RoutedLayers(nn.Module):
         with _own_capturing() if keep_states else nullcontext():
             routing = layers.run_routed(packed, self.recursion, call.generating)
         if keep_states:
-            _record(captured, hidden_states, [batch.unpack(state) for state in layers.states])
+            record_states(captured, hidden_states, [batch.unpack(state) for state in layers.states])
         self._last.output = routing
         call.add(self.slots[0], routing, batch.unpack_masked(routing.depths, 0))
         if caches is not None:
@@ -229,28 +233,6 @@ class RoutedLayers(nn.Module):
             )
         return batch
 
-    def _caches(self, cache: Cache | None) -> list[RecursionCacheLayer] | None:
-        """The cache's layer of each depth; made where there was none of this kind."""
-        if cache is None:
-            return None
-        if len(cache.layers) < self.num_dense_layers:
-            raise ValueError(
-                f"{self.where}: expected past_key_values = DynamicCache(config=model.config), got "
-                f"a cache of {len(cache.layers)} layers"
-            )
-        indices = self.schedule.caches
-        while len(cache.layers) <= max(indices):
-            cache.layers.append(RecursionCacheLayer())
-        for index in indices:
-            if not isinstance(cache.layers[index], RecursionCacheLayer):
-                if cache.layers[index].get_seq_length():
-                    raise ValueError(
-                        f"{self.where}: expected past_key_values that this model filled, got keys "
-                        f"of layer {index} from another"
-                    )
-                cache.layers[index] = RecursionCacheLayer()
-        return [cache.layers[index] for index in indices]
-
 
 @contextmanager
 def _own_capturing() -> Iterator[None]:
@@ -262,7 +244,7 @@ def _own_capturing() -> Iterator[None]:
         _active_collector.reset(token)
 
 
-def _record(captured: Any, first: Tensor, states: list[Tensor]) -> None:
+def record_states(captured: Any, first: Tensor, states: list[Tensor]) -> None:
     """Adds states [B, S, D] to those that Transformers captures, as its hooks do."""
     found, wanted = captured["hidden_states"], captured.get("_hidden_states_layers")
     for state in states if found else [first, *states]:

@@ -1,12 +1,15 @@
 """mor.swap: replaces a range of decoder layers of a loaded model by one routed, shared block."""
 
+import importlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from mor.models.swap.swapped_model import install, saved_config, span_of, swapped_class
+from mor.models.swap.saved_model import saved_config
+from mor.models.swap.settings import span_of
+from mor.models.swap.swapped_model import install, swapped_class
 from mor.modules.routers import RouterScore
 
 __all__ = ["SWAPPABLE", "check_swappable", "load_swapped", "put_in", "swap"]
@@ -28,6 +31,9 @@ SWAPPABLE = (
     "smollm3",
     "starcoder2",
 )
+
+#: Where the classes of models are found that other systems changed: above this package.
+_SYSTEMS = {"pmod": "mor.systems.pmod"}
 
 _REASONS = {
     "gemma3_text": "its layers are of two attention types, which one block cannot mix; "
@@ -124,7 +130,7 @@ def put_in(model: PreTrainedModel, settings: dict[str, Any]) -> PreTrainedModel:
 
 
 def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Loads a saved model that `swap` or `apply_mod` changed, in evaluation mode.
+    """Loads a saved model that `swap` or an `apply_` function changed, in evaluation mode.
 
     Args:
         path: the directory, or a name on the hub.
@@ -141,5 +147,9 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
             "a name on the hub"
         ) from error
-    kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    system = _SYSTEMS.get(config.mor_swap.get("system"))
+    if system is None:
+        kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    else:
+        kind = importlib.import_module(system).class_for(config)
     return kind.from_pretrained(path, config=config, **kwargs)
