@@ -2,6 +2,7 @@
 
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.metrics import RoutingMetrics
+from mor.modules.mixture_of_depths import MixtureOfDepths
 from mor.modules.mixture_of_recursions import MixtureOfRecursions
 from mor.modules.packing import PackedBatch, Packing, pack
 from mor.modules.recursion import RecursionOutput, RecursionStep
@@ -10,6 +11,7 @@ from mor.modules.token_choice import TokenChoice
 
 __all__ = [
     "ExpertChoice",
+    "MixtureOfDepths",
     "MixtureOfRecursions",
     "PackedBatch",
     "Packing",
