@@ -32,10 +32,12 @@ if _TYPE_CHECKING or not _is_command():
         MoRConfig,
         MoRForCausalLM,
         MoRModel,
+        apply_dynamoe,
         load_authors_checkpoint,
         load_swapped,
         swap,
     )
+    from mor.modules.applied import remove
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _SUBMODULES = ("analysis", "data", "models", "modules", "ops", "training", *_NEW_PATHS)
@@ -45,8 +47,10 @@ __all__ = [
     "MoRForCausalLM",
     "MoRModel",
     "__version__",
+    "apply_dynamoe",
     "load_authors_checkpoint",
     "load_swapped",
+    "remove",
     "swap",
 ]
 
@@ -54,6 +58,8 @@ __all__ = [
 def __getattr__(name: str) -> _Any:
     if name in _SUBMODULES:
         return _importlib.import_module(f"mor.{name}")
+    if name == "remove":
+        return _importlib.import_module("mor.modules.applied").remove
     if name in __all__:
         return getattr(_importlib.import_module("mor.models"), name)
     raise AttributeError(f"module 'mor' has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Hugging Face models: MoRConfig, MoRModel, MoRForCausalLM, registered with the Auto classes."""
 
+from mor.models.apply_dynamoe import apply_dynamoe
 from mor.models.authors_checkpoint import load_authors_checkpoint
 from mor.models.configuration_mor import MoRConfig
 from mor.models.modeling_mor import MoRForCausalLM, MoRModel
@@ -12,6 +13,7 @@ __all__ = [
     "MoRForCausalLM",
     "MoRModel",
     "MoRModelOutput",
+    "apply_dynamoe",
     "load_authors_checkpoint",
     "load_swapped",
     "swap",
