@@ -37,7 +37,7 @@ if _TYPE_CHECKING or not _is_command():
         swap,
     )
 if _TYPE_CHECKING:
-    from mor.systems import apply_mod, apply_pmod, remove
+    from mor.systems import apply_dynamoe, apply_mod, apply_pmod, remove
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _SUBMODULES = (
@@ -45,13 +45,14 @@ _SUBMODULES = (
 )  # fmt: skip
 
 #: Of `mor.systems`, imported at their first use.
-_SYSTEMS = ("apply_mod", "apply_pmod", "remove")
+_SYSTEMS = ("apply_dynamoe", "apply_mod", "apply_pmod", "remove")
 
 __all__ = [
     "MoRConfig",
     "MoRForCausalLM",
     "MoRModel",
     "__version__",
+    "apply_dynamoe",
     "apply_mod",
     "apply_pmod",
     "load_authors_checkpoint",

@@ -1,6 +1,10 @@
 """torch modules of mor: packing, routers and recursion, independent of any model library."""
 
+from mor.modules.dynamoe import DynaMoE, ExpertRouting
 from mor.modules.expert_choice import ExpertChoice
+from mor.modules.expert_gates import GATES, ExpertGate
+from mor.modules.expert_schedules import EXPERT_SCHEDULES, expert_schedule
+from mor.modules.experts import Experts
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.mixture_of_depths import MixtureOfDepths
 from mor.modules.mixture_of_recursions import MixtureOfRecursions
@@ -10,7 +14,13 @@ from mor.modules.routers import Router, RouterScore
 from mor.modules.token_choice import TokenChoice
 
 __all__ = [
+    "EXPERT_SCHEDULES",
+    "GATES",
+    "DynaMoE",
     "ExpertChoice",
+    "ExpertGate",
+    "ExpertRouting",
+    "Experts",
     "MixtureOfDepths",
     "MixtureOfRecursions",
     "PackedBatch",
@@ -21,5 +31,6 @@ __all__ = [
     "RouterScore",
     "RoutingMetrics",
     "TokenChoice",
+    "expert_schedule",
     "pack",
 ]

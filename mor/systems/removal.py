@@ -3,6 +3,7 @@
 from typing import Any
 
 from mor.models.swap.swapped_model import uninstall
+from mor.systems.applied import applied, undo
 from mor.systems.pmod import take_off
 
 __all__ = ["remove"]
@@ -15,7 +16,7 @@ def remove(model: Any) -> Any:
     for bit.
 
     Args:
-        model: what `apply_mod` or `apply_pmod` returned, or `swap` with layers that are used once.
+        model: what an `apply_` function returned, or `swap` with layers that are used once.
 
     Returns:
         The same model.
@@ -23,6 +24,9 @@ def remove(model: Any) -> Any:
     Raises:
         ValueError: a model that nothing was applied to, or a swapped one whose layers recur.
     """
+    if applied(model):
+        undo(model)
+        return model
     settings = getattr(getattr(model, "config", None), "mor_swap", None)
     if not settings:
         raise ValueError(
