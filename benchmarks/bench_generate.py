@@ -6,7 +6,7 @@ the router of that checkpoint decides. `x Llama` is Transformers' Llama's time o
 bound` the share that is reached of its time scaled by the weights that our layers and head execute.
 
 --prefill has one line for each length of prompt and way to share keys and values instead: the first
-token, the bytes that the cache takes, and those that mor.analysis predicts.
+token, the bytes that the cache takes, and their share of a dense model's.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def mor_model(base: LlamaConfig, num_recursions: int, **options: Any) -> MoRForC
 
 
 def force(model: MoRForCausalLM, router: str, exits: int) -> None:
-    """Every token takes `exits` recursions; without gradients, so no buffer is missed later."""
+    """Makes every token take `exits` recursions."""
     count = model.config.num_recursions
     if router == "expert":
         for step in range(count):

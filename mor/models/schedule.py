@@ -1,8 +1,7 @@
 """Which layer runs at which depth: one value, made from how a model shares its layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 __all__ = ["SHARINGS", "Schedule"]
 
@@ -31,6 +30,7 @@ class Schedule:
             sequence, and there is no recursion step after which a token could exit.
         caches: index in a cache of the keys and values of each depth.
         kv_strategy: "recursion", "shared" or "hybrid"; see `MoRConfig`.
+        uses: how many earlier depths used the layer of each depth.
     """
 
     layers: tuple[int, ...]
@@ -39,6 +39,12 @@ class Schedule:
     in_cycles: bool = True
     caches: tuple[int, ...] = ()
     kv_strategy: str = "recursion"
+    uses: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Made here, not on first use: Dynamo cannot trace the lock of `cached_property`.
+        uses = (self.layers[:depth].count(layer) for depth, layer in enumerate(self.layers))
+        object.__setattr__(self, "uses", tuple(uses))
 
     @classmethod
     def of_model(
@@ -85,19 +91,14 @@ class Schedule:
         """Layers that have their own weights."""
         return max(self.layers) + 1
 
-    @cached_property
-    def uses(self) -> tuple[int, ...]:
-        """How many earlier depths used the layer of each depth."""
-        return tuple(self.layers[:depth].count(layer) for depth, layer in enumerate(self.layers))
-
-    @cached_property
-    def encoded_depths(self) -> tuple[int, ...]:
+    @property
+    def encoded_depths(self) -> range:
         """Depths whose output a recursion encoding multiplies: where a block ends.
 
         For the sequence strategies a block is one layer.
         """
         each = self.block_depth if self.in_cycles else 1
-        return tuple(self.shared_depths[each - 1 :: each])
+        return self.shared_depths[each - 1 :: each]
 
     def step(self, recursion: int) -> range:
         """The depths of one recursion step."""

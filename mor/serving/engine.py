@@ -144,23 +144,19 @@ class Engine:
             window=packed.window,
         )
         self._sampler = Sampler(self.limits.vocab_size)
-        self._tokenizer = tokenizer
         self._grammars: Any = None
         self._live: dict[int, Continuation] = {}
-        self._bounded = 0  # continuations with max_recursions
         self._prompt_scored: dict[int, int] = {}  # positions of prompts with logprobs so far
         self._deltas: list[Delta] = []  # of ends that no pass brings
         self._loop: Any = None
         self.last_pass = PassReport()
         self._model_seconds = 0.0
-        self._poison = False  # tests: fresh blocks become NaN
 
     def encode(self, prompt: str) -> list[int]:
         """Tokens of a text, with the special tokens that the tokenizer adds."""
-        if self._tokenizer is None:
+        if self.vocabulary is None:
             raise RequestError("prompt", "token ids, as the engine has no tokenizer", "a string")
-        ids: list[int] = self._tokenizer(prompt)["input_ids"]
-        return ids
+        return self.vocabulary.encode(prompt)
 
     def add(
         self,
@@ -193,7 +189,6 @@ class Engine:
             0, ids, params, self.limits, priority=priority, arrival=now, deadline=deadline
         )
         matcher = self._matcher(params)
-        steps = params.max_recursions
         id = self.scheduler.add(
             np.asarray(request.prompt_ids, np.int32),
             max_tokens=request.max_tokens,
@@ -201,7 +196,7 @@ class Engine:
             priority=priority,
             deadline=deadline,
             n=params.n,
-            max_recursions=None if steps is None or self.packed.num_steps == 1 else steps,
+            max_recursions=params.max_recursions,
             threshold=_logit(params.exit_threshold),
             tenant=tenant,
             prompt_logits=params.prompt_logprobs is not None,
@@ -212,7 +207,6 @@ class Engine:
             self._live[id + index] = Continuation(
                 request, index, self.limits, self.vocabulary, grammar
             )
-        self._bounded += params.n * (steps is not None)
         return id
 
     def abort(self, id: int) -> bool:
@@ -277,13 +271,14 @@ class Engine:
             raise ValueError(
                 f"params: expected one for each of {len(prompts)} prompts, got {len(each)}"
             )
-        ids = [self.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        places = {id: place for place, id in enumerate(ids)}
+        places: dict[int, int] = {}
         found: dict[tuple[int, int], list[Delta]] = {}
-        bar = _progress_bar(sum((one or SamplingParams()).n for one in each)) if progress else None
+        missing = sum((one or SamplingParams()).n for one in each)
+        bar = _progress_bar(missing) if progress else None
         others: list[Delta] = []
         try:
-            missing = len(self._live_of(ids))
+            for place, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+                places[self.add(prompt, one)] = place
             while missing:
                 for delta in self.step():
                     if delta.request_id not in places:
@@ -295,7 +290,7 @@ class Engine:
                         if bar is not None:
                             bar.update()
         except BaseException:
-            for id in ids:
+            for id in places:
                 self.abort(id)
             raise
         finally:
@@ -332,26 +327,22 @@ class Engine:
         if not self.scheduler.has_work:
             if self._live:
                 raise RuntimeError(f"Engine.check: requests {sorted(self._live)} without sequences")
-            if stats.blocks_free != stats.blocks or self._bounded or self._prompt_scored:
+            if stats.blocks_free != stats.blocks or self._prompt_scored:
                 raise RuntimeError(
                     f"Engine.check: idle, but {stats.blocks - stats.blocks_free} of "
                     f"{stats.blocks} blocks are in use"
                 )
 
-    def _live_of(self, ids: Sequence[int]) -> list[int]:
-        wanted = set(ids)
-        return [key for key, one in self._live.items() if one.request.id in wanted]
-
     def _matcher(self, params: SamplingParams) -> Any:
         if params.grammar is None:
             return None
-        if self._tokenizer is None:
+        if self.vocabulary is None:
             raise RequestError("grammar", "an engine with a tokenizer", "an engine without one")
         if self._grammars is None:
             from mor.serving.grammar import Grammars
 
             self._grammars = Grammars(
-                self._tokenizer, self.limits.vocab_size, self.limits.eos_token_ids
+                self.vocabulary.tokenizer, self.limits.vocab_size, self.limits.eos_token_ids
             )
         return self._grammars.matcher(params.grammar)
 
@@ -362,19 +353,16 @@ class Engine:
                 for blocks in (plan.copy_sources, plan.copy_destinations)
             )
             self.pool.copy_blocks(sources, targets)
-        if self._poison and plan.fresh_blocks.size:
-            self.pool.data[torch.from_numpy(plan.fresh_blocks)] = torch.nan
 
     def _bounds(self, plan: Plan) -> Tensor | None:
         """Most recursions of rows [N] that enter a token-choice model; None: no row has a bound."""
-        if plan.kind != "enter" or self.packed.token is None or not self._bounded:
+        if plan.kind != "enter" or self.packed.token is None:
             return None
-        bounds = [
-            self._live[id].request.params.max_recursions or self.packed.num_steps
-            if id in self._live
-            else self.packed.num_steps
-            for id in plan.ids.tolist()
-        ]
+        entries = [self._live.get(id) for id in plan.ids.tolist()]
+        bounds = [one and one.request.params.max_recursions for one in entries]
+        if not any(bounds):
+            return None
+        bounds = [bound or self.packed.num_steps for bound in bounds]
         rows = np.repeat(np.asarray(bounds, np.int64), np.diff(plan.cu_seqlens))
         return torch.from_numpy(rows).to(self.packed.device)
 
@@ -477,8 +465,7 @@ class Engine:
         return delta
 
     def _forget(self, id: int) -> None:
-        one = self._live.pop(id)
-        self._bounded -= one.request.params.max_recursions is not None
+        del self._live[id]
         self._prompt_scored.pop(id, None)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.models.attention import windows
 from mor.models.configuration_mor import ARCHITECTURES, MoRConfig
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.routers import apply_gate
@@ -417,6 +418,7 @@ class PackedModel:
         depth = config.num_hidden_layers
         schedule = config.layer_schedule if self.recursive else list(range(depth))
         uses = config.layer_uses if self.recursive else [0] * depth
+        seen = windows(config.base_config if self.recursive else config)
         relaxed = self.recursive and config.relaxation is not None
         encoded = config.encoded_depths if self.recursive else []
         encoding = inner.recursion_encoding if self.recursive else None
@@ -447,7 +449,7 @@ class PackedModel:
                 return None
             unique = schedule[at]
             weights = [weights_of(unique, 0, splits_kv)]
-            return _Layer(weights, 0, "all", _window(inner.layers[unique]) is not None, None)
+            return _Layer(weights, 0, "all", seen[at] is not None, None)
 
         self.first, self.last = end(0, False), end(-1, True)
         middle = range(1, depth - 1) if self.has_ends else range(depth)
@@ -474,13 +476,12 @@ class PackedModel:
                     [weights_of(unique, use + step, appends != "all") for step in steps],
                     keys,
                     appends,
-                    _window(inner.layers[unique]) is not None,
+                    seen[at] is not None,
                     vectors,
                 )
             )
         self.num_kv_layers = len(set(owners.values()))
-        windows = {_window(inner.layers[unique]) for unique in schedule} - {None}
-        self.window: int | None = next(iter(windows), None)
+        self.window: int | None = next((window for window in seen if window), None)
 
 
 def _append(cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, rows: Rows) -> None:
@@ -502,14 +503,6 @@ def _rotate(weights: LayerWeights, x: Tensor, angles: _Angles) -> Tensor:
         return x
     cos, sin = angles[weights.rotary]
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def _window(layer: Any) -> int | None:
-    """Tokens that a layer sees, None: all. Mistral's is that of its configuration."""
-    attention = layer.self_attn
-    if attention.config.model_type == "mistral":
-        return attention.config.sliding_window
-    return getattr(attention, "sliding_window", None)
 
 
 def _check_model(model: Any) -> None:

@@ -124,7 +124,7 @@ class EngineLoop:
                 self._streams[id] = stream
                 started.set_result(id)
 
-        self._check_open()
+        self.check_open()
         self.start()
         self._starting.add(started)
         self._post(add)
@@ -143,7 +143,8 @@ class EngineLoop:
             if not stream.ended:
                 self._post(lambda: self._abort(id))
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise EngineStopped unless requests are taken."""
         if self.error is not None:
             raise EngineStopped(f"the engine failed: {self.error}") from self.error
         if self.draining:

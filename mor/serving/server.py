@@ -92,8 +92,7 @@ def create_app(
             raise ApiError(401, "expected the server's key as a bearer token", code="invalid_key")
 
     def admit(count: int) -> None:
-        if not loop.alive or loop.draining:
-            raise EngineStopped("the engine takes no requests")
+        loop.check_open()
         if loop.open_requests + count > max_requests:
             message = f"expected at most {max_requests} open prompts; try again later"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
@@ -174,8 +173,7 @@ def create_app(
 
     @app.get("/health")
     async def health() -> Response:
-        if not loop.alive or loop.draining:
-            raise EngineStopped("the engine takes no requests")
+        loop.check_open()
         return _json({"status": "ok"})
 
     @app.get("/metrics")

@@ -3,12 +3,13 @@
 import sys
 
 import torch
-from small_tokenizers import byte_level
 from transformers import LlamaConfig
 
 from mor import MoRConfig, MoRForCausalLM
 from mor.serving import Engine
 from mor.serving.server import serve
+
+from .small_tokenizers import byte_level
 
 
 def model() -> MoRForCausalLM:

@@ -18,12 +18,16 @@ WINDOWED = {"router": "expert", "kv_strategy": "recursion"}
 RELAXED = {"relaxation": "lora", "relaxation_rank": 2}
 
 
+class PoisonedEngine(Engine):
+    def _prepare_blocks(self, plan):
+        super()._prepare_blocks(plan)
+        self.pool.data[torch.from_numpy(plan.fresh_blocks)] = torch.nan
+
+
 def engine_of(model, **options):
     """A small engine whose fresh blocks hold NaN."""
     options = {"kv_memory": "1MiB", "block_size": 4, "policy": 0.5, **options}
-    engine = Engine(model, **options)
-    engine._poison = True
-    return engine
+    return PoisonedEngine(model, **options)
 
 
 def greedy(count=8, **options):
@@ -225,6 +229,15 @@ def test_a_request_that_never_fits_is_refused():
         engine.add(list(range(3, 90)), greedy(100))
     with pytest.raises(RequestError, match="max_tokens"):
         engine.add([3], greedy(10**6))
+    engine.check()
+
+
+def test_a_refused_prompt_leaves_none_of_the_others_behind():
+    engine = engine_of(small_model().double().eval())
+    with pytest.raises(RequestError, match="prompt"):
+        engine.generate([[5, 6], [10**6]], greedy())
+    while engine.has_work:
+        assert not any(delta.token_ids for delta in engine.step())
     engine.check()
 
 

@@ -17,14 +17,14 @@ import torch
 
 openai = pytest.importorskip("openai")
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 PROMPT = "the cat"
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen, str]:
     """The process and its address, once it listens."""
-    command = [sys.executable, str(HERE / "small_server.py"), "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1])
+    command = [sys.executable, "-m", "tests.serving.small_server", "0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     line = process.stdout.readline()
     assert line.startswith("small at http://"), line
     url = line.split()[2]
