@@ -1,4 +1,4 @@
-"""packed_linear: a linear layer for few rows, its weights packed once."""
+"""packed_linear: a linear layer for few rows, its weights packed once. Not differentiable."""
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ _operator = torch.ops.mor.packed_linear.default
 #: Outputs of a panel; see csrc/ops/packed_linear.h.
 _PANEL = 16
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
 
 def pack_linear(weight: Tensor) -> Tensor:
     """Packs the weight [M, K] of a linear layer for `packed_linear`: panels of 16 outputs.
@@ -30,7 +32,12 @@ def pack_linear(weight: Tensor) -> Tensor:
     Returns:
         [ceil(M / 16), K, 16], in bfloat16 [ceil(M / 16), ceil(K / 2), 16, 2], with zeros where
         there is no output or input.
+
+    Raises:
+        RuntimeError: wrong rank or dtype.
     """
+    check_dim(weight, 2, "pack_linear", "weight", "[M, K]")
+    check_dtype(weight, _DTYPES, "float32 or bfloat16", "pack_linear", "weight")
     outputs, inputs = weight.shape
     panels = -(-outputs // _PANEL)
     pairs = weight.dtype == torch.bfloat16
@@ -103,7 +110,7 @@ def _(x: Tensor, packed: Tensor, num_outputs: int, bias: Tensor | None) -> Tenso
 def _check(x: Tensor, packed: Tensor, num_outputs: int, bias: Tensor | None) -> None:
     op = "packed_linear"
     check_dim(x, 2, op, "x", "[N, K]")
-    check_dtype(x, (torch.float32, torch.bfloat16), "float32 or bfloat16", op, "x")
+    check_dtype(x, _DTYPES, "float32 or bfloat16", op, "x")
     check_dtype(packed, (x.dtype,), dtype_str(x.dtype), op, "packed")
     check_same_device(packed, x, op, "packed")
     torch._check(num_outputs >= 0, lambda: f"{op}: expected num_outputs >= 0, got {num_outputs}")
