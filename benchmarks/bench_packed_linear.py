@@ -44,7 +44,8 @@ def measure(shape: tuple[int, int], rows: int, dtype: torch.dtype, smoke: bool) 
         "ours": in_turn(lambda w: packed_linear(x, w, outputs), packed),
         "linear": in_turn(lambda w: functional.linear(x, w), plain),
     }
-    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_dtype = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if x.device.type == "cpu" and has_dtype:
         reordered = [prepacked(weight, rows) for weight in plain]
         linear = torch.ops.mkldnn._linear_pointwise
         calls["prepacked"] = in_turn(lambda w: linear(x, w, None, "none", [], ""), reordered)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_generate import dense_config, executed, mor_model
-from harness import DTYPES, dtype_name, line, parse_args, report, wanted
+from harness import DTYPES, dtype_name, generator, line, parse_args, report, wanted
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,7 +45,7 @@ class Drawn(nn.Module):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.probability, self.generator = probability, torch.Generator().manual_seed(0)
+        self.probability, self.generator = probability, generator()
 
     def forward(self, hidden: Tensor, positions: Tensor, learns: bool = False) -> Tensor:
         return self.probability - torch.rand(len(hidden), 1, generator=self.generator)
