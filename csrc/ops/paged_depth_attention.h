@@ -11,17 +11,17 @@
 // An entry is one (sequence, recursion or layer) pair, so that rows at different recursion depths
 // are served by one call. Decoding has one query an entry, that sees all its keys; prefill in
 // chunks a bound that rises; recursive KV sharing the position + 1.
-//   out          [N, H, head_dim]: softmax over the visible keys of scale * <q_i, k_j>, applied to
-//   v softmax_lse  [H, N]: float32 (float64 for float64), log of the sum of exponentials; -inf for
-//   a
+//   out          [N, H, head_dim]: softmax over the visible keys of scale * <q_i, k_j>, times v
+//   softmax_lse  [H, N]: float32 (float64 for float64), log of the sum of exponentials; -inf for a
 //                query that sees no key, whose out is 0
 // Sums run in float32 (float64 for float64). Only blocks that some query sees are looked at: block
-// numbers elsewhere may be anything. Long entries are split among threads, or blocks on CUDA, at
-// places that follow from the sizes alone, and merged in a fixed order: the result is the same for
-// any number of threads. Not differentiable. Values checked on the CPU only (on CUDA undefined):
-// cu_seqlens_q rises from 0 to N, 0 <= context_starts <= context_lens, neither falls inside an
-// entry, block numbers in [0, num_blocks). MoR paper, section 2.2.2 (recursion-wise caching,
-// recursive sharing).
+// numbers elsewhere may be anything. Long entries are split at places that follow from sizes alone,
+// on the CPU from those of the entry itself, and merged in a fixed order: the result is the same
+// for any number of threads and, on the CPU, for any other entries beside it. Not differentiable.
+// Values checked on the CPU only (on CUDA undefined): cu_seqlens_q rises from 0 to N, 0 <=
+// context_starts <= context_lens, neither falls inside an entry, block numbers in [0, num_blocks).
+//
+// MoR paper, section 2.2.2 (recursion-wise caching, recursive sharing).
 #pragma once
 
 #include <optional>
