@@ -4,24 +4,24 @@
 //                     of Hkv: query head h reads key head h / (H / Hkv)
 //   block_table       [B, max_blocks] int32, as in kv_gather.h; entries may share blocks
 //   context_lens      [N] int32: query i sees the first context_lens[i] keys of its entry, in cache
-//                     order, at most max_blocks * block_size; never falls inside an entry
+//                     order, at most max_blocks * block_size; non-decreasing inside an entry
 //   cu_seqlens_q      [B + 1] int32: entry b has queries cu[b] .. cu[b + 1] - 1, perhaps none
 //   context_starts    [N] int32, optional: of these, those from context_starts[i] on (a window);
-//                     never falls inside an entry
+//                     non-decreasing inside an entry
 // An entry is one (sequence, recursion or layer) pair, so that rows at different recursion depths
 // are served by one call. Decoding has one query an entry, that sees all its keys; prefill in
-// chunks a bound that rises; recursive KV sharing the position + 1.
-//   out          [N, H, head_dim]: softmax over the visible keys of scale * <q_i, k_j>, times v
-//   softmax_lse  [H, N]: float32 (float64 for float64), log of the sum of exponentials; -inf for a
-//                query that sees no key, whose out is 0
+// chunks a growing bound; recursive KV sharing the position + 1.
+//   out               [N, H, head_dim]: softmax over the visible keys of scale * <q_i, k_j>,
+//                     applied to v; 0 for a query that sees no key
+//   softmax_lse       [H, N] float32 (float64 for float64): log of the sum of exponentials; -inf
+//                     for a query that sees no key
 // Sums run in float32 (float64 for float64). Only blocks that some query sees are looked at: block
 // numbers elsewhere may be anything. Long entries are split at places that follow from sizes alone,
 // on the CPU from those of the entry itself, and merged in a fixed order: the result is the same
 // for any number of threads and, on the CPU, for any other entries beside it. Not differentiable.
-// Values checked on the CPU only (on CUDA undefined): cu_seqlens_q rises from 0 to N, 0 <=
-// context_starts <= context_lens, neither falls inside an entry, block numbers in [0, num_blocks).
-//
-// MoR paper, section 2.2.2 (recursion-wise caching, recursive sharing).
+// Values checked on the CPU only (on CUDA undefined): cu_seqlens_q grows from 0 to N, 0 <=
+// context_starts <= context_lens, neither decreases inside an entry, block numbers in
+// [0, num_blocks). MoR paper, section 2.2.2 (recursion-wise caching, recursive sharing).
 #pragma once
 
 #include <optional>

@@ -1,8 +1,8 @@
 // route_threshold: the rows of every packed sequence that reach a threshold.
 //   scores            [N] float32, bfloat16, float16 (compared in float32) or float64
-//   threshold         of every sequence, unless threshold_each [B] float32 or float64 gives each
-//   its
-//                     own; for "absolute" it is rounded to the type in which scores are compared
+//   threshold         of every sequence; for "absolute" it is rounded to the type in which scores
+//                     are compared
+//   threshold_each    [B] float32 or float64, optional: of each sequence, instead
 //   cu_seqlens        [B + 1] int32: sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]
 //   kind              which of the n rows that compete in a sequence pass:
 //     "absolute"      score > threshold (inclusive: >=)
@@ -11,11 +11,10 @@
 //                     neighbours in order: with h = threshold * (n - 1), a product in the type of
 //                     comparison as torch computes it, > q is > the floor(h)-th smallest score and
 //                     >= q is >= the ceil(h)-th
-//     "mass"          the scores are weights; the fewest best rows whose sum is at least threshold
-//     *
-//                     the sum of all. Sums are exact, so their order does not matter: weights are
-//                     rounded to multiples of 2^(ilogb(largest) + ceil(log2(n)) - 50). Rows that
-//                     add nothing are never needed
+//     "mass"          the scores are weights; the fewest best rows whose sum is at least
+//                     threshold * (the sum of all). Sums are exact, so their order does not matter:
+//                     weights are rounded to multiples of 2^(ilogb(largest) + ceil(log2(n)) - 50).
+//                     Rows that add nothing are never needed
 //   min_k, max_k      where fewer rows pass than min_k, the min_k best rows (or all) are chosen;
 //                     where more than max_k, the max_k best; -1: no such bound
 //   candidates        [N] bool, optional: only these rows compete
@@ -25,10 +24,10 @@
 // What passes is always the c best rows for some c, ranked as route_topk does: of equal scores the
 // smaller row first, -0.0 equal to +0.0, infinities ordinary (not as weights).
 // Errors on the CPU: a NaN that competes; a weight that is negative or infinite; a threshold_each
-// that is NaN or, but for "absolute", outside [0, 1]; cu_seqlens that do not rise from 0 to N; more
-// than max_rows rows. On CUDA NaN ranks lowest, such a weight counts as 0, thresholds are clamped,
-// and rows beyond max_rows are dropped, in cu_seqlens too. Without max_rows, CUDA waits for the
-// device once, to know how many rows there are; with it, never.
+// that is NaN or, but for "absolute", outside [0, 1]; cu_seqlens that decrease, or do not
+// begin at 0 and end at N; more than max_rows rows. On CUDA NaN ranks lowest, such a weight counts
+// as 0, thresholds are clamped, and rows beyond max_rows are dropped, in cu_seqlens too. Without
+// max_rows, CUDA waits for the device once, to know how many rows there are; with it, never.
 // Deterministic for any number of threads; not differentiable. Empty sequences choose nothing.
 #pragma once
 

@@ -26,7 +26,6 @@ namespace mor {
 struct RouteTopkDims {
   int64_t num_rows;       // N
   int64_t num_sequences;  // B
-  int64_t num_selected;   // rows returned
 };
 
 inline RouteTopkDims check_route_topk(const Tensor& scores, int64_t k,
@@ -40,7 +39,7 @@ inline RouteTopkDims check_route_topk(const Tensor& scores, int64_t k,
   check_dtype(cu_seqlens, ScalarType::Int, op, "cu_seqlens");
   check_same_device(cu_seqlens, scores, op, "cu_seqlens");
   MOR_CHECK(cu_seqlens.size(0) >= 1, op, ": expected cu_seqlens of at least one element, got [0]");
-  const RouteTopkDims dims{scores.size(0), cu_seqlens.size(0) - 1, num_rows};
+  const RouteTopkDims dims{scores.size(0), cu_seqlens.size(0) - 1};
   MOR_CHECK(k >= 0, op, ": expected k >= 0, got ", k);
   if (k_each.has_value()) {
     check_dim(*k_each, 1, op, "k", "[B]");

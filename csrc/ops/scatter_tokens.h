@@ -7,11 +7,11 @@
 //   out         [N, D] contiguous; scatter_tokens_ writes base instead
 // Any strides, free of a copy where a row is contiguous. One pass: float32 accumulation (double for
 // double), repeated rows in the order of i, one rounding; so the result is the same for any number
-// of threads (on avx512_bf16 the rounding to bfloat16 makes subnormals zero). Rows that never fall
+// of threads (on avx512_bf16 the rounding to bfloat16 makes subnormals zero). Non-decreasing rows
 // (those of route_topk) need no sort; others pay a counting sort, O(N + K), on the CPU. The
-// in-place form touches only the rows hit unless base_scale is given, and is the fast form: a fresh
-// result costs more than the sum. Its other operands must not share memory with base. Empty inputs
-// give base. A row out of range is an error on the CPU and undefined on CUDA.
+// in-place form touches only the rows of the index unless base_scale is given, and is the fast
+// form: a fresh result costs more than the sum. Its other operands must not share memory with base.
+// Empty inputs give base. A row out of range is an error on the CPU and undefined on CUDA.
 // Backward (scatter_tokens_backward), each gradient only where it is asked for, else empty [0]:
 //   grad_base[n]       = base_scale[n] * grad[n]       need_base and base_scale present (absent, it
 //                                                      is grad itself: the caller has it)
@@ -28,9 +28,9 @@
 namespace mor {
 
 struct ScatterTokensDims {
-  int64_t num_rows;  // N
-  int64_t num_hits;  // K
-  int64_t width;     // D
+  int64_t num_rows;     // N
+  int64_t num_updates;  // K
+  int64_t width;        // D
 };
 
 inline void check_row_scale(const Tensor& scale, int64_t size, const Tensor& reference,
@@ -62,8 +62,8 @@ inline ScatterTokensDims check_scatter_tokens(const Tensor& base, const Tensor& 
   check_floating(base, op, "base");
   check_rows_index(rows, base, op);
   const ScatterTokensDims dims{base.size(0), rows.size(0), base.size(1)};
-  check_rows_like(updates, dims.num_hits, base, op, "updates", "[K, D]");
-  if (gate.has_value()) check_row_scale(*gate, dims.num_hits, base, op, "gate", "[K]");
+  check_rows_like(updates, dims.num_updates, base, op, "updates", "[K, D]");
+  if (gate.has_value()) check_row_scale(*gate, dims.num_updates, base, op, "gate", "[K]");
   if (base_scale.has_value())
     check_row_scale(*base_scale, dims.num_rows, base, op, "base_scale", "[N]");
   return dims;
@@ -94,8 +94,9 @@ inline ScatterTokensDims check_scatter_tokens_backward(const Tensor& grad,
   check_rows_index(rows, grad, op);
   const ScatterTokensDims dims{grad.size(0), rows.size(0), grad.size(1)};
   if (base.has_value()) check_rows_like(*base, dims.num_rows, grad, op, "base", "[N, D]");
-  if (updates.has_value()) check_rows_like(*updates, dims.num_hits, grad, op, "updates", "[K, D]");
-  if (gate.has_value()) check_row_scale(*gate, dims.num_hits, grad, op, "gate", "[K]");
+  if (updates.has_value())
+    check_rows_like(*updates, dims.num_updates, grad, op, "updates", "[K, D]");
+  if (gate.has_value()) check_row_scale(*gate, dims.num_updates, grad, op, "gate", "[K]");
   if (base_scale.has_value())
     check_row_scale(*base_scale, dims.num_rows, grad, op, "base_scale", "[N]");
   MOR_CHECK(gate.has_value() || !updates.has_value(), op,

@@ -30,7 +30,7 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
     sums.gate = row_factor<T>(gate);
     sums.rows = rows.const_data_ptr<int64_t>();
     sums.num_rows = dims.num_rows;
-    sums.num_updates = dims.num_hits;
+    sums.num_updates = dims.num_updates;
     sums.width = dims.width;
     check_launch(launch_row_sums(sums, scratch.mutable_data_ptr<int>(), current_stream(out)), op);
   });
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(
     return new_tensor(grad_in, {num_rows, dims.width});
   };
   Tensor grad_base = need_base ? like_grad(dims.num_rows) : none();
-  Tensor grad_updates = need_updates ? like_grad(dims.num_hits) : none();
-  Tensor grad_gate = updates_in.has_value() ? new_tensor(*gate, {dims.num_hits}) : none();
+  Tensor grad_updates = need_updates ? like_grad(dims.num_updates) : none();
+  Tensor grad_gate = updates_in.has_value() ? new_tensor(*gate, {dims.num_updates}) : none();
   Tensor grad_base_scale = base_in.has_value() ? new_tensor(*base_scale, {dims.num_rows}) : none();
 
   const Tensor rows = as_contiguous(rows_in);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cuda(
     if (need_base) args.grad_base = static_cast<T*>(grad_base.mutable_data_ptr());
     if (need_updates) args.grad_updates = static_cast<T*>(grad_updates.mutable_data_ptr());
     args.num_rows = dims.num_rows;
-    args.num_updates = dims.num_hits;
+    args.num_updates = dims.num_updates;
     args.width = dims.width;
     check_launch(launch_scatter_tokens_backward(args, current_stream(grad_in)),
                  "scatter_tokens_backward");

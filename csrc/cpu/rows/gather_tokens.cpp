@@ -32,8 +32,8 @@ Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& rows_in, 
   const auto dims = check_gather_tokens_backward(grad_in, rows_in, num_rows);
   const Rows grad = contiguous_rows(grad_in);
   const Tensor rows = as_contiguous(rows_in);
-  const RowHits hits = sort_hits(rows.const_data_ptr<int64_t>(), dims.num_taken, dims.num_rows,
-                                 "gather_tokens_backward");
+  const RowEntries entries = sort_entries(rows.const_data_ptr<int64_t>(), dims.num_taken,
+                                          dims.num_rows, "gather_tokens_backward");
   Tensor grad_x = new_result(grad_in, {dims.num_rows, dims.width});
   const int64_t bytes = dims.width * grad_in.element_size();
   RowSums sums{};
@@ -43,7 +43,7 @@ Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& rows_in, 
   sums.out_stride = dims.width;
   sums.updates = grad.data;
   sums.updates_stride = grad.stride;
-  sums.hits = &hits;
+  sums.entries = &entries;
   sums.stream = streams(sums.out, dims.num_rows, bytes);
   const auto sum = MOR_BEST(sum_rows);
   torch::stable::parallel_for(0, dims.num_rows, rows_per_task(bytes),

@@ -76,13 +76,13 @@ inline void stream_fence() {
 #endif
 }
 
-// The first hit on a row >= row. Not std::lower_bound: the linker could give its one copy, built
+// The first entry on a row >= row. Not std::lower_bound: the linker could give its one copy, built
 // for this instruction set, to code for lesser machines.
-inline int64_t first_hit(const RowHits& hits, int64_t row) {
-  int64_t begin = 0, end = hits.count;
+inline int64_t first_entry(const RowEntries& entries, int64_t row) {
+  int64_t begin = 0, end = entries.count;
   while (begin < end) {
     const int64_t middle = begin + (end - begin) / 2;
-    (hits.rows[middle] < row ? begin : end) = hits.rows[middle] < row ? middle + 1 : middle;
+    (entries.rows[middle] < row ? begin : end) = entries.rows[middle] < row ? middle + 1 : middle;
   }
   return begin;
 }

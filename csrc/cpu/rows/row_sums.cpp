@@ -27,9 +27,9 @@ void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const
   scan(rows, count, num_rows, op, name);
 }
 
-RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
-                  const char* name) {
-  if (!scan(rows, count, num_rows, op, name).falls) return {rows, nullptr, count, nullptr};
+RowEntries sort_entries(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+                        const char* name) {
+  if (!scan(rows, count, num_rows, op, name).descends) return {rows, nullptr, count, nullptr};
   std::vector<int64_t> next(num_rows + 1, 0);
   for (int64_t i = 0; i < count; ++i) ++next[rows[i] + 1];
   for (int64_t n = 0; n < num_rows; ++n) next[n + 1] += next[n];

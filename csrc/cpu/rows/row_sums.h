@@ -1,5 +1,5 @@
-// What the CPU kernels of gather_tokens and scatter_tokens share: a scale for each row, and which
-// hits fall on which row.
+// What the CPU kernels of gather_tokens and scatter_tokens share: a scale for each row, and the
+// sorted index of rows.
 #pragma once
 
 #include <algorithm>
@@ -22,11 +22,11 @@ inline RowScale row_scale(const std::optional<Tensor>& t) {
   return t.has_value() ? RowScale{t->const_data_ptr(), t->scalar_type(), t->stride(0)} : RowScale{};
 }
 
-// Which hits fall on which row: hit j, in ascending order of (row, i), is update order[j] on row
+// An index of rows, sorted: entry j, in ascending order of (row, i), is update order[j] on row
 // rows[j].
-struct RowHits {
+struct RowEntries {
   const int64_t* rows;
-  const int64_t* order;  // null: the identity, the caller's rows never fall
+  const int64_t* order;  // null: the identity, the caller's rows are non-decreasing
   int64_t count;
   std::unique_ptr<int64_t[]> memory;
 };
@@ -36,10 +36,10 @@ struct RowHits {
 void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
                      const char* name = "rows");
 
-// Checks the range and puts the hits in order: nothing to do if rows never fall, else a stable
+// Checks the range and sorts the entries: nothing to do if rows are non-decreasing, else a stable
 // counting sort, O(count + num_rows).
-RowHits sort_hits(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
-                  const char* name = "rows");
+RowEntries sort_entries(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
+                        const char* name = "rows");
 
 // Results of this size are written around the cache (half of the last-level cache of common
 // machines): alone that is up to twice as fast, and it loses nothing where the result is read next.

@@ -10,28 +10,29 @@ namespace MOR_ISA {
 namespace {
 
 template <class T>
-struct Hit {
+struct Entry {
   const T* update;
   acc_t<T> gate;
 };
 
-// The hits on one row.
+// The entries on one row.
 template <class T>
-struct Hits {
-  const Hit<T>*begin, *end;
+struct Entries {
+  const Entry<T>*begin, *end;
 };
 
-// kUnroll vectors of one output row at d, held in registers over its hits.
+// kUnroll vectors of one output row at d, held in registers over its entries.
 template <class V, int kUnroll, bool kStream, class T>
-[[gnu::always_inline]] inline void sum_part(Hits<T> hits, T* out, const T* base, acc_t<T> scale,
-                                            int64_t d) {
+[[gnu::always_inline]] inline void sum_part(Entries<T> entries, T* out, const T* base,
+                                            acc_t<T> scale, int64_t d) {
   V acc[kUnroll]{};
   if (base != nullptr)
     for (int u = 0; u < kUnroll; ++u) acc[u] = get<V>(base + d + u * lanes<V>);
   if (scale != 1)
     for (int u = 0; u < kUnroll; ++u) acc[u] = acc[u] * scale;
-  for (const Hit<T>* hit = hits.begin; hit != hits.end; ++hit)
-    for (int u = 0; u < kUnroll; ++u) acc[u] += get<V>(hit->update + d + u * lanes<V>) * hit->gate;
+  for (const Entry<T>* entry = entries.begin; entry != entries.end; ++entry)
+    for (int u = 0; u < kUnroll; ++u)
+      acc[u] += get<V>(entry->update + d + u * lanes<V>) * entry->gate;
   for (int u = 0; u < kUnroll; ++u) {
     if constexpr (kStream && lanes<V> > 1) stream(out + d + u * lanes<V>, acc[u]);
     else put(out + d + u * lanes<V>, acc[u]);
@@ -40,7 +41,7 @@ template <class V, int kUnroll, bool kStream, class T>
 
 // next: the row of base to ask for meanwhile, or null.
 template <class T, bool kStream>
-void sum_row(const RowSums& sums, int64_t n, Hits<T> hits, const T* next) {
+void sum_row(const RowSums& sums, int64_t n, Entries<T> entries, const T* next) {
   using V = wide_t<T>;
   using Short = short_t<T>;
   constexpr int64_t kPart = 4 * lanes<V>, kLine = 64 / sizeof(T);
@@ -48,7 +49,7 @@ void sum_row(const RowSums& sums, int64_t n, Hits<T> hits, const T* next) {
   T* out = static_cast<T*>(sums.out) + n * sums.out_stride;
   const T* base =
       sums.base != nullptr ? static_cast<const T*>(sums.base) + n * sums.base_stride : nullptr;
-  if (hits.begin == hits.end && base != nullptr && sums.base_scale.data == nullptr) {
+  if (entries.begin == entries.end && base != nullptr && sums.base_scale.data == nullptr) {
     const auto* in = reinterpret_cast<const char*>(base);
     if (base != out) copy_row<kStream>(reinterpret_cast<char*>(out), in, width * sizeof(T), in);
     return;
@@ -58,21 +59,22 @@ void sum_row(const RowSums& sums, int64_t n, Hits<T> hits, const T* next) {
   for (; d + kPart <= width; d += kPart) {
     if (next != nullptr)
       for (int64_t e = d; e < d + kPart; e += kLine) __builtin_prefetch(next + e);
-    sum_part<V, 4, kStream>(hits, out, base, scale, d);
+    sum_part<V, 4, kStream>(entries, out, base, scale, d);
   }
-  for (; d + lanes<V> <= width; d += lanes<V>) sum_part<V, 1, kStream>(hits, out, base, scale, d);
+  for (; d + lanes<V> <= width; d += lanes<V>)
+    sum_part<V, 1, kStream>(entries, out, base, scale, d);
   for (; d + lanes<Short> <= width; d += lanes<Short>)
-    sum_part<Short, 1, kStream>(hits, out, base, scale, d);
-  for (; d < width; ++d) sum_part<acc_t<T>, 1, false>(hits, out, base, scale, d);
+    sum_part<Short, 1, kStream>(entries, out, base, scale, d);
+  for (; d < width; ++d) sum_part<acc_t<T>, 1, false>(entries, out, base, scale, d);
 }
 
-// Takes the hits on row n from `first` on; returns the first one on a later row.
+// Takes the entries on row n from `first` on; returns the first one on a later row.
 template <class T>
-int64_t take_hits(const RowSums& sums, int64_t n, int64_t first, std::vector<Hit<T>>& out) {
+int64_t take_entries(const RowSums& sums, int64_t n, int64_t first, std::vector<Entry<T>>& out) {
   out.clear();
-  const RowHits& hits = *sums.hits;
-  for (; first < hits.count && hits.rows[first] == n; ++first) {
-    const int64_t i = hits.order != nullptr ? hits.order[first] : first;
+  const RowEntries& entries = *sums.entries;
+  for (; first < entries.count && entries.rows[first] == n; ++first) {
+    const int64_t i = entries.order != nullptr ? entries.order[first] : first;
     out.push_back({static_cast<const T*>(sums.updates) + i * sums.updates_stride,
                    scale_at<acc_t<T>>(sums.gate, i)});
   }
@@ -81,11 +83,11 @@ int64_t take_hits(const RowSums& sums, int64_t n, int64_t first, std::vector<Hit
 
 template <class T, bool kStream>
 void sum_every(const RowSums& sums, int64_t begin, int64_t end) {
-  std::vector<Hit<T>> hits;
-  int64_t j = first_hit(*sums.hits, begin);
+  std::vector<Entry<T>> entries;
+  int64_t j = first_entry(*sums.entries, begin);
   for (int64_t n = begin; n < end; ++n) {
-    j = take_hits(sums, n, j, hits);
-    sum_row<T, kStream>(sums, n, {hits.data(), hits.data() + hits.size()}, nullptr);
+    j = take_entries(sums, n, j, entries);
+    sum_row<T, kStream>(sums, n, {entries.data(), entries.data() + entries.size()}, nullptr);
   }
   if (kStream) stream_fence();
 }
@@ -94,11 +96,11 @@ void sum_every(const RowSums& sums, int64_t begin, int64_t end) {
 
 RowOrder scan_rows(const int64_t* rows, int64_t count, int64_t num_rows) {
   // Branch-free, so that it vectorises.
-  uint64_t outside = 0, falls = 0;
+  uint64_t outside = 0, descends = 0;
   for (int64_t i = 0; i < count; ++i)
     outside |= static_cast<uint64_t>(rows[i]) >= static_cast<uint64_t>(num_rows);
-  for (int64_t i = 1; i < count; ++i) falls |= rows[i] < rows[i - 1];
-  return {outside == 0, falls != 0};
+  for (int64_t i = 1; i < count; ++i) descends |= rows[i] < rows[i - 1];
+  return {outside == 0, descends != 0};
 }
 
 void sum_rows(const RowSums& sums, int64_t begin, int64_t end) {
@@ -107,19 +109,19 @@ void sum_rows(const RowSums& sums, int64_t begin, int64_t end) {
   });
 }
 
-void sum_hit_rows(const RowSums& sums, int64_t begin, int64_t end) {
+void sum_updated_rows(const RowSums& sums, int64_t begin, int64_t end) {
   dispatch_floating(sums.dtype, [&]<class T>(T) {
-    const int64_t* rows = sums.hits->rows;
+    const int64_t* rows = sums.entries->rows;
     const int64_t ahead = rows_ahead(sums.width * sizeof(T));
-    std::vector<Hit<T>> hits;
+    std::vector<Entry<T>> entries;
     int64_t j = begin;
     while (j > 0 && j < end && rows[j] == rows[j - 1]) ++j;
     while (j < end) {
       const int64_t n = rows[j];
       const T* next = static_cast<const T*>(sums.base) +
-                      rows[std::min(j + ahead, sums.hits->count - 1)] * sums.base_stride;
-      j = take_hits(sums, n, j, hits);
-      sum_row<T, false>(sums, n, {hits.data(), hits.data() + hits.size()}, next);
+                      rows[std::min(j + ahead, sums.entries->count - 1)] * sums.base_stride;
+      j = take_entries(sums, n, j, entries);
+      sum_row<T, false>(sums, n, {entries.data(), entries.data() + entries.size()}, next);
     }
   });
 }

@@ -19,7 +19,8 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
                   const OptionalTensor& base_scale, const ScatterTokensDims& dims, const char* op) {
   const Rows base = contiguous_rows(base_in), updates = contiguous_rows(updates_in);
   const Tensor rows = as_contiguous(rows_in);
-  const RowHits hits = sort_hits(rows.const_data_ptr<int64_t>(), dims.num_hits, dims.num_rows, op);
+  const RowEntries entries =
+      sort_entries(rows.const_data_ptr<int64_t>(), dims.num_updates, dims.num_rows, op);
   RowSums sums{};
   sums.dtype = base_in.scalar_type();
   sums.width = dims.width;
@@ -31,13 +32,13 @@ void scatter_into(Tensor& out, const Tensor& base_in, const Tensor& updates_in,
   sums.updates = updates.data;
   sums.updates_stride = updates.stride;
   sums.gate = row_scale(gate);
-  sums.hits = &hits;
+  sums.entries = &entries;
   const int64_t bytes = dims.width * base_in.element_size();
   const bool in_place = sums.out == sums.base;
   sums.stream = !in_place && streams(sums.out, dims.num_rows, bytes);
   if (in_place && !base_scale.has_value()) {
-    const auto sum = MOR_BEST(sum_hit_rows);
-    torch::stable::parallel_for(0, dims.num_hits, rows_per_task(bytes),
+    const auto sum = MOR_BEST(sum_updated_rows);
+    torch::stable::parallel_for(0, dims.num_updates, rows_per_task(bytes),
                                 [&](int64_t begin, int64_t end) { sum(sums, begin, end); });
   } else {
     const auto sum = MOR_BEST(sum_rows);
@@ -77,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(
   const Tensor rows = as_contiguous(rows_in);
   const auto none = [&] { return new_tensor(grad_in, {0}); };
   Tensor grad_base = need_base ? new_result(grad_in, {dims.num_rows, dims.width}) : none();
-  Tensor grad_updates = need_updates ? new_result(grad_in, {dims.num_hits, dims.width}) : none();
-  Tensor grad_gate = updates_in.has_value() ? new_tensor(*gate, {dims.num_hits}) : none();
+  Tensor grad_updates = need_updates ? new_result(grad_in, {dims.num_updates, dims.width}) : none();
+  Tensor grad_gate = updates_in.has_value() ? new_tensor(*gate, {dims.num_updates}) : none();
   Tensor grad_base_scale = base_in.has_value() ? new_tensor(*base_scale, {dims.num_rows}) : none();
 
   const Rows grad = contiguous_rows(grad_in);
@@ -108,19 +109,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scatter_tokens_backward_cpu(
   const int64_t* index = rows.const_data_ptr<int64_t>();
   const int64_t bytes = dims.width * grad_in.element_size(), grain = rows_per_task(bytes);
   args.stream = (!need_base || streams(args.grad_base, dims.num_rows, bytes)) &&
-                (!need_updates || streams(args.grad_updates, dims.num_hits, bytes));
+                (!need_updates || streams(args.grad_updates, dims.num_updates, bytes));
   if (need_base || base_in.has_value()) {
-    const RowHits hits = sort_hits(index, dims.num_hits, dims.num_rows, op);
-    args.hits = &hits;
+    const RowEntries entries = sort_entries(index, dims.num_updates, dims.num_rows, op);
+    args.entries = &entries;
     const auto backward = MOR_BEST(scatter_backward_rows);
     torch::stable::parallel_for(0, dims.num_rows, grain,
                                 [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   } else if (need_updates || updates_in.has_value()) {  // any order will do: no sort
-    check_row_range(index, dims.num_hits, dims.num_rows, op);
-    const RowHits hits{index, nullptr, dims.num_hits, nullptr};
-    args.hits = &hits;
-    const auto backward = MOR_BEST(scatter_backward_hits);
-    torch::stable::parallel_for(0, dims.num_hits, grain,
+    check_row_range(index, dims.num_updates, dims.num_rows, op);
+    const RowEntries entries{index, nullptr, dims.num_updates, nullptr};
+    args.entries = &entries;
+    const auto backward = MOR_BEST(scatter_backward_entries);
+    torch::stable::parallel_for(0, dims.num_updates, grain,
                                 [&](int64_t begin, int64_t end) { backward(args, begin, end); });
   }
   return {grad_base, grad_updates, grad_gate, grad_base_scale};

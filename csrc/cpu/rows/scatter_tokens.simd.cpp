@@ -67,7 +67,7 @@ const T* row_at(const void* data, int64_t i, int64_t stride) {
 }
 
 template <class T, bool kStream>
-void backward_hit(const ScatterBackward& a, int64_t n, int64_t i, int64_t next) {
+void backward_entry(const ScatterBackward& a, int64_t n, int64_t i, int64_t next) {
   const ScaledRow<T> row{row_at<T>(a.grad, n, a.grad_stride), scale_at<acc_t<T>>(a.gate, i),
                          row_at<T>(a.grad_updates, i, a.width),
                          row_at<T>(a.updates, i, a.updates_stride)};
@@ -76,35 +76,35 @@ void backward_hit(const ScatterBackward& a, int64_t n, int64_t i, int64_t next) 
 }
 
 template <class T, bool kStream>
-void backward_hits(const ScatterBackward& a, int64_t begin, int64_t end) {
-  const int64_t* rows = a.hits->rows;
+void backward_entries(const ScatterBackward& a, int64_t begin, int64_t end) {
+  const int64_t* rows = a.entries->rows;
   const int64_t ahead = rows_ahead(a.width * sizeof(T));
   for (int64_t i = begin; i < end; ++i)
-    backward_hit<T, kStream>(a, rows[i], i, rows[std::min(i + ahead, end - 1)]);
+    backward_entry<T, kStream>(a, rows[i], i, rows[std::min(i + ahead, end - 1)]);
   if (kStream) stream_fence();
 }
 
 template <class T, bool kStream>
 void backward_rows(const ScatterBackward& a, int64_t begin, int64_t end) {
-  const RowHits& hits = *a.hits;
-  int64_t j = first_hit(hits, begin);
+  const RowEntries& entries = *a.entries;
+  int64_t j = first_entry(entries, begin);
   for (int64_t n = begin; n < end; ++n) {
     const ScaledRow<T> row{row_at<T>(a.grad, n, a.grad_stride), scale_at<acc_t<T>>(a.base_scale, n),
                            row_at<T>(a.grad_base, n, a.width), row_at<T>(a.base, n, a.base_stride)};
     put_scale(a.grad_base_scale, a.base_scale.dtype, n,
               scale_row<T, kStream>(row, a.width, row.grad));
     if (a.grad_updates == nullptr && a.grad_gate == nullptr) continue;
-    for (; j < hits.count && hits.rows[j] == n; ++j)
-      backward_hit<T, kStream>(a, n, hits.order != nullptr ? hits.order[j] : j, n);
+    for (; j < entries.count && entries.rows[j] == n; ++j)
+      backward_entry<T, kStream>(a, n, entries.order != nullptr ? entries.order[j] : j, n);
   }
   if (kStream) stream_fence();
 }
 
 }  // namespace
 
-void scatter_backward_hits(const ScatterBackward& a, int64_t begin, int64_t end) {
+void scatter_backward_entries(const ScatterBackward& a, int64_t begin, int64_t end) {
   dispatch_floating(a.dtype, [&]<class T>(T) {
-    a.stream ? backward_hits<T, true>(a, begin, end) : backward_hits<T, false>(a, begin, end);
+    a.stream ? backward_entries<T, true>(a, begin, end) : backward_entries<T, false>(a, begin, end);
   });
 }
 

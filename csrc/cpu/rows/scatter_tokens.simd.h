@@ -21,14 +21,14 @@ struct ScatterBackward {
   void* grad_updates;
   void* grad_gate;        // in the dtype of gate
   void* grad_base_scale;  // in the dtype of base_scale
-  const RowHits* hits;
+  const RowEntries* entries;
   bool stream;  // write rows around the cache
 };
 
-// The gradients of updates and gate for hits [begin, end).
-MOR_DECLARE_SIMD(void, scatter_backward_hits, const ScatterBackward& args, int64_t begin,
+// The gradients of updates and gate for entries [begin, end).
+MOR_DECLARE_SIMD(void, scatter_backward_entries, const ScatterBackward& args, int64_t begin,
                  int64_t end)
-// All gradients for rows [begin, end) and the hits on them: a row of grad is read once.
+// All gradients for rows [begin, end) and the entries on them: a row of grad is read once.
 MOR_DECLARE_SIMD(void, scatter_backward_rows, const ScatterBackward& args, int64_t begin,
                  int64_t end)
 

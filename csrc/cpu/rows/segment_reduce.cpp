@@ -22,8 +22,8 @@ std::tuple<Tensor, Tensor> segment_reduce_cpu(const Tensor& x_in, const Tensor& 
   const auto dims = check_segment_reduce(x_in, segments_in, num_segments, reduce, weights);
   const Rows x = contiguous_rows(x_in);
   const Tensor segments = as_contiguous(segments_in);
-  const RowHits hits = sort_hits(segments.const_data_ptr<int64_t>(), dims.num_rows, num_segments,
-                                 "segment_reduce", "segments");
+  const RowEntries entries = sort_entries(segments.const_data_ptr<int64_t>(), dims.num_rows,
+                                          num_segments, "segment_reduce", "segments");
   Tensor out = new_result(x_in, {num_segments, dims.width});
   const bool is_double = x_in.scalar_type() == ScalarType::Double;
   Tensor totals = new_tensor(x_in, {dims.reduce == Reduce::kMean ? num_segments : 0},
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> segment_reduce_cpu(const Tensor& x_in, const Tensor& 
   args.x = x.data;
   args.x_stride = x.stride;
   args.weights = row_scale(weights);
-  args.hits = &hits;
+  args.entries = &entries;
   args.out = out.mutable_data_ptr();
   args.totals = totals.mutable_data_ptr();
   args.stream = streams(args.out, num_segments, bytes);
@@ -52,8 +52,9 @@ Tensor segment_reduce_amax_backward_cpu(const Tensor& grad_in, const Tensor& x_i
   const Rows grad = contiguous_rows(grad_in), x = contiguous_rows(x_in),
              out = contiguous_rows(out_in);
   const Tensor segments = as_contiguous(segments_in);
-  const RowHits hits = sort_hits(segments.const_data_ptr<int64_t>(), dims.num_rows,
-                                 dims.num_segments, "segment_reduce_amax_backward", "segments");
+  const RowEntries entries =
+      sort_entries(segments.const_data_ptr<int64_t>(), dims.num_rows, dims.num_segments,
+                   "segment_reduce_amax_backward", "segments");
   Tensor grad_x = new_result(x_in, {dims.num_rows, dims.width});
   const SegmentAmaxBackward args{grad_in.scalar_type(),
                                  dims.width,
@@ -63,7 +64,7 @@ Tensor segment_reduce_amax_backward_cpu(const Tensor& grad_in, const Tensor& x_i
                                  x.stride,
                                  out.data,
                                  out.stride,
-                                 &hits,
+                                 &entries,
                                  grad_x.mutable_data_ptr()};
   const auto run = MOR_BEST(segment_amax_backward_rows);
   torch::stable::parallel_for(0, dims.num_segments,

@@ -23,18 +23,18 @@ struct Segment {
   acc_t<T> divisor;  // of the sum
 };
 
-// Takes the hits on segment s from `first` on; returns the first one on a later segment.
+// Takes the entries on segment s from `first` on; returns the first one on a later segment.
 template <class T>
 int64_t take_members(const SegmentReduce& a, int64_t s, int64_t first,
                      std::vector<Member<T>>& out) {
   out.clear();
-  const RowHits& hits = *a.hits;
+  const RowEntries& entries = *a.entries;
   const int64_t ahead = rows_ahead(a.width * sizeof(T));
-  const auto index = [&](int64_t j) { return hits.order != nullptr ? hits.order[j] : j; };
+  const auto index = [&](int64_t j) { return entries.order != nullptr ? entries.order[j] : j; };
   const auto row = [&](int64_t i) { return static_cast<const T*>(a.x) + i * a.x_stride; };
-  for (; first < hits.count && hits.rows[first] == s; ++first) {
+  for (; first < entries.count && entries.rows[first] == s; ++first) {
     const int64_t i = index(first);
-    out.push_back({row(i), row(index(std::min(first + ahead, hits.count - 1))),
+    out.push_back({row(i), row(index(std::min(first + ahead, entries.count - 1))),
                    scale_at<acc_t<T>>(a.weights, i)});
   }
   return first;
@@ -98,7 +98,7 @@ void reduce_segments(const SegmentReduce& a, int64_t begin, int64_t end) {
   using V = wide_t<T>;
   using Acc = acc_t<T>;
   std::vector<Member<T>> members;
-  int64_t j = first_hit(*a.hits, begin);
+  int64_t j = first_entry(*a.entries, begin);
   for (int64_t s = begin; s < end; ++s) {
     j = take_members(a, s, j, members);
     Segment<T> segment{members.data(), members.data() + members.size(), 1};
@@ -127,7 +127,7 @@ template <class V, class T>
   const V out = get<V>(static_cast<const T*>(a.out) + s * a.out_stride + d);
   V rest = get<V>(static_cast<const T*>(a.grad) + s * a.grad_stride + d);
   for (int64_t j = first; j < last; ++j) {
-    const int64_t i = a.hits->order != nullptr ? a.hits->order[j] : j;
+    const int64_t i = a.entries->order != nullptr ? a.entries->order[j] : j;
     const V x = get<V>(static_cast<const T*>(a.x) + i * a.x_stride + d);
     put_exact(static_cast<T*>(a.grad_x) + i * a.width + d, take_if_largest(x, out, rest));
   }
@@ -155,11 +155,11 @@ void segment_reduce_rows(const SegmentReduce& a, int64_t begin, int64_t end) {
 void segment_amax_backward_rows(const SegmentAmaxBackward& a, int64_t begin, int64_t end) {
   dispatch_floating(a.dtype, [&]<class T>(T) {
     using V = wide_t<T>;
-    const RowHits& hits = *a.hits;
-    int64_t first = first_hit(hits, begin);
+    const RowEntries& entries = *a.entries;
+    int64_t first = first_entry(entries, begin);
     for (int64_t s = begin; s < end; ++s) {
       int64_t last = first, d = 0;
-      while (last < hits.count && hits.rows[last] == s) ++last;
+      while (last < entries.count && entries.rows[last] == s) ++last;
       for (; d + lanes<V> <= a.width; d += lanes<V>) amax_backward_part<V, T>(a, s, first, last, d);
       for (; d < a.width; ++d) amax_backward_part<acc_t<T>, T>(a, s, first, last, d);
       first = last;

@@ -15,7 +15,7 @@ struct SegmentReduce {
   const void* x;
   int64_t x_stride;
   RowScale weights;
-  const RowHits* hits;  // the rows of every segment
+  const RowEntries* entries;  // the rows of every segment
   void* out;
   void* totals;  // of the accumulation type; null unless reduce is kMean
   bool stream;   // write around the cache
@@ -30,7 +30,7 @@ struct SegmentAmaxBackward {
   int64_t x_stride;
   const void* out;
   int64_t out_stride;
-  const RowHits* hits;
+  const RowEntries* entries;
   void* grad_x;
 };
 
