@@ -145,9 +145,6 @@ int64_t most_rows(const AttentionProblem& p) {
   return most;
 }
 
-// Fewer tasks are cut smaller, for those who have many threads.
-constexpr int64_t kEnoughTasks = 16;
-
 void tiled_forward(const AttentionProblem& p) {
   const int64_t most = most_rows(p);
   int64_t heads = most <= kFewRows ? p.dims.num_kv_heads : 1;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "csrc/cpu/simd/isa.h"
+#include "csrc/cpu/tuning.h"
 #include "csrc/ops/depth_attention.h"
 
 namespace mor {
@@ -45,12 +46,6 @@ struct AttentionProblem {
 struct AttentionTask {
   int64_t sequence, kv_head, kv_heads, row_begin, row_end;
 };
-
-constexpr int64_t kForwardRows = 512, kLeastRows = 128;  // of a task
-// Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle. It
-// also gains from taking several key heads at once, whose rows are neighbours in memory.
-constexpr int64_t kFewRows = 12;
-constexpr int64_t kBackwardRows = 256;  // of a step of a task
 
 // Does the task; with scratch null does nothing. Returns the bytes of scratch that it needs,
 // aligned to 64.

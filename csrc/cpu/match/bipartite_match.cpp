@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "csrc/cpu/match/bipartite_match.simd.h"
+#include "csrc/cpu/tuning.h"
 #include "csrc/rows.h"
 
 namespace mor {
@@ -49,9 +50,8 @@ std::tuple<Tensor, Tensor> bipartite_match_cpu(const Tensor& a_in, const Tensor&
     }
   }
   const auto num_tasks = static_cast<int64_t>(tasks.size());
-  constexpr int64_t kWorkPerThread = 1 << 20;  // some 30 us
   const int64_t grain =
-      std::max<int64_t>(kWorkPerThread * num_tasks / std::max<int64_t>(work, 1), 1);
+      std::max<int64_t>(kProductsPerThread * num_tasks / std::max<int64_t>(work, 1), 1);
   const auto run = MOR_BEST(match_rows);
   const int64_t scratch_bytes = MOR_BEST(match_scratch)(match, task_rows);
   torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "csrc/cpu/tuning.h"
 #include "csrc/tensors.h"
 
 namespace mor {
@@ -36,7 +37,7 @@ class KeptBlocks {
       for (auto b = blocks_.begin(); b != blocks_.end(); ++b)
         if (b->bytes >= bytes && b->bytes <= size + bytes / 4 &&
             (best == blocks_.end() || b->bytes <= best->bytes))
-          best = b;  // of equals the last one to die: it may still lie in the cache
+          best = b;  // of one size the last one freed: it may still lie in the cache
       if (best != blocks_.end()) {
         const Block block = *best;
         blocks_.erase(best);
@@ -69,11 +70,11 @@ class KeptBlocks {
   }
 
   std::mutex mutex_;
-  std::vector<Block> blocks_;  // in the order they died
+  std::vector<Block> blocks_;  // in the order they were freed
   int64_t kept_ = 0;
 };
 
-// Never destroyed: tensors may die after it would.
+// Never destroyed: tensors may be freed after it would be.
 KeptBlocks& kept_blocks() {
   static auto* blocks = new KeptBlocks;
   return *blocks;

@@ -11,13 +11,11 @@
 #include <vector>
 
 #include "csrc/cpu/routing/group_rows.simd.h"
+#include "csrc/cpu/tuning.h"
 #include "csrc/tensors.h"
 
 namespace mor {
 namespace {
-
-constexpr int64_t kChunkRows = 4096;
-constexpr int64_t kRowsPerThread = 32768;  // some 30 us: less is not worth waking a thread
 
 // Rows first .. last - 1, all of one sequence.
 struct Chunk {

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "csrc/cpu/routing/compact.h"
+#include "csrc/cpu/tuning.h"
 
 namespace mor {
 namespace MOR_ISA {

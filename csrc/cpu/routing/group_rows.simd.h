@@ -7,9 +7,6 @@
 
 namespace mor {
 
-// With more keys than this the scalar counting sort is as fast.
-constexpr int64_t kMaxMaskedKeys = 8;
-
 // Of num_rows keys: counts[key] += the rows with that key, and codes[i] = the key as a byte. A key
 // out of range is not counted. key_bytes: 8 (int64), 4 (int32) or 1 (bool).
 MOR_DECLARE_SIMD(void, group_rows_count, const void* keys, int key_bytes, int64_t num_rows,

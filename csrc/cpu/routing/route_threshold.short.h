@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "csrc/cpu/routing/route_topk.simd.h"
+#include "csrc/cpu/tuning.h"
 #include "csrc/ops/route_threshold.h"
 
 namespace mor {
@@ -20,8 +21,6 @@ struct ThresholdRule {
     return std::min({std::max(count, min_k), max_k < 0 ? available : max_k, available});
   }
 };
-
-constexpr int64_t kShortSequence = 32;
 
 // How many of n > 0 weights, best first, are needed: in the units of route_threshold.h.
 template <class Acc>

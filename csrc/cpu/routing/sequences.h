@@ -7,10 +7,9 @@
 #include <memory>
 
 #include "csrc/cpu/routing/route_topk.simd.h"
+#include "csrc/cpu/tuning.h"
 
 namespace mor {
-
-constexpr int64_t kRowsPerThread = 32768;  // some 30 us: less is not worth waking a thread
 
 // Calls body(b, scratch) for each sequence, in parallel, with enough rows for each thread; scratch
 // serves sequences of up to `longest` rows.

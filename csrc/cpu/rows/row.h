@@ -87,9 +87,9 @@ inline int64_t first_entry(const RowEntries& entries, int64_t row) {
   return begin;
 }
 
-// Rows far enough ahead to hide the latency of memory, near enough to stay in the first cache.
+// Rows that are kBytesAhead, between 1 and 16.
 inline int64_t rows_ahead(int64_t bytes) {
-  return std::clamp<int64_t>(8192 / std::max<int64_t>(bytes, 1), 1, 16);
+  return std::clamp<int64_t>(kBytesAhead / std::max<int64_t>(bytes, 1), 1, 16);
 }
 
 // Copies a row while asking for the row at `next`; kStream: out and bytes are whole lines.

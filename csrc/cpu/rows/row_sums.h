@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 
+#include "csrc/cpu/tuning.h"
 #include "csrc/rows.h"
 
 namespace mor {
@@ -41,19 +42,15 @@ void check_row_range(const int64_t* rows, int64_t count, int64_t num_rows, const
 RowEntries sort_entries(const int64_t* rows, int64_t count, int64_t num_rows, const char* op,
                         const char* name = "rows");
 
-// Results of this size are written around the cache (half of the last-level cache of common
-// machines): alone that is up to twice as fast, and it loses nothing where the result is read next.
-constexpr int64_t kStreamBytes = int64_t{12} << 20;
-
 // Non-temporal stores want whole aligned lines.
 inline bool streams(const void* out, int64_t num_rows, int64_t row_bytes) {
   return num_rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
          reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
-// Rows of `bytes` for one task: enough to pay for waking a thread.
+// Rows of `bytes` for one task.
 inline int64_t rows_per_task(int64_t bytes) {
-  return std::max<int64_t>((int64_t{64} << 10) / std::max<int64_t>(bytes, 1), 1);
+  return std::max<int64_t>(kBytesPerThread / std::max<int64_t>(bytes, 1), 1);
 }
 
 }  // namespace mor
