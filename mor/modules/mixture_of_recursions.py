@@ -227,14 +227,17 @@ def _by_length(
 ) -> Tensor:
     """Calls the block on [b, k, D] once for each number k of tokens that sequences keep."""
     lengths: Sequence[int] = packing.lengths or packing.cu_seqlens.diff().tolist()
+    if len(set(lengths)) == 1:
+        shape = len(lengths), lengths[0]
+        sequences = torch.arange(len(lengths), device=x.device)
+        y = call(x.reshape(*shape, -1), sequences, tokens.reshape(shape))
+        return y.reshape(-1, y.shape[-1])
     out: Tensor | None = None
     for count in sorted(set(lengths) - {0}):
         sequences = torch.tensor([b for b, n in enumerate(lengths) if n == count], device=x.device)
         starts = packing.cu_seqlens[sequences].long()
         local = starts.unsqueeze(1) + torch.arange(count, device=x.device)
         y = call(x[local], sequences, tokens[local])
-        if len(set(lengths)) == 1:
-            return y.reshape(-1, y.shape[-1])
         out = y.new_zeros(x.shape[0], y.shape[-1]) if out is None else out
         out = out.index_copy(0, local.reshape(-1), y.reshape(-1, y.shape[-1]))
     assert out is not None

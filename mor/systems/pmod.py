@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 
 from mor.models.arguments import refuse_unused
@@ -163,8 +164,10 @@ class _PModModel(SavedWithSettings):
                 "apply_pmod: expected input_ids, by which vision tokens are known, got none"
             )
         check_cache_and_mask("apply_pmod", kwargs, self.training)
+        # Without images the model takes their token for text, as when it generated one.
+        has_images = any(kwargs.get(n) is not None for n in ("pixel_values", "mm_encoder_outputs"))
         kwargs["mor_call"] = VisionCall(
-            ids == self.config.image_token_id,
+            ids == self.config.image_token_id if has_images else torch.zeros_like(ids).bool(),
             kwargs.get("attention_mask"),
             kwargs.get("position_ids") is not None,
         )

@@ -217,6 +217,8 @@ class PMoD(GradientCheckpointingLayer):
             z = self.router(x).squeeze(1)
         w = 1 + self.alpha * torch.where(tokens.is_vision, z, 0).tanh()  # 1 for text
         kept, packing = self._keep(z.detach(), tokens)
+        if kept.shape[0] == 0:  # nothing but vision tokens, all skipped
+            return scatter_tokens(x, x[:0], kept, base_scale=w), kept
         everything = packing is tokens.batch.packing
         if everything:
             rows, cos, sin, gate = x, *angles, w

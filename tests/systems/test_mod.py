@@ -212,6 +212,26 @@ def test_copies_and_pickles():
             assert torch.equal(same(tokens).logits, mor.remove(mod_llama()).eval()(tokens).logits)
 
 
+def test_adapters_train_beside_the_routers(tmp_path):
+    peft = pytest.importorskip("peft")
+    mod_llama().save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["recursion"]}
+    model = peft.get_peft_model(mod_llama(), peft.LoraConfig(r=2, **options))
+    tokens = prompts(2, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    model.eval().save_pretrained(tmp_path / "adapters")
+    base = mor.load_swapped(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    with torch.no_grad():
+        want = model(tokens).logits
+        torch.testing.assert_close(loaded(tokens).logits, want)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(tokens).logits, want, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(layer, RoutedLayers) for layer in mor.remove(merged).model.layers)
+
+
 def test_options_come_back(tmp_path):
     model = mod_llama(score=RouterScore("tanh", 0.3), aux="router", router_type="mlp").eval()
     model.save_pretrained(tmp_path)

@@ -287,6 +287,20 @@ def test_text_alone_runs_as_before_and_removing_restores_every_bit(kind):
     assert all(layer.self_attn.config is decoder.config for layer in decoder.layers)
 
 
+def test_without_an_image_its_token_is_text():
+    """A generated one was skipped, and a call with nothing but skipped tokens failed."""
+    model = mor.apply_pmod(dense_llava(), constant(8, 0.5))
+    with torch.no_grad():
+        model(torch.tensor([[IMAGE]]))
+    assert all(layer.token_depths.tolist() == [[1]] for layer in pmod_layers(model))
+    layer, _, _, _ = one_layer(0.1)
+    tokens = VisionTokens.of(pack((1, 4), torch.device("cpu")), torch.ones(1, 4).bool())
+    x = torch.randn(4, 32)
+    got, kept = call(layer, x, tokens, (torch.ones(4, 8), torch.zeros(4, 8)))
+    assert kept.numel() == 0
+    torch.testing.assert_close(got, x * (1 + 0.2 * layer.router(x).tanh()))
+
+
 def test_full_ratios_and_zero_routers_change_nothing():
     dense = dense_llava()
     ids, pixels = prompt(2)
