@@ -4,8 +4,7 @@
 
 Trains the paper's kind of network (layers of experts, no attention) with each gate, and with each
 expert schedule at an equal total of experts, three seeds each. Prints two tables, and draws the
-histogram of active experts for each gate. Needs scikit-learn and matplotlib; two to five minutes on
-two cores.
+histogram of active experts for each gate. Needs scikit-learn and matplotlib, and minutes.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def train(counts: Sequence[int], seed: int, steps: int, **options: object) -> di
     model = Classifier(counts, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(steps):
-        batch = rest[torch.randint(len(rest), (256,))]
+        batch = rest[torch.randint(len(rest), (128,))]
         loss = functional.cross_entropy(model(x[batch]), y[batch])
         loss.backward()
         optimizer.step()
@@ -83,7 +82,7 @@ def main() -> None:
     """Trains all, prints the tables, writes the picture and the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/dynamoe"))
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

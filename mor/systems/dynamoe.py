@@ -202,9 +202,9 @@ def _forward(dense: Any) -> Any:
 
 def _layers(model: Any) -> list[Any]:
     """The decoder layers, each with an MLP that can be replaced."""
-    find = getattr(model, "get_decoder", None)
-    layers = getattr(find() if find else None, "layers", None)
-    if not isinstance(model, PreTrainedModel) or not layers or find() is model:
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    layers = getattr(decoder, "layers", None)
+    if decoder is model or not layers:
         raise ValueError(
             "apply_dynamoe: expected a Transformers language model with decoder layers, got "
             f"{type(model).__name__}"
