@@ -36,17 +36,27 @@ if _TYPE_CHECKING or not _is_command():
         load_swapped,
         swap,
     )
+    from mor.modules.applied import remove
+    from mor.modules.apply_token_merging import apply_token_merging
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _SUBMODULES = ("analysis", "data", "models", "modules", "ops", "training", *_NEW_PATHS)
+
+#: Of the modules, imported at their first use too.
+_APPLIED = {
+    "apply_token_merging": "mor.modules.apply_token_merging",
+    "remove": "mor.modules.applied",
+}
 
 __all__ = [
     "MoRConfig",
     "MoRForCausalLM",
     "MoRModel",
     "__version__",
+    "apply_token_merging",
     "load_authors_checkpoint",
     "load_swapped",
+    "remove",
     "swap",
 ]
 
@@ -54,6 +64,8 @@ __all__ = [
 def __getattr__(name: str) -> _Any:
     if name in _SUBMODULES:
         return _importlib.import_module(f"mor.{name}")
+    if name in _APPLIED:
+        return getattr(_importlib.import_module(_APPLIED[name]), name)
     if name in __all__:
         return getattr(_importlib.import_module("mor.models"), name)
     raise AttributeError(f"module 'mor' has no attribute {name!r}")

@@ -7,9 +7,11 @@ from mor.modules.packing import PackedBatch, Packing, pack
 from mor.modules.recursion import RecursionOutput, RecursionStep
 from mor.modules.routers import Router, RouterScore
 from mor.modules.token_choice import TokenChoice
+from mor.modules.token_merging import MergedTokens, TokenMerging
 
 __all__ = [
     "ExpertChoice",
+    "MergedTokens",
     "MixtureOfRecursions",
     "PackedBatch",
     "Packing",
@@ -19,5 +21,6 @@ __all__ = [
     "RouterScore",
     "RoutingMetrics",
     "TokenChoice",
+    "TokenMerging",
     "pack",
 ]
