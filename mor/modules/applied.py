@@ -1,6 +1,5 @@
 """What `mor.apply_*` changes in a loaded model, and `mor.remove`, which takes it back."""
 
-from functools import cache
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
@@ -44,6 +43,10 @@ def remove(model: Model) -> Model:
     return model
 
 
+#: Classes made at run time, by their parents.
+_CLASSES: dict[tuple[type[Any], type[Any]], type[Any]] = {}
+
+
 class _Added:
     """Pickles and copies an object whose class was made at run time, by its two parents."""
 
@@ -67,10 +70,12 @@ def drop_behaviour(module: nn.Module) -> None:
     module.__class__ = type(module).parents[1]  # type: ignore[attr-defined]
 
 
-@cache
 def _joined(behaviour: type[Any], base: type[Any]) -> type[Any]:
-    names = {"__module__": base.__module__, "parents": (behaviour, base)}
-    return type(base.__name__, (_Added, behaviour, base), names)
+    parents = behaviour, base
+    if parents not in _CLASSES:
+        names = {"__module__": base.__module__, "parents": parents}
+        _CLASSES[parents] = type(base.__name__, (_Added, *parents), names)
+    return _CLASSES[parents]
 
 
 def _empty_instance(behaviour: type[Any], base: type[Any]) -> Any:

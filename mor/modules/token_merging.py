@@ -7,10 +7,20 @@ from torch import Tensor, nn
 
 from mor.ops.bipartite_match import bipartite_match
 from mor.ops.gather_tokens import gather_tokens
+from mor.ops.route_threshold import route_threshold
 from mor.ops.route_topk import route_topk
 from mor.ops.segment_reduce import segment_reduce
 
-__all__ = ["MergePlan", "MergedTokens", "TokenMerging", "even_lengths", "match", "match_alternate"]
+__all__ = [
+    "MergePlan",
+    "MergedTokens",
+    "TokenMerging",
+    "even_lengths",
+    "match",
+    "match_above",
+    "match_alternate",
+    "split_cells",
+]
 
 
 class MergePlan(NamedTuple):
@@ -160,7 +170,6 @@ def match_alternate(metric: Tensor, r: int, protected: int = 0) -> MergePlan:
     return match(metric, r, positions[first::2], positions[1 - first :: 2])
 
 
-@torch.no_grad()
 def match(metric: Tensor, r: int, sources: Tensor, destinations: Tensor) -> MergePlan:
     """Plans the merge of the r sources that are most similar to a destination.
 
@@ -173,39 +182,97 @@ def match(metric: Tensor, r: int, sources: Tensor, destinations: Tensor) -> Merg
     Returns:
         The plan. Positions in neither list are protected.
     """
-    batch, tokens, _ = metric.shape
-    num_a, num_b, device = sources.shape[0], destinations.shape[0], metric.device
-    lengths = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    cu_a = lengths * num_a
-    scores, best = bipartite_match(
-        metric[:, sources].flatten(0, 1), metric[:, destinations].flatten(0, 1), cu_a,
-        lengths * num_b,
-    )  # fmt: skip
-    rows = route_topk(scores, r, cu_a)
-    merged = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, rows, True)
-    return _plan(
-        merged.view(batch, num_a), best.view(batch, num_a), r, tokens, sources, destinations
-    )
+    scores, best, cu_seqlens = _best_pairs(metric, sources, destinations)
+    rows = route_topk(scores, r, cu_seqlens)
+    return _plan(rows, best, metric, sources, destinations, r)
 
 
-def _plan(
-    merged: Tensor, best: Tensor, r: int, tokens: int, sources: Tensor, destinations: Tensor
+def match_above(
+    metric: Tensor, threshold: float, sources: Tensor, destinations: Tensor
 ) -> MergePlan:
-    """Numbers the rows that remain: [protected, sources that stay, destinations]."""
-    batch, num_a = merged.shape
-    num_b, device = destinations.shape[0], merged.device
-    protected, left = tokens - num_a - num_b, tokens - r
+    """Plans the merge of every source whose cosine with a destination is at least `threshold`.
+
+    Each sequence is judged alone, so it may keep more rows than another. On CUDA the number of rows
+    is waited for once; see `route_threshold`.
+
+    Reference: CA-ToMe (arXiv 2501.00946), adaptive merging.
+    """
+    scores, best, cu_seqlens = _best_pairs(metric, sources, destinations)
+    rows, _ = route_threshold(scores, threshold, cu_seqlens, inclusive=True)
+    return _plan(rows, best, metric, sources, destinations)
+
+
+def split_cells(
+    height: int, width: int, cell: tuple[int, int], choice: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Makes one token of every cell of an image a destination, and the others sources.
+
+    Args:
+        height: tokens in a column.
+        width: tokens in a row.
+        cell: rows and columns of a cell; what is left over at the right and below is source.
+        choice: [height // rows, width // columns] int64, the destination in each cell, counted row
+            by row.
+
+    Returns:
+        Ascending positions of the sources and of the destinations in the height * width tokens.
+
+    Reference: Bolya and Hoffman, Token Merging for Stable Diffusion (arXiv 2303.17604).
+    """
+    (down, across), device = choice.shape, choice.device
+    rows = torch.arange(down, device=device)[:, None] * cell[0] + choice // cell[1]
+    columns = torch.arange(across, device=device) * cell[1] + choice % cell[1]
+    chosen = torch.zeros(height * width, dtype=torch.int8, device=device)
+    chosen = chosen.index_fill(0, (rows * width + columns).flatten(), 1)
+    order = chosen.argsort(stable=True)
+    return order[: -down * across], order[-down * across :]
+
+
+@torch.no_grad()
+def _best_pairs(
+    metric: Tensor, sources: Tensor, destinations: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each source the best cosine and its destination, and the `cu_seqlens` of the sources."""
+    cu_a, cu_b = (
+        even_lengths(metric.shape[0], t.shape[0], metric.device) for t in (sources, destinations)
+    )
+    a, b = (metric.index_select(1, t).flatten(0, 1) for t in (sources, destinations))
+    scores, best = bipartite_match(a, b, cu_a, cu_b)
+    return scores, best, cu_a
+
+
+@torch.no_grad()
+def _plan(
+    rows: Tensor,
+    best: Tensor,
+    metric: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    r: int | None = None,
+) -> MergePlan:
+    """Numbers the rows that remain; r of each sequence are merged, or any number (None)."""
+    batch, tokens, device = *metric.shape[:2], rows.device
+    num_a, num_b = sources.shape[0], destinations.shape[0]
+    protected = tokens - num_a - num_b
+    merged = torch.zeros(batch * num_a, dtype=torch.bool, device=device)
+    merged = merged.index_fill(0, rows, True).view(batch, num_a)
     sequence = torch.arange(batch, device=device)[:, None]
-    start = protected + num_a - r  # the first destination in its sequence
-    begin = sequence * left
-    joined = best - sequence * num_b + start
-    stayed = (~merged).cumsum(1) - 1 + protected
+    if r is not None:
+        count: int | Tensor = r
+        cu_seqlens = even_lengths(batch, tokens - r, device)
+    else:
+        count = merged.sum(1, keepdim=True)
+        cu_seqlens = nn.functional.pad((tokens - count).cumsum(0)[:, 0], (1, 0)).int()
+    begin = cu_seqlens[:-1, None].long()
+    start = begin + (protected + num_a - count)  # the first destination
+    joined = best.view(batch, num_a) - sequence * num_b + start
+    stayed = (~merged).cumsum(1) + (begin + (protected - 1))
     segments = torch.empty(batch, tokens, dtype=torch.int64, device=device)
     if protected:
         segments[:, :protected] = torch.arange(protected, device=device) + begin
-    segments[:, sources] = torch.where(merged, joined, stayed) + begin
-    segments[:, destinations] = torch.arange(num_b, device=device) + (start + begin)
-    return MergePlan(segments.flatten(), even_lengths(batch, left, device), batch * left)
+    segments[:, sources] = torch.where(merged, joined, stayed)
+    segments[:, destinations] = torch.arange(num_b, device=device) + start
+    return MergePlan(segments.flatten(), cu_seqlens, batch * tokens - rows.shape[0])
 
 
 def even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
