@@ -191,3 +191,15 @@ def test_bad_options_are_named() -> None:
     dropout = ViTForImageClassification(ViTConfig(**SIZES, attention_probs_dropout_prob=0.5))
     with pytest.raises(ValueError, match=r"expected attention dropout 0, got 0\.5"):
         mor.apply_token_merging(dropout, r=1)
+
+
+def test_adapters_are_trained_and_used(images: Tensor) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = mor.apply_token_merging(build("vit"), r=3)
+    merged = call(model, images)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj"]))
+    assert torch.equal(call(adapted, images), merged)
+    call(adapted, images).square().sum().backward()
+    gradients = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n and "q_proj" in n]
+    assert all(grad.abs().sum() > 0 for grad in gradients)
+    assert len(gradients) == SIZES["num_hidden_layers"]
