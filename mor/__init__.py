@@ -37,7 +37,7 @@ if _TYPE_CHECKING or not _is_command():
         swap,
     )
 if _TYPE_CHECKING:
-    from mor.systems import apply_dynamoe, apply_mod, apply_pmod, remove
+    from mor.systems import apply_dynamoe, apply_mod, apply_pmod, apply_token_merging, remove
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _SUBMODULES = (
@@ -45,7 +45,7 @@ _SUBMODULES = (
 )  # fmt: skip
 
 #: Of `mor.systems`, imported at their first use.
-_SYSTEMS = ("apply_dynamoe", "apply_mod", "apply_pmod", "remove")
+_SYSTEMS = ("apply_dynamoe", "apply_mod", "apply_pmod", "apply_token_merging", "remove")
 
 __all__ = [
     "MoRConfig",
@@ -55,6 +55,7 @@ __all__ = [
     "apply_dynamoe",
     "apply_mod",
     "apply_pmod",
+    "apply_token_merging",
     "load_authors_checkpoint",
     "load_swapped",
     "remove",

@@ -12,6 +12,7 @@ from mor.modules.packing import PackedBatch, Packing, pack
 from mor.modules.recursion import RecursionOutput, RecursionStep
 from mor.modules.routers import Router, RouterScore
 from mor.modules.token_choice import TokenChoice
+from mor.modules.token_merging import MergedTokens, TokenMerging
 
 __all__ = [
     "EXPERT_SCHEDULES",
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertGate",
     "ExpertRouting",
     "Experts",
+    "MergedTokens",
     "MixtureOfDepths",
     "MixtureOfRecursions",
     "PackedBatch",
@@ -31,6 +33,7 @@ __all__ = [
     "RouterScore",
     "RoutingMetrics",
     "TokenChoice",
+    "TokenMerging",
     "expert_schedule",
     "pack",
 ]
