@@ -41,6 +41,7 @@ class MixtureOfDepths(MixtureOfRecursions):
         ValueError: an option that there is not, or a value that it does not take.
 
     Example:
+        >>> import torch
         >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> mixture = MixtureOfDepths(layer, 8, capacity=0.5)
         >>> mixture(torch.randn(2, 6, 8)).shape
