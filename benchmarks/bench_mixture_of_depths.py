@@ -88,4 +88,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for what in product([(2, 64, 64)] if args.smoke else SHAPES, DTYPES, [False, True]):
         measure(*what)
-    report("sister")
+    report("mixture_of_depths")

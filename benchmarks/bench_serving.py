@@ -186,6 +186,13 @@ def first_token(engine: Engine, prompt: list[int], tenants: Iterator[int]) -> No
         engine.step()
 
 
+def engine_of(name: str, base: Any, dtype: torch.dtype) -> Engine:
+    """Of "Llama", or of a MoR model of three recursions."""
+    if name == "Llama":
+        return Engine(dense_model(base, dtype), kv_memory=MEMORY)
+    return mor_engine(base, 3, "uniform", dtype)
+
+
 def prefix(args: argparse.Namespace) -> None:
     length = 64 if args.smoke else 1024
     base = dense_config(3, args.smoke)
@@ -193,10 +200,7 @@ def prefix(args: argparse.Namespace) -> None:
         what = {"row": "prefix", "model": name, "prompt": length, "dtype": dtype_name(dtype)}
         if not wanted(what):
             continue
-        if name == "Llama":
-            engine = Engine(dense_model(base, dtype), kv_memory=MEMORY)
-        else:
-            engine = mor_engine(base, 3, "uniform", dtype)
+        engine = engine_of(name, base, dtype)
         prompt = torch.randint(1, base.vocab_size, (length,)).tolist()
         hit = partial(first_token, engine, prompt, repeat(0))
         miss = partial(first_token, engine, prompt, count(1))
@@ -235,10 +239,7 @@ def chunked(args: argparse.Namespace) -> None:
         what["dtype"] = dtype_name(dtype)
         if not wanted(what):
             continue
-        if name == "Llama":
-            engine = Engine(dense_model(base, dtype), kv_memory=MEMORY)
-        else:
-            engine = mor_engine(base, 3, "uniform", dtype)
+        engine = engine_of(name, base, dtype)
         prompt = torch.randint(1, base.vocab_size, (length,)).tolist()
         ours, alone = Entering(engine, batch, tokens, prompt), Decoding(engine, batch, tokens)
         if row := line(what, {"ours": ours, "limit alone": alone}, seconds=0.01):

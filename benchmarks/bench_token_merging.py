@@ -130,4 +130,4 @@ if __name__ == "__main__":
     for side in [8] if args.smoke else [32, 64]:
         tomesd(side)
     encoder("smoke" if args.smoke else "ViT-B/16")
-    report("sister")
+    report("token_merging")
