@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mor.modules.packing import even_lengths
 from mor.ops.bipartite_match import bipartite_match
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.route_threshold import route_threshold
@@ -15,7 +16,6 @@ __all__ = [
     "MergePlan",
     "MergedTokens",
     "TokenMerging",
-    "even_lengths",
     "match",
     "match_above",
     "match_alternate",
@@ -273,8 +273,3 @@ def _plan(
     segments[:, sources] = torch.where(merged, joined, stayed)
     segments[:, destinations] = torch.arange(num_b, device=device) + start
     return MergePlan(segments.flatten(), cu_seqlens, batch * tokens - rows.shape[0])
-
-
-def even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
-    """`cu_seqlens` of sequences of one length: [B + 1] int32."""
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
