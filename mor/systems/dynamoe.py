@@ -1,7 +1,5 @@
 """mor.apply_dynamoe: the MLPs of a loaded decoder replaced by mixtures of experts."""
 
-import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mor.models.arguments import wants_tuple
-from mor.models.derived_class import Derived, derived_class
+from mor.models.derived_class import Derived, derived_class, forward_of
 from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
 from mor.models.targets import batch_share, num_targets
 from mor.modules.dynamoe import DynaMoE, expert_balancing_loss
@@ -139,9 +137,9 @@ class _Decoder(Derived):
     @classmethod
     def attributes(cls, dense: Any) -> dict[str, Any]:
         """The call of the dense decoder."""
-        return {"forward": _forward(dense)}
+        return {"forward": forward_of(dense)}
 
-    def call_dense(self, kwargs: dict[str, Any]) -> Any:
+    def call_dense(self, **kwargs: Any) -> Any:
         output = self.dense_class.forward(self, **kwargs)
         loss = None
         if self.training and self.balancing_coefficient > 0:
@@ -172,9 +170,9 @@ class _LanguageModel(TellsLostLosses, Derived):
     @classmethod
     def attributes(cls, dense: Any) -> dict[str, Any]:
         """The call of the dense model."""
-        return {"forward": _forward(dense)}
+        return {"forward": forward_of(dense)}
 
-    def call_dense(self, kwargs: dict[str, Any]) -> Any:
+    def call_dense(self, **kwargs: Any) -> Any:
         return_dict, items = kwargs.pop("return_dict", None), kwargs.get("num_items_in_batch")
         output = self.dense_class.forward(self, return_dict=True, **kwargs)
         balancing = self.get_decoder().last_loss.output  # type: ignore[attr-defined]
@@ -186,18 +184,6 @@ class _LanguageModel(TellsLostLosses, Derived):
             output["loss"] = output.loss + batch_share(count, items) * balancing
             take_back(balancing)
         return output.to_tuple() if wants_tuple(return_dict, self.config) else output
-
-
-def _forward(dense: Any) -> Any:
-    """`call_dense` with the dense forward's signature, by which libraries choose arguments."""
-    kinds = inspect.signature(dense.forward).parameters.values()
-    names = tuple(p.name for p in kinds if p.kind is not p.VAR_KEYWORD)[1:]
-
-    @functools.wraps(dense.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.call_dense({**dict(zip(names, args, strict=False)), **kwargs})
-
-    return forward
 
 
 def _layers(model: Any) -> list[Any]:

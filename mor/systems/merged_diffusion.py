@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mor.models.derived_class import Derived, derived_class
 from mor.modules.token_merging import MergePlan, match, match_above, split_cells
 from mor.ops.depth_attention import depth_attention
-from mor.systems.behaviour import add_behaviour, drop_behaviour
 
 __all__ = ["CHECKPOINTS", "DiffusionMerging", "DiffusionOptions", "find_blocks", "merge_blocks"]
 
@@ -164,14 +164,14 @@ class DiffusionMerging:
         r = min(int(x.shape[1] * (options.ratio or 0)), split[0].shape[0])
         return match(x, r, *split) if r else None
 
-    def undo(self, model: nn.Module) -> None:
+    def undo(self, model: Any) -> None:
         """Gives the model, its blocks and their attentions their own classes back."""
         for block in find_blocks(model):
             for module in (block, block.attn1):
-                drop_behaviour(module)
+                module.__class__ = module.dense_class
                 del module.token_merging
             del block.block_index, block.attn1.plan
-        drop_behaviour(model)
+        model.__class__ = model.dense_class
         del model.token_merging
 
 
@@ -211,17 +211,17 @@ def merge_blocks(model: nn.Module, options: DiffusionOptions) -> DiffusionMergin
                     f"block {index}; use ratio"
                 )
     state = DiffusionMerging(options, patch)
-    add_behaviour(model, MergingModel)
+    model.__class__ = derived_class(MergingModel, type(model))
     for index, block in enumerate(blocks):
         block.block_index = index
         for module, behaviour in ((block, MergingBlock), (block.attn1, MergingSelfAttention)):
-            add_behaviour(module, behaviour)
+            module.__class__ = derived_class(behaviour, type(module))
             module.__dict__["token_merging"] = state
         block.attn1.plan = None
     return state
 
 
-class MergingModel:
+class MergingModel(Derived):
     """Goes before the class of a diffusion model: tells the blocks about the image and the step."""
 
     token_merging: DiffusionMerging
@@ -235,7 +235,7 @@ class MergingModel:
         return output
 
 
-class MergingBlock:
+class MergingBlock(Derived):
     """Goes before the class of a block: plans the merge by what comes into the block."""
 
     token_merging: DiffusionMerging
@@ -247,7 +247,7 @@ class MergingBlock:
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
 
-class MergingSelfAttention:
+class MergingSelfAttention(Derived):
     """Goes before the class of a self-attention: attends on the merged tokens."""
 
     plan: MergePlan | None

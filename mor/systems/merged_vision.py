@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mor.modules.token_merging import MergedTokens, TokenMerging, even_lengths
+from mor.models.derived_class import Derived, derived_class
+from mor.modules.packing import even_lengths
+from mor.modules.token_merging import MergedTokens, TokenMerging
 from mor.ops.depth_attention import depth_attention
-from mor.systems.behaviour import add_behaviour, drop_behaviour
 
 __all__ = ["VisionMerging", "find_encoder", "merge_encoder"]
 
@@ -96,12 +97,12 @@ class VisionMerging:
         """[B, M] float32 of the last layer: how many tokens each of those left stands for."""
         return self.layers[-1].size
 
-    def undo(self, model: nn.Module) -> None:
+    def undo(self, model: Any) -> None:
         """Gives the layers their own classes back."""
         encoder = model.get_submodule(self.encoder)
         for layer in encoder.get_submodule(self.layers[0].family.layers).children():
             for module in (layer, layer.get_submodule(self.layers[0].family.attention[1])):
-                drop_behaviour(module)
+                module.__class__ = module.dense_class
                 del module.token_merging
         del model.token_merging
 
@@ -143,7 +144,7 @@ def merge_encoder(
             (layer, MergingLayer),
             (layer.get_submodule(family.attention[1]), MergingAttention),
         ):
-            add_behaviour(module, behaviour)
+            module.__class__ = derived_class(behaviour, type(module))
             module.__dict__["token_merging"] = state
     return VisionMerging(path, states)
 
@@ -179,7 +180,7 @@ def _dropout(attention: nn.Module) -> float:
     return value
 
 
-class MergingLayer:
+class MergingLayer(Derived):
     """Goes before the class of a layer: merges between its attention and its MLP."""
 
     token_merging: LayerMerging
@@ -205,7 +206,7 @@ class MergingLayer:
         return MergedTokens(x, *merged[1:]).unmerge() if state.last else x
 
 
-class MergingAttention:
+class MergingAttention(Derived):
     """Goes before the class of an attention: `attend` weights each key by its size."""
 
     token_merging: LayerMerging

@@ -8,9 +8,9 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 
 from mor.models.arguments import refuse_unused
 from mor.models.attention import check_attention
-from mor.models.derived_class import derived_class
+from mor.models.derived_class import derived_class, forward_of, parameters_of
 from mor.models.swap.saved_model import SavedWithSettings
-from mor.models.swap.swapped_model import check_cache_and_mask, forward_of, parameters_of
+from mor.models.swap.swapped_model import check_cache_and_mask
 from mor.schedules import Schedule, shifted_cosine
 from mor.systems.pmod_layer import PMoD, VisionCall
 
@@ -149,10 +149,8 @@ class _PModModel(SavedWithSettings):
         """`apply_pmod`."""
         _install(self, settings)
 
-    def call_dense(self, *args: Any, **kwargs: Any) -> Any:
-        parameters = parameters_of(self.dense_class)
-        kwargs |= zip(parameters, args, strict=False)
-        known = (*parameters, *_PASSED_ON)
+    def call_dense(self, **kwargs: Any) -> Any:
+        known = (*parameters_of(self.dense_class), *_PASSED_ON)
         refuse_unused(
             {name: value for name, value in kwargs.items() if name not in known},
             self.config,

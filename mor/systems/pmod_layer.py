@@ -10,9 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import _active_collector
 
 from mor.models.attention import AttentionContext
-from mor.models.cache import Placement, recursion_layers
-from mor.models.swap.routed_layers import record_states
-from mor.modules.packing import PackedBatch, Packing, pack
+from mor.models.cache import Placement, RecursionCacheLayer, recursion_layers
+from mor.models.swap.routed_layers import pack_call, record_states
+from mor.modules.packing import PackedBatch, Packing
 from mor.modules.recursion import LastRouting
 from mor.modules.routers import Float32Linear
 from mor.ops.gather_tokens import gather_tokens
@@ -65,18 +65,10 @@ class VisionCall:
     described: bool = False
     tokens: VisionTokens | None = field(default=None)
 
-    def find(self, position_ids: Tensor | None, past: Tensor | None, cached: bool) -> VisionTokens:
-        """The tokens of this call; `past` as `pack` takes it."""
+    def find(self, position_ids: Tensor | None, cache: RecursionCacheLayer | None) -> VisionTokens:
+        """The tokens of this call."""
         if self.tokens is None:
-            counted = not self.described and self.attention_mask is None
-            batch = pack(
-                (self.vision.shape[0], self.vision.shape[1]),
-                self.vision.device,
-                self.attention_mask,
-                None if counted else position_ids,
-                past=past,
-                documents=not cached,
-            )
+            batch = pack_call(self.vision, self.attention_mask, position_ids, self.described, cache)
             if batch.has_documents:
                 raise ValueError(
                     "apply_pmod: position_ids: expected one document in each row, got positions "
@@ -175,8 +167,7 @@ class PMoD(GradientCheckpointingLayer):
         if past_key_values is not None:
             where = "apply_pmod"
             (cache,) = recursion_layers(past_key_values, [self.slot], self.num_layers, where)
-        past = None if cache is None else cache.last_positions
-        tokens = mor_call.find(position_ids, past, cache is not None)
+        tokens = mor_call.find(position_ids, cache)
         batch = tokens.batch
         size = hidden_states.shape[0]
         cos, sin = (batch.pack(x.expand(size, *x.shape[1:])) for x in position_embeddings)

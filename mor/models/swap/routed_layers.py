@@ -21,7 +21,7 @@ from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["RoutedLayers", "SwapCall", "record_states"]
+__all__ = ["RoutedLayers", "SwapCall", "pack_call", "record_states"]
 
 
 @dataclass(eq=False)
@@ -213,17 +213,8 @@ class RoutedLayers(nn.Module):
         caches: list[RecursionCacheLayer] | None,
         call: SwapCall,
     ) -> PackedBatch:
-        # Positions that the model counted itself hold no documents, and looking for them would
-        # wait for the device.
-        counted = not call.described and call.attention_mask is None
-        batch = pack(
-            (hidden.shape[0], hidden.shape[1]),
-            hidden.device,
-            call.attention_mask,
-            None if counted else position_ids,
-            past=None if caches is None else caches[0].last_positions,
-            documents=caches is None,
-        )
+        cache = None if caches is None else caches[0]
+        batch = pack_call(hidden, call.attention_mask, position_ids, call.described, cache)
         if batch.has_documents and call.attention_mask is not None:
             # The dense layers would not separate them: Transformers does so without a mask only.
             raise ValueError(
@@ -232,6 +223,34 @@ class RoutedLayers(nn.Module):
                 "it"
             )
         return batch
+
+
+def pack_call(
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    described: bool,
+    cache: RecursionCacheLayer | None,
+) -> PackedBatch:
+    """Packs the tokens [B, S, ...] of a decoder's call.
+
+    Args:
+        hidden: their states.
+        attention_mask: as the caller gave it.
+        position_ids: as the layers get them.
+        described: the caller gave position_ids. Those that the model counted itself hold no
+            documents, and looking for them would wait for the device.
+        cache: of a layer that routes; with one, a row is one document.
+    """
+    counted = not described and attention_mask is None
+    return pack(
+        (hidden.shape[0], hidden.shape[1]),
+        hidden.device,
+        attention_mask,
+        None if counted else position_ids,
+        past=None if cache is None else cache.last_positions,
+        documents=cache is None,
+    )
 
 
 @contextmanager

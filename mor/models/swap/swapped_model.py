@@ -6,7 +6,6 @@ travels in the call, as `SwapCall`.
 """
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mor.models.arguments import REDUNDANT, refuse_unused, wants_tuple
 from mor.models.attention import check_attention
 from mor.models.configuration_mor import MoRConfig
-from mor.models.derived_class import Derived, derived_class
+from mor.models.derived_class import Derived, derived_class, forward_of, parameters_of
 from mor.models.outputs import MoRCausalLMOutput, MoRModelOutput
 from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell_lost
 from mor.models.swap.routed_layers import RoutedLayers, SwapCall
@@ -27,9 +26,7 @@ from mor.models.targets import at_least_one, batch_share, num_targets
 
 __all__ = [
     "check_cache_and_mask",
-    "forward_of",
     "install",
-    "parameters_of",
     "swapped_class",
     "uninstall",
 ]
@@ -155,8 +152,7 @@ class _SwappedDecoder(Derived):
         split = {*(getattr(dense, "_no_split_modules", None) or ()), "RoutedLayers"}
         return {"forward": forward_of(dense), "_no_split_modules": sorted(split)}
 
-    def call_dense(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= zip(parameters_of(self.dense_class), args, strict=False)
+    def call_dense(self, **kwargs: Any) -> Any:
         known = (*parameters_of(self.dense_class), *_PASSED_ON)
         unknown = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         described = kwargs.get("position_ids") is not None
@@ -220,8 +216,7 @@ class _SwappedModel(TellsLostLosses, SavedWithSettings):
         """`install`."""
         install(self, settings)
 
-    def call_dense(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= zip(parameters_of(self.dense_class), args, strict=False)
+    def call_dense(self, **kwargs: Any) -> Any:
         call = kwargs["mor_call"] = SwapCall(generating=kwargs.pop("generating", False))
         return_dict = kwargs.pop("return_dict", None)
         items, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
@@ -247,20 +242,3 @@ class _SwappedModel(TellsLostLosses, SavedWithSettings):
 def swapped_class(dense: type[PreTrainedModel]) -> Any:
     """The class of a swapped model: that of a dense one, routing and its losses added."""
     return derived_class(_SwappedModel, dense)
-
-
-def forward_of(dense: Any) -> Any:
-    """`call_dense` with the dense forward's signature, by which libraries choose arguments."""
-
-    @functools.wraps(dense.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.call_dense(*args, **kwargs)
-
-    return forward
-
-
-@functools.cache
-def parameters_of(dense: type[PreTrainedModel]) -> tuple[str, ...]:
-    """Names of the arguments of a dense model's forward."""
-    parameters = inspect.signature(dense.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)[1:]
