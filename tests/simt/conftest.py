@@ -5,6 +5,7 @@ race checker, and (in a process of its own, test_simt_sanitizers.py) AddressSani
 UndefinedBehaviorSanitizer.
 """
 
+import fcntl
 import functools
 import os
 import platform
@@ -57,13 +58,17 @@ def build(target: str) -> Path:
     options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     options.append(f"-DCMAKE_CXX_COMPILER={compiler()}")
     options.append("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")  # for test_simt_mutations.py
-    for command in (
-        ["cmake", "-S", HERE, "-B", BUILD_FOLDER, *options],
-        ["cmake", "--build", BUILD_FOLDER, "--target", f"simt_{target}"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.fail(f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}", pytrace=False)
+    BUILD_FOLDER.mkdir(parents=True, exist_ok=True)
+    with (BUILD_FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist share the folder
+        for command in (
+            ["cmake", "-S", HERE, "-B", BUILD_FOLDER, *options],
+            ["cmake", "--build", BUILD_FOLDER, "--target", f"simt_{target}"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                message = f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+                pytest.fail(message, pytrace=False)
     return BUILD_FOLDER / f"libsimt_{target}.so"
 
 
