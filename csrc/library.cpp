@@ -75,6 +75,8 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "context_lens, Tensor cu_seqlens_q, Tensor? context_starts, float scale) "
       "-> (Tensor out, Tensor softmax_lse)");
 
+  m.def("packed_linear(Tensor x, Tensor packed, SymInt num_outputs, Tensor? bias) -> Tensor");
+
   m.def("instruction_set(str force) -> str");
   m.def("cuda_architectures() -> str");
 }

@@ -36,17 +36,29 @@ if _TYPE_CHECKING or not _is_command():
         load_swapped,
         swap,
     )
+if _TYPE_CHECKING:
+    from mor.systems import apply_dynamoe, apply_mod, apply_pmod, apply_token_merging, remove
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
-_SUBMODULES = ("analysis", "data", "models", "modules", "ops", "training", *_NEW_PATHS)
+_SUBMODULES = (
+    "analysis", "data", "models", "modules", "ops", "schedules", "systems", "training", *_NEW_PATHS,
+)  # fmt: skip
+
+#: Of `mor.systems`, imported at their first use.
+_SYSTEMS = ("apply_dynamoe", "apply_mod", "apply_pmod", "apply_token_merging", "remove")
 
 __all__ = [
     "MoRConfig",
     "MoRForCausalLM",
     "MoRModel",
     "__version__",
+    "apply_dynamoe",
+    "apply_mod",
+    "apply_pmod",
+    "apply_token_merging",
     "load_authors_checkpoint",
     "load_swapped",
+    "remove",
     "swap",
 ]
 
@@ -54,6 +66,8 @@ __all__ = [
 def __getattr__(name: str) -> _Any:
     if name in _SUBMODULES:
         return _importlib.import_module(f"mor.{name}")
+    if name in _SYSTEMS:
+        return getattr(_importlib.import_module("mor.systems"), name)
     if name in __all__:
         return getattr(_importlib.import_module("mor.models"), name)
     raise AttributeError(f"module 'mor' has no attribute {name!r}")

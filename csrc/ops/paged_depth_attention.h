@@ -16,12 +16,12 @@
 //   softmax_lse       [H, N] float32 (float64 for float64): log of the sum of exponentials; -inf
 //                     for a query that sees no key
 // Sums run in float32 (float64 for float64). Only blocks that some query sees are looked at: block
-// numbers elsewhere may be anything. Long entries are split among threads, or blocks on CUDA, at
-// places that follow from the sizes alone, and merged in a fixed order: the result is the same for
-// any number of threads. Not differentiable. Values checked on the CPU only (on CUDA undefined):
-// cu_seqlens_q grows from 0 to N, 0 <= context_starts <= context_lens, neither decreases inside an
-// entry, block numbers in [0, num_blocks). MoR paper, section 2.2.2 (recursion-wise caching,
-// recursive sharing).
+// numbers elsewhere may be anything. Long entries are split at places that follow from sizes alone,
+// on the CPU from those of the entry itself, and merged in a fixed order: the result is the same
+// for any number of threads and, on the CPU, for any other entries beside it. Not differentiable.
+// Values checked on the CPU only (on CUDA undefined): cu_seqlens_q grows from 0 to N, 0 <=
+// context_starts <= context_lens, neither decreases inside an entry, block numbers in
+// [0, num_blocks). MoR paper, section 2.2.2 (recursion-wise caching, recursive sharing).
 #pragma once
 
 #include <optional>

@@ -1,15 +1,16 @@
 """The recursion-wise key/value cache as a layer of Transformers' caches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from mor.modules.packing import Packing
 
-__all__ = ["Placement", "RecursionCacheLayer", "Slots"]
+__all__ = ["Placement", "RecursionCacheLayer", "Slots", "recursion_layers"]
 
 #: Position of an unused slot: after every query, so that causal attention never reads it.
 _UNUSED = torch.iinfo(torch.int64).max
@@ -225,6 +226,38 @@ class RecursionCacheLayer(CacheLayerMixin):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[indices])
+
+
+def recursion_layers(
+    cache: Cache, indices: Sequence[int], num_dense_layers: int, where: str
+) -> list[RecursionCacheLayer]:
+    """Layers of a model's cache at some indices; made where there were none of this kind.
+
+    Args:
+        cache: of the whole model.
+        indices: beyond the cache's layers, it grows.
+        num_dense_layers: layers of the model as it was.
+        where: begins the errors.
+
+    Raises:
+        ValueError: a cache for another model, or filled by one.
+    """
+    if len(cache.layers) < num_dense_layers:
+        raise ValueError(
+            f"{where}: expected past_key_values = DynamicCache(config=model.config), got a cache "
+            f"of {len(cache.layers)} layers"
+        )
+    while len(cache.layers) <= max(indices):
+        cache.layers.append(RecursionCacheLayer())
+    for index in indices:
+        if not isinstance(cache.layers[index], RecursionCacheLayer):
+            if cache.layers[index].get_seq_length():
+                raise ValueError(
+                    f"{where}: expected past_key_values that this model filled, got keys of layer "
+                    f"{index} from another"
+                )
+            cache.layers[index] = RecursionCacheLayer()
+    return [cache.layers[index] for index in indices]
 
 
 def _refuse_static(**kwargs: Any) -> None:

@@ -1,8 +1,10 @@
 """Classes made at run time from those of a dense model, which copies and pickles make anew."""
 
+import functools
+import inspect
 from typing import Any
 
-__all__ = ["Derived", "derived_class"]
+__all__ = ["Derived", "derived_class", "forward_of", "parameters_of"]
 
 
 class Derived:
@@ -42,3 +44,23 @@ def _new(mixin: type[Derived], dense: type) -> Any:
     """What pickle and deepcopy fill with an object's state."""
     kind = derived_class(mixin, dense)
     return kind.__new__(kind)
+
+
+def forward_of(dense: Any) -> Any:
+    """`call_dense` with the dense forward's signature, by which libraries choose arguments.
+
+    `call_dense` gets every argument by its name.
+    """
+
+    @functools.wraps(dense.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.call_dense(**{**kwargs, **dict(zip(parameters_of(dense), args, strict=False))})
+
+    return forward
+
+
+@functools.cache
+def parameters_of(dense: Any) -> tuple[str, ...]:
+    """Names of the arguments of a dense model's forward."""
+    parameters = inspect.signature(dense.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)[1:]

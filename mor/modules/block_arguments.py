@@ -62,13 +62,20 @@ class BlockArguments:
     Args:
         block: whose `forward` takes hidden states first.
         layouts: layout of arguments by name, or by position in the call (hidden states are 0).
+        where: begins the errors: the module that wraps the block.
 
     Raises:
         ValueError: an argument that the block does not have, an unknown layout, a block of hidden
             states [S, B, D].
     """
 
-    def __init__(self, block: nn.Module, layouts: Mapping[str | int, str] | None) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        layouts: Mapping[str | int, str] | None,
+        where: str = "MixtureOfRecursions",
+    ) -> None:
+        self.where = where
         parameters = _parameters(block)
         kinds = {parameter.kind for parameter in parameters}
         names = [p.name for p in parameters if p.kind not in _CATCH_ALL]
@@ -95,7 +102,7 @@ class BlockArguments:
             attentions = []
         if not all(getattr(module, "batch_first", True) for module in (block, *attentions)):
             raise ValueError(
-                f"MixtureOfRecursions: expected a block of hidden states [B, S, D], got a "
+                f"{where}: expected a block of hidden states [B, S, D], got a "
                 f"{type(block).__name__} of [S, B, D]; make it with batch_first=True"
             )
         if isinstance(block, nn.TransformerEncoder):
@@ -152,15 +159,15 @@ class BlockArguments:
         label = f"argument {name}" if isinstance(name, int) else name
         if given is not None:
             raise ValueError(
-                f"MixtureOfRecursions: {label}: expected {_SHAPES[given]}, since its layout was "
+                f"{self.where}: {label}: expected {_SHAPES[given]}, since its layout was "
                 f"said to be {given!r}, {got}"
             )
         guessed = _guess(shape, batch_size, length)
         if guessed is None:
             layouts = "; ".join(f"{layout!r}: {text}" for layout, text in _SHAPES.items())
             raise ValueError(
-                f"MixtureOfRecursions: {label}: expected a shape that tells its layout, {got}; "
-                f"name it, as in MixtureOfRecursions(..., arguments={{{name!r}: 'token'}}): "
+                f"{self.where}: {label}: expected a shape that tells its layout, {got}; "
+                f"name it, as in {self.where}(..., arguments={{{name!r}: 'token'}}): "
                 f"{layouts}"
             )
         return guessed

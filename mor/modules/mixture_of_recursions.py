@@ -80,9 +80,9 @@ class MixtureOfRecursions(nn.Module):
             raise ValueError(f"num_recursions: expected at least 1, got {num_recursions}")
         self.block, self.hidden_size = block, hidden_size
         self.num_recursions = num_recursions
-        self.arguments = BlockArguments(block, arguments)
+        self.arguments = BlockArguments(block, arguments, type(self).__name__)
         self.recursion: ExpertChoice | TokenChoice | None = recursion_with(
-            "MixtureOfRecursions", router, hidden_size, num_recursions, options
+            type(self).__name__, router, hidden_size, num_recursions, options
         )
         self._last = LastRouting()
 
@@ -116,12 +116,12 @@ class MixtureOfRecursions(nn.Module):
         """
         if hidden.dim() != 3 or hidden.shape[2] != self.hidden_size:
             raise ValueError(
-                f"MixtureOfRecursions: expected hidden of shape [B, S, {self.hidden_size}], got "
+                f"{type(self).__name__}: expected hidden of shape [B, S, {self.hidden_size}], got "
                 f"{list(hidden.shape)}"
             )
         batch_size, length, width = hidden.shape
         if token_mask is not None:
-            token_mask = _is_token(token_mask, (batch_size, length))
+            token_mask = _is_token(type(self).__name__, token_mask, (batch_size, length))
         args, kwargs = given = self.arguments.as_taken((args, kwargs), batch_size)
         if self.recursion is None and token_mask is None:
             for _ in range(self.num_recursions):
@@ -206,17 +206,15 @@ def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _is_token(token_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def _is_token(where: str, token_mask: Tensor, shape: tuple[int, int]) -> Tensor:
     """The token mask as bool."""
     if token_mask.shape != shape:
         raise ValueError(
-            f"MixtureOfRecursions: token_mask: expected shape {list(shape)}, got "
-            f"{list(token_mask.shape)}"
+            f"{where}: token_mask: expected shape {list(shape)}, got {list(token_mask.shape)}"
         )
     if token_mask.dtype != torch.bool and bool((token_mask < 0).any()):
         raise ValueError(
-            "MixtureOfRecursions: token_mask: expected 0 at pads and 1 at tokens, got negative "
-            "values"
+            f"{where}: token_mask: expected 0 at pads and 1 at tokens, got negative values"
         )
     return token_mask != 0
 
@@ -229,14 +227,17 @@ def _by_length(
 ) -> Tensor:
     """Calls the block on [b, k, D] once for each number k of tokens that sequences keep."""
     lengths: Sequence[int] = packing.lengths or packing.cu_seqlens.diff().tolist()
+    if len(set(lengths)) == 1:
+        shape = len(lengths), lengths[0]
+        sequences = torch.arange(len(lengths), device=x.device)
+        y = call(x.reshape(*shape, -1), sequences, tokens.reshape(shape))
+        return y.reshape(-1, y.shape[-1])
     out: Tensor | None = None
     for count in sorted(set(lengths) - {0}):
         sequences = torch.tensor([b for b, n in enumerate(lengths) if n == count], device=x.device)
         starts = packing.cu_seqlens[sequences].long()
         local = starts.unsqueeze(1) + torch.arange(count, device=x.device)
         y = call(x[local], sequences, tokens[local])
-        if len(set(lengths)) == 1:
-            return y.reshape(-1, y.shape[-1])
         out = y.new_zeros(x.shape[0], y.shape[-1]) if out is None else out
         out = out.index_copy(0, local.reshape(-1), y.reshape(-1, y.shape[-1]))
     assert out is not None

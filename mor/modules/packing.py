@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mor.ops.gather_tokens import gather_tokens
 
-__all__ = ["PackedBatch", "Packing", "pack"]
+__all__ = ["PackedBatch", "Packing", "even_lengths", "pack"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Packing:
     @classmethod
     def uniform(cls, batch_size: int, length: int, positions: Tensor) -> "Packing":
         """B sequences of one length; positions [B * length]."""
-        steps = torch.arange(batch_size + 1, dtype=torch.int32, device=positions.device)
-        return cls(steps * length, positions, (length,) * batch_size)
+        cu_seqlens = even_lengths(batch_size, length, positions.device)
+        return cls(cu_seqlens, positions, (length,) * batch_size)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], positions: Tensor) -> "Packing":
@@ -86,6 +86,11 @@ class Packing:
         if len(set(lengths)) <= 1:
             return Packing.uniform(len(lengths), lengths[0] if lengths else 0, positions)
         return Packing.from_lengths(lengths, positions)
+
+
+def even_lengths(batch_size: int, length: int, device: torch.device) -> Tensor:
+    """`cu_seqlens` of sequences of one length: [B + 1] int32."""
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
 
 
 @dataclass(frozen=True)

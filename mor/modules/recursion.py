@@ -97,7 +97,7 @@ register_dataclass(RecursionOutput, serialized_type_name="mor.RecursionOutput")
 
 
 class LastRouting:
-    """Where a module leaves the `RecursionOutput` of its last call for whoever looks at it.
+    """Where a module leaves how it routed its last call, a `RecursionOutput` for one.
 
     Each thread sees that of its own calls. It is no state of the module: copies and pickles of a
     module begin without. The `threading.local` is an attribute, not a base class: what a compiled
@@ -108,17 +108,17 @@ class LastRouting:
         self._local = threading.local()
 
     @property
-    def output(self) -> RecursionOutput | None:
+    def output(self) -> Any:
         """The result; None before the first call."""
         return getattr(self._local, "output", None)
 
     @output.setter
-    def output(self, value: RecursionOutput | None) -> None:
+    def output(self, value: Any) -> None:
         self._local.output = value
 
     @property
     def token_depths(self) -> Tensor | None:
-        """[B, S] int64 recursions of each token; None before the first call."""
+        """[B, S] int64 recursions (or experts) of each token; None before the first call."""
         return getattr(self._local, "token_depths", None)
 
     @token_depths.setter

@@ -36,6 +36,7 @@ from mor.ops.gather_tokens import gather_tokens  # noqa: E402
 from mor.ops.group_rows import group_rows  # noqa: E402
 from mor.ops.kv_append import kv_append  # noqa: E402
 from mor.ops.kv_gather import kv_gather  # noqa: E402
+from mor.ops.packed_linear import packed_linear  # noqa: E402
 from mor.ops.paged_depth_attention import paged_depth_attention  # noqa: E402
 from mor.ops.route_threshold import route_threshold  # noqa: E402
 from mor.ops.route_topk import route_topk  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "group_rows",
     "kv_append",
     "kv_gather",
+    "packed_linear",
     "paged_depth_attention",
     "route_threshold",
     "route_topk",

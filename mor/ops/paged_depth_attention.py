@@ -53,7 +53,8 @@ def paged_depth_attention(
 
     Returns:
         out [N, H, head_dim] and softmax_lse [H, N] float32 (float64 for float64). A query that sees
-        no key gives 0 and -inf. The same for any number of threads.
+        no key gives 0 and -inf. The same for any number of threads and, on the CPU, whatever other
+        entries are in the call.
 
     Raises:
         RuntimeError: wrong rank, size, dtype, device or strides; where a gradient would be needed:

@@ -29,6 +29,9 @@ __all__ = ["Engine", "PassReport"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
+#: What the scheduler refuses of a valid request: more blocks or more rows than there are.
+_TOO_LARGE = re.compile("(n|tokens, max_tokens): expected (.*), got (.*)")
+
 #: Rows of a prompt that one pass takes: about the work at which a CPU's products stop gaining.
 _CHUNK = {"cpu": 128, "cuda": 2048}
 
@@ -189,18 +192,24 @@ class Engine:
             0, ids, params, self.limits, priority=priority, arrival=now, deadline=deadline
         )
         matcher = self._matcher(params)
-        id = self.scheduler.add(
-            np.asarray(request.prompt_ids, np.int32),
-            max_tokens=request.max_tokens,
-            now=now,
-            priority=priority,
-            deadline=deadline,
-            n=params.n,
-            max_recursions=params.max_recursions,
-            threshold=_logit(params.exit_threshold),
-            tenant=tenant,
-            prompt_logits=params.prompt_logprobs is not None,
-        )
+        try:
+            id = self.scheduler.add(
+                np.asarray(request.prompt_ids, np.int32),
+                max_tokens=request.max_tokens,
+                now=now,
+                priority=priority,
+                deadline=deadline,
+                n=params.n,
+                max_recursions=params.max_recursions,
+                threshold=_logit(params.exit_threshold),
+                tenant=tenant,
+                prompt_logits=params.prompt_logprobs is not None,
+            )
+        except ValueError as error:
+            refused = _TOO_LARGE.fullmatch(str(error))
+            if refused is None:
+                raise
+            raise RequestError(*refused.groups()) from error
         request = replace(request, id=id)
         for index in range(params.n):
             grammar = matcher.copy() if matcher is not None else None

@@ -388,8 +388,6 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineStopped):
         return ApiError(503, str(error), code="unavailable", retry_after=1)
-    if isinstance(error, ValueError) and not isinstance(error, RequestError):
-        return ApiError(400, str(error), code="invalid_value")  # what the scheduler refuses
     return ApiError.of(error)
 
 
@@ -407,7 +405,7 @@ def _add_errors(app: FastAPI) -> None:
         found = ApiError(error.status_code, str(error.detail))
         return _json(error_body(found), found.status, dict(error.headers or {}))
 
-    for kind in (ApiError, RequestError, EngineStopped, ValueError, Exception):
+    for kind in (ApiError, RequestError, EngineStopped, Exception):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, of_http)
 

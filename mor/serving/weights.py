@@ -9,21 +9,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mor.models.relaxation import shared_part
+from mor.ops.packed_linear import pack_linear, packed_linear
 
 __all__ = ["LayerWeights", "Norm", "Product", "RotaryTable", "in_tiles", "read_layer", "read_norm"]
 
-#: Rows of a tile of a deterministic product; see `Product`.
+#: Rows of a tile where a row's result must not depend on how many rows are beside it.
 _TILE = 16
+
+#: Up to so many rows `packed_linear` is as fast as PyTorch's product, or faster.
+_FEW_ROWS = 64
 
 
 class Product:
-    """A linear layer of few rows: `x W^T + bias`.
+    """A linear layer, as fast as there is one for few rows: `x W^T + bias`.
+
+    On a CPU float32 and bfloat16 weights are packed for `packed_linear`, in which a row's result
+    depends on nothing beside it; where there are many rows, PyTorch's product of the model's own
+    weights may be faster.
 
     Args:
         weights: [out_i, in] each, in one dtype; their products are computed as one.
         biases: [out_i] each or None, one for each weight; missing ones are zeros if any is given.
-        deterministic: compute in tiles of 16 rows (the last one padded), so that the result of a
-            row does not depend on how many rows are beside it.
+        deterministic: the result of a row does not depend on how many rows are beside it.
     """
 
     def __init__(
@@ -32,7 +39,7 @@ class Product:
         biases: Sequence[Tensor | None],
         deterministic: bool = False,
     ) -> None:
-        self.weight = torch.cat([w.detach() for w in weights])
+        self.weights, first = [w.detach() for w in weights], weights[0]
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
             self.bias = torch.cat(
@@ -42,13 +49,34 @@ class Product:
                 ]
             )
         self.deterministic = deterministic
+        self.packed: Tensor | None = None
+        merged = torch.cat(self.weights)
+        self.num_outputs = merged.shape[0]
+        if first.device.type == "cpu" and first.dtype in (torch.float32, torch.bfloat16):
+            self.packed = pack_linear(merged)
+            many = not deterministic and _multiplies(first.dtype)
+            self.most_rows = _FEW_ROWS if many else None
+        else:
+            self.weights = [merged]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
-        return in_tiles(self._product, x) if self.deterministic else self._product(x)
+        if self.packed is None:
+            return in_tiles(self._product, x) if self.deterministic else self._product(x)
+        if self.most_rows is None or x.shape[0] <= self.most_rows:
+            return packed_linear(x, self.packed, self.num_outputs, self.bias)
+        return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        if len(self.weights) == 1:
+            return functional.linear(x, self.weights[0], self.bias)
+        y = torch.cat([functional.linear(x, weight) for weight in self.weights], dim=1)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has fast products of many rows in this dtype."""
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def in_tiles(compute: Callable[..., Any], *rows: Tensor | None) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import fuzz_attention
 import fuzz_cache
 import fuzz_merging
+import fuzz_products
 import fuzz_routing
 import torch
 from fuzzing import COUNTS, FLOATING, WIDTHS, Draw, Inputs, Operator, changed, restored
@@ -163,4 +164,5 @@ OPERATORS: dict[str, Operator] = {
     **fuzz_attention.OPERATORS,
     **fuzz_cache.OPERATORS,
     **fuzz_merging.OPERATORS,
+    **fuzz_products.OPERATORS,
 }

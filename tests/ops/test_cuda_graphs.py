@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mor import ops
+from mor.ops.packed_linear import pack_linear
 
 pytestmark = [
     pytest.mark.cuda,
@@ -49,6 +50,7 @@ def calls(device: str) -> dict[str, Callable[[Tensor], Any]]:
         "paged_depth_attention": lambda x: ops.paged_depth_attention(
             heads(x)[:2], cache(x), cache(x), table, lens, cu_two
         ),
+        "packed_linear": lambda x: ops.packed_linear(x[:5], pack_linear(x[5:25]), 20),
         "kv_append": appended,
         "kv_gather": lambda x: ops.kv_gather(cache(x), cache(x), table, lens, 37),
     }

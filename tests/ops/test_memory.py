@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mor import ops
+from mor.ops.packed_linear import pack_linear
 
 ROWS, WIDTH = 4096, 64  # a row of float32 has 256 bytes
 PER_ROW = 32  # bytes allowed beside the outputs: some indices or sums for each row
@@ -24,6 +25,7 @@ BOUNDS = torch.tensor([0, ROWS // 2, ROWS], dtype=torch.int32)
 FLAGS = torch.rand(ROWS) < 0.5
 SCATTERED = test_scatter_tokens.make_inputs((ROWS, ROWS, WIDTH), "falling-repeats")
 APPENDED = test_kv_append.make_inputs((ROWS // 16, 16, 1, WIDTH), ROWS, "repeated")
+PACKED = pack_linear(X[:WIDTH])
 CACHED = test_kv_gather.make_inputs([ROWS // 2, ROWS // 2], (16, 1, WIDTH))
 
 
@@ -51,6 +53,7 @@ CALLS: dict[str, Any] = {
     "paged_depth_attention-decode": attention(1, 512),
     "paged_depth_attention-one-entry": attention(1, ROWS),
     "paged_depth_attention-prefill": attention(512, 512),
+    "packed_linear": lambda: ops.packed_linear(X, PACKED, WIDTH),
     "kv_append": lambda: ops.kv_append(**APPENDED),
     "kv_gather": lambda: ops.kv_gather(**CACHED),
 }

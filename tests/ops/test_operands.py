@@ -35,6 +35,7 @@ CALLS = {
     "paged_depth_attention: expected block_table": lambda other: ops.paged_depth_attention(
         X[:, None], X[None, :, None], X[None, :, None], other, CU, CU
     ),
+    "packed_linear: expected packed": lambda other: ops.packed_linear(X, other, 3),
 }
 
 

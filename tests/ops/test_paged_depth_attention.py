@@ -61,6 +61,36 @@ def test_the_threads_change_nothing(dtype: torch.dtype) -> None:
         assert_close_to_reference(str(i), results[0][i], same[i], exact[i])
 
 
+@pytest.fixture(scope="module")
+def many_sequences() -> dict[str, Any]:
+    """64 decoding sequences and a chunk of 40 queries, of 2,048 keys each."""
+    return make_inputs(queries=[1] * 64 + [40], keys=[2048] * 65, heads=(3, 1), head_dim=64)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+def test_an_entry_depends_on_no_other_one(
+    many_sequences: dict[str, Any], dtype: torch.dtype, isa: str
+) -> None:
+    """To the last bit: the keys of an entry are cut by its own sizes alone."""
+    inputs = many_sequences | {name: many_sequences[name].to(dtype) for name in NAMES[:3]}
+    cu = inputs["cu_seqlens_q"].tolist()
+    with instruction_set(isa):
+        out, lse = paged_depth_attention(**inputs)
+        for entries in [(b, b + 1) for b in (0, 1, 31, 63, 64)] + [(3, 40), (62, 65)]:
+            first, last = cu[entries[0]], cu[entries[1]]
+            alone = {
+                **inputs,
+                "q": inputs["q"][first:last],
+                "block_table": inputs["block_table"][slice(*entries)],
+                "context_lens": inputs["context_lens"][first:last],
+                "cu_seqlens_q": inputs["cu_seqlens_q"][entries[0] : entries[1] + 1] - first,
+            }
+            got, got_lse = paged_depth_attention(**alone)
+            assert torch.equal(got, out[first:last]), entries
+            assert torch.equal(got_lse, lse[:, first:last]), entries
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 25])
 def test_equals_depth_attention_over_gathered_rows(dtype: torch.dtype, window: int | None) -> None:

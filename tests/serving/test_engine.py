@@ -225,8 +225,10 @@ def test_nan_logits_fail_their_request_only():
 def test_a_request_that_never_fits_is_refused():
     model = small_model().double().eval()
     engine = engine_of(model, kv_memory="8KiB")
-    with pytest.raises(ValueError, match="blocks"):
+    with pytest.raises(RequestError, match=r"tokens, max_tokens: expected .* num_blocks"):
         engine.add(list(range(3, 90)), greedy(100))
+    with pytest.raises(RequestError, match="n: expected 1 to max_rows"):
+        engine.add([3], SamplingParams(max_tokens=1, n=100))
     with pytest.raises(RequestError, match="max_tokens"):
         engine.add([3], greedy(10**6))
     engine.check()

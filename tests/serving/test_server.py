@@ -16,6 +16,11 @@ import pytest
 import torch
 
 openai = pytest.importorskip("openai")
+from fastapi.testclient import TestClient  # noqa: E402
+
+from mor.serving.server import create_app  # noqa: E402
+
+from .small_server import engine  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the cat"
@@ -161,6 +166,23 @@ def test_a_bad_request_is_refused_by_name(url, body, status, words):
     assert got == status
     assert words in json.loads(answer)["error"]["message"]
     assert len(answer) < 2000
+
+
+def test_only_what_a_client_can_mend_is_a_bad_request(monkeypatch):
+    """An unexpected ValueError was answered 400, with its message."""
+    served = engine()
+    with TestClient(create_app(served), raise_server_exceptions=False) as client:
+        too_large = {"prompt": PROMPT, "max_tokens": 1, "n": 65}
+        answer = client.post("/v1/completions", json=too_large)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+        def fail(*args: object, **options: object) -> int:
+            raise ValueError("a secret")
+
+        monkeypatch.setattr(served, "add", fail)
+        answer = client.post("/v1/completions", json={"prompt": PROMPT})
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
 
 
 def test_an_error_before_a_stream_is_no_stream(client):

@@ -14,6 +14,7 @@ BELOW = {
     "rows": {"base", "ops", "simd", "memory", "tuning"},
     "match": {"base", "ops", "simd", "memory", "tuning"},
     "kv": {"base", "ops", "memory", "rows"},
+    "products": {"base", "ops", "simd", "memory", "tuning"},
     "attention": {"base", "ops", "simd", "memory", "tuning"},
 }
 

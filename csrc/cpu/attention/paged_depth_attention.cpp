@@ -140,25 +140,31 @@ std::vector<Tile> cut_rows(const PagedProblem& p) {
 }
 
 // Parts of about equal numbers of keys: so many that threads end together, not so small that what
-// a part costs beside its keys would show. A choice by sizes, never by threads.
+// a part costs beside its keys would show. A choice by the sizes of the tile's own entry, never by
+// threads or by other entries: a sequence has the same result in any company.
 struct Parts {
-  static constexpr int64_t kEnough = 128, kLeastKeys = 256;
-  int64_t count = 0, memory = 0, longest = 0;
+  static constexpr int64_t kEnough = 128, kLeastKeys = 256;  // parts of an entry; keys of a part
+  int64_t count = 0, memory = 0;
 
   Parts(const PagedProblem& p, std::vector<Tile>& tiles) {
     constexpr int64_t kUnit = 128;  // whole blocks of keys
-    int64_t keys = 0;
-    for (const Tile& tile : tiles) keys += tile.seen.end - tile.seen.begin;
-    const int64_t most = std::max(keys / kEnough, kLeastKeys);
-    for (Tile& tile : tiles) {
-      const int64_t length = tile.seen.end - tile.seen.begin;
-      const int64_t wanted = std::max<int64_t>((length + most - 1) / most, 1);
-      tile.keys = std::max((length / wanted + kUnit) / kUnit * kUnit, kUnit);
-      tile.first = count;
-      tile.count = std::max<int64_t>((length + tile.keys - 1) / tile.keys, 1);
-      tile.memory = memory;
-      count += tile.count;
-      memory += tile.count * size(p, tile);
+    for (auto begin = tiles.begin(); begin != tiles.end();) {
+      const auto end = std::find_if(begin, tiles.end(), [&](const Tile& tile) {
+        return tile.rows.sequence != begin->rows.sequence;
+      });
+      int64_t keys = 0;
+      for (auto tile = begin; tile != end; ++tile) keys += tile->seen.end - tile->seen.begin;
+      const int64_t most = std::max(keys / kEnough, kLeastKeys);
+      for (; begin != end; ++begin) {
+        const int64_t length = begin->seen.end - begin->seen.begin;
+        const int64_t wanted = std::max<int64_t>((length + most - 1) / most, 1);
+        begin->keys = std::max((length / wanted + kUnit) / kUnit * kUnit, kUnit);
+        begin->first = count;
+        begin->count = std::max<int64_t>((length + begin->keys - 1) / begin->keys, 1);
+        begin->memory = memory;
+        count += begin->count;
+        memory += begin->count * size(p, *begin);
+      }
     }
   }
 

@@ -3,24 +3,25 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
-from mor.models.cache import RecursionCacheLayer
+from mor.models.cache import RecursionCacheLayer, recursion_layers
 from mor.models.layer_pass import DecoderPass
 from mor.models.outputs import MoRModelOutput
 from mor.models.schedule import Schedule
 from mor.modules.expert_choice import ExpertChoice
-from mor.modules.packing import pack
+from mor.modules.packing import PackedBatch, pack
 from mor.modules.recursion import LastRouting, RecursionOutput
 from mor.modules.recursion_options import recursion_with
 from mor.modules.token_choice import TokenChoice
 
-__all__ = ["RoutedLayers", "SwapCall"]
+__all__ = ["RoutedLayers", "SwapCall", "pack_call", "record_states"]
 
 
 @dataclass(eq=False)
@@ -30,16 +31,52 @@ class SwapCall:
     Attributes:
         attention_mask: [B, S] or [B, past + S] as the caller gave it.
         generating: see `ExpertChoice.forward`.
-        routing: of the routed block.
-        token_depths: [B, S] recursion steps that each token took; 0 for pads.
+        described: the caller gave position_ids.
+        batch: how the tokens are packed, found by the first routed block for all.
+        routings: of each routed block, by its first slot.
+        token_depths: [B, S] recursion steps that each token took, in all blocks; 0 for pads.
         output: of the decoder.
     """
 
     attention_mask: Tensor | None = None
     generating: bool = False
-    routing: RecursionOutput | None = None
+    described: bool = False
+    batch: PackedBatch | None = None
+    routings: dict[int, RecursionOutput] = field(default_factory=dict)
     token_depths: Tensor | None = None
     output: MoRModelOutput | None = None
+
+    def add(self, slot: int, routing: RecursionOutput, token_depths: Tensor) -> None:
+        """Notes the routing of a block; a recomputation of it changes nothing."""
+        if slot in self.routings:
+            return
+        self.routings[slot] = routing
+        if self.token_depths is not None:
+            token_depths = token_depths + self.token_depths.to(token_depths.device)
+        self.token_depths = token_depths
+
+    @property
+    def routing(self) -> RecursionOutput | None:
+        """Of the only block; of several, their steps one after another and the sums of the rest."""
+        routings = [*self.routings.values()]
+        if len(routings) < 2:
+            return routings[0] if routings else None
+        hidden = routings[-1].hidden
+
+        def total(name: str) -> Tensor | None:
+            values = [getattr(routing, name) for routing in routings]
+            found = [value.to(hidden.device) for value in values if value is not None]
+            return torch.stack(found).sum(dim=0) if found else None
+
+        depths = total("depths")
+        assert depths is not None
+        return RecursionOutput(
+            hidden,
+            depths,
+            aux_loss=total("aux_loss"),
+            z_loss=total("z_loss"),
+            steps=[step for routing in routings for step in routing.steps],
+        )
 
 
 class RoutedLayers(nn.Module):
@@ -56,11 +93,14 @@ class RoutedLayers(nn.Module):
             layers; those past the model's own are added to the cache.
         num_recursions: R.
         router: "expert" or "token".
+        where: begins the errors: the function that put the block in.
         **options: of `ExpertChoice` or `TokenChoice`.
 
     Attributes:
         routing: the `RecursionOutput` of this thread's last call.
     """
+
+    where = "swap"  # of models pickled before there was another
 
     def __init__(
         self,
@@ -69,9 +109,12 @@ class RoutedLayers(nn.Module):
         slots: Sequence[int],
         num_recursions: int,
         router: str,
+        *,
+        where: str = "swap",
         **options: Any,
     ) -> None:
         super().__init__()
+        self.where = where
         self.layers = nn.ModuleList(layers)
         self.slots, self.num_dense_layers = tuple(slots), config.num_hidden_layers
         if router not in ("expert", "token"):
@@ -79,7 +122,7 @@ class RoutedLayers(nn.Module):
                 f"swap: expected router to be expert or token, got {router!r}; for recursion "
                 "without a router, MoRForCausalLM.from_dense(model, router=None)"
             )
-        recursion = recursion_with("swap", router, config.hidden_size, num_recursions, options)
+        recursion = recursion_with(where, router, config.hidden_size, num_recursions, options)
         assert recursion is not None
         self.recursion: ExpertChoice | TokenChoice = recursion
         attention = copy.deepcopy(config)
@@ -125,25 +168,19 @@ class RoutedLayers(nn.Module):
         assert position_embeddings is not None, "expected a model with rotary positions"
         if "cache" in kwargs:  # its keys are read and written past `past_key_values`
             raise NotImplementedError(
-                "swap: generate_batch has no place for tokens that exit early; use generate()"
+                f"{self.where}: generate_batch has no place for tokens that exit early; use "
+                "generate()"
             )
         call = SwapCall() if mor_call is None else mor_call
-        batch_size, length, _ = hidden_states.shape
-        caches = self._caches(past_key_values)
-        batch = pack(
-            (batch_size, length),
-            hidden_states.device,
-            call.attention_mask,
-            position_ids,
-            past=None if caches is None else caches[0].last_positions,
-            documents=past_key_values is None,
-        )
-        if batch.has_documents and call.attention_mask is not None:
-            # The dense layers would not separate them: Transformers does so without a mask only.
-            raise ValueError(
-                "swap: documents packed in a row are told apart by position_ids alone: expected no "
-                "attention_mask beside position_ids that restart, and only 0 and 1 in it"
+        batch_size = hidden_states.shape[0]
+        caches = None
+        if past_key_values is not None:
+            caches = recursion_layers(
+                past_key_values, self.schedule.caches, self.num_dense_layers, self.where
             )
+        batch = call.batch
+        if batch is None or batch.packing.positions.device != hidden_states.device:
+            batch = call.batch = self._pack(hidden_states, position_ids, caches, call)
         cos, sin = (batch.pack(x.expand(batch_size, *x.shape[1:])) for x in position_embeddings)
         captured = _active_collector.get()
         keep_states = captured is not None and "hidden_states" in captured
@@ -160,37 +197,60 @@ class RoutedLayers(nn.Module):
         with _own_capturing() if keep_states else nullcontext():
             routing = layers.run_routed(packed, self.recursion, call.generating)
         if keep_states:
-            _record(captured, hidden_states, [batch.unpack(state) for state in layers.states])
+            record_states(captured, hidden_states, [batch.unpack(state) for state in layers.states])
         self._last.output = routing
-        if call.routing is None:  # a recomputation changes nothing
-            call.routing, call.token_depths = routing, batch.unpack_masked(routing.depths, 0)
+        call.add(self.slots[0], routing, batch.unpack_masked(routing.depths, 0))
         if caches is not None:
             last = batch.last_positions()
             for cache in caches:
                 cache.advance(last)
         return batch.unpack(routing.hidden)
 
-    def _caches(self, cache: Cache | None) -> list[RecursionCacheLayer] | None:
-        """The cache's layer of each depth; made where there was none of this kind."""
-        if cache is None:
-            return None
-        if len(cache.layers) < self.num_dense_layers:
+    def _pack(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        caches: list[RecursionCacheLayer] | None,
+        call: SwapCall,
+    ) -> PackedBatch:
+        cache = None if caches is None else caches[0]
+        batch = pack_call(hidden, call.attention_mask, position_ids, call.described, cache)
+        if batch.has_documents and call.attention_mask is not None:
+            # The dense layers would not separate them: Transformers does so without a mask only.
             raise ValueError(
-                "swap: expected past_key_values = DynamicCache(config=model.config), got a cache "
-                f"of {len(cache.layers)} layers"
+                f"{self.where}: documents packed in a row are told apart by position_ids alone: "
+                "expected no attention_mask beside position_ids that restart, and only 0 and 1 in "
+                "it"
             )
-        indices = self.schedule.caches
-        while len(cache.layers) <= max(indices):
-            cache.layers.append(RecursionCacheLayer())
-        for index in indices:
-            if not isinstance(cache.layers[index], RecursionCacheLayer):
-                if cache.layers[index].get_seq_length():
-                    raise ValueError(
-                        "swap: expected past_key_values that this model filled, got keys of layer "
-                        f"{index} from another"
-                    )
-                cache.layers[index] = RecursionCacheLayer()
-        return [cache.layers[index] for index in indices]
+        return batch
+
+
+def pack_call(
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    described: bool,
+    cache: RecursionCacheLayer | None,
+) -> PackedBatch:
+    """Packs the tokens [B, S, ...] of a decoder's call.
+
+    Args:
+        hidden: their states.
+        attention_mask: as the caller gave it.
+        position_ids: as the layers get them.
+        described: the caller gave position_ids. Those that the model counted itself hold no
+            documents, and looking for them would wait for the device.
+        cache: of a layer that routes; with one, a row is one document.
+    """
+    counted = not described and attention_mask is None
+    return pack(
+        (hidden.shape[0], hidden.shape[1]),
+        hidden.device,
+        attention_mask,
+        None if counted else position_ids,
+        past=None if cache is None else cache.last_positions,
+        documents=cache is None,
+    )
 
 
 @contextmanager
@@ -203,7 +263,7 @@ def _own_capturing() -> Iterator[None]:
         _active_collector.reset(token)
 
 
-def _record(captured: Any, first: Tensor, states: list[Tensor]) -> None:
+def record_states(captured: Any, first: Tensor, states: list[Tensor]) -> None:
     """Adds states [B, S, D] to those that Transformers captures, as its hooks do."""
     found, wanted = captured["hidden_states"], captured.get("_hidden_states_layers")
     for state in states if found else [first, *states]:

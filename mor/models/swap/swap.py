@@ -1,15 +1,18 @@
 """mor.swap: replaces a range of decoder layers of a loaded model by one routed, shared block."""
 
+import importlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from mor.models.swap.swapped_model import install, saved_config, span_of, swapped_class
+from mor.models.swap.saved_model import saved_config
+from mor.models.swap.settings import span_of
+from mor.models.swap.swapped_model import install, swapped_class
 from mor.modules.routers import RouterScore
 
-__all__ = ["SWAPPABLE", "load_swapped", "swap"]
+__all__ = ["SWAPPABLE", "check_swappable", "load_swapped", "put_in", "swap"]
 
 #: Architectures whose dense logits an identity swap reproduces, padded and cached (a test runs
 #: each). Others keep state outside the cache, mix in attention of another kind, hand their layers
@@ -28,6 +31,9 @@ SWAPPABLE = (
     "smollm3",
     "starcoder2",
 )
+
+#: Where the classes of models are found that other systems changed: above this package.
+_SYSTEMS = {"pmod": "mor.systems.pmod"}
 
 _REASONS = {
     "gemma3_text": "its layers are of two attention types, which one block cannot mix; "
@@ -80,15 +86,7 @@ def swap(
         >>> len(model.model.layers)
         3
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in SWAPPABLE:
-        raise ValueError(
-            f"swap: expected a model of one of {list(SWAPPABLE)}, got {kind!r}; "
-            + _REASONS.get(kind, "what its model does between layers a routed block would skip")
-        )
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
-    if not isinstance(model, causal):
-        raise ValueError(f"swap: expected a {causal.__name__}, got {type(model).__name__}")
+    check_swappable(model, "swap")
     if isinstance(options.get("score"), RouterScore):
         options["score"] = asdict(options["score"])
     span = span_of(layers)
@@ -101,8 +99,30 @@ def swap(
         "loss_coefficients": loss_coefficients,
         **options,
     }
-    routed = install(model, settings)
-    routed.to(device=model.device, dtype=model.dtype)
+    return put_in(model, settings)
+
+
+def check_swappable(model: Any, where: str) -> None:
+    """Refuses a model that routed layers cannot be put into; `where` begins the error.
+
+    Raises:
+        ValueError: the model's architecture, or its class.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in SWAPPABLE:
+        raise ValueError(
+            f"{where}: expected a model of one of {list(SWAPPABLE)}, got {kind!r}; "
+            + _REASONS.get(kind, "what its model does between layers a routed block would skip")
+        )
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    if not isinstance(model, causal):
+        raise ValueError(f"{where}: expected a {causal.__name__}, got {type(model).__name__}")
+
+
+def put_in(model: PreTrainedModel, settings: dict[str, Any]) -> PreTrainedModel:
+    """Makes a dense model one with the routed blocks that `settings` describe, in place."""
+    for routed in install(model, settings):
+        routed.to(device=model.device, dtype=model.dtype)
     model.config.mor_swap = settings
     model.config._name_or_path = ""  # of the dense model, which trainers would take as reference
     model.__class__ = swapped_class(type(model))
@@ -110,7 +130,7 @@ def swap(
 
 
 def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Loads a model that was swapped and saved with `save_pretrained`, in evaluation mode.
+    """Loads a saved model that `swap` or an `apply_` function changed, in evaluation mode.
 
     Args:
         path: the directory, or a name on the hub.
@@ -127,5 +147,9 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
             "a name on the hub"
         ) from error
-    kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    system = _SYSTEMS.get(config.mor_swap.get("system"))
+    if system is None:
+        kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    else:
+        kind = importlib.import_module(system).class_for(config)
     return kind.from_pretrained(path, config=config, **kwargs)

@@ -1,0 +1,10 @@
+"""Methods beside Mixture-of-Recursions that route tokens, on loaded models: one call each."""
+
+from mor.systems.dynamoe import apply_dynamoe
+from mor.systems.mod import apply_mod
+from mor.systems.pmod import apply_pmod
+from mor.systems.pmod_layer import PMoD
+from mor.systems.removal import remove
+from mor.systems.token_merging import apply_token_merging
+
+__all__ = ["PMoD", "apply_dynamoe", "apply_mod", "apply_pmod", "apply_token_merging", "remove"]
