@@ -5,7 +5,6 @@ race checker, and (in a process of its own, test_simt_sanitizers.py) AddressSani
 UndefinedBehaviorSanitizer.
 """
 
-import fcntl
 import functools
 import os
 import platform
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from simt import Kernels
+
+from tests.support.building import only_one_builds
 
 HERE = Path(__file__).parent
 UNDER_SANITIZERS = "MOR_SIMT_SANITIZERS" in os.environ
@@ -58,9 +59,7 @@ def build(target: str) -> Path:
     options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     options.append(f"-DCMAKE_CXX_COMPILER={compiler()}")
     options.append("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")  # for test_simt_mutations.py
-    BUILD_FOLDER.mkdir(parents=True, exist_ok=True)
-    with (BUILD_FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist share the folder
+    with only_one_builds(BUILD_FOLDER):
         for command in (
             ["cmake", "-S", HERE, "-B", BUILD_FOLDER, *options],
             ["cmake", "--build", BUILD_FOLDER, "--target", f"simt_{target}"],
