@@ -110,157 +110,161 @@ __device__ __forceinline__ void write_paged_lse(const PagedDepthAttention<T>& p,
       sees ? top * kLn2<acc_t<T>> + log_acc(sum) : acc_t<T>(-INFINITY);
 }
 
-// One block: rows [first, first + ROWS) of an entry and key head blockIdx.y, piece blockIdx.z of
-// the keys that any of them sees.
+// The rows of a block: [first, first + count) of the packed (query, head of the group) rows of an
+// entry and key head blockIdx.y.
+struct PagedRows {
+  unsigned entry, q_begin, first, group;
+  int count;
+
+  __device__ __forceinline__ int64_t query(int r) const {
+    return int64_t(q_begin + (first + unsigned(r)) / group);
+  }
+  __device__ __forceinline__ int64_t head(int r) const {
+    return int64_t(blockIdx.y) * group + (first + unsigned(r)) % group;
+  }
+};
+
+// What a group of lanes has seen of its keys: each lane its chunks of the weighted values.
 template <class T, int HEAD_DIM, int ROWS>
-__global__ void __launch_bounds__(kPagedThreads)
-    paged_depth_attention_kernel(PagedDepthAttention<T> p) {
+struct PagedSums {
   using Acc = acc_t<T>;
   using Lanes = PagedLanes<T, HEAD_DIM>;
-  using Smem = PagedSmem<T, HEAD_DIM, ROWS>;
-  constexpr Acc kNone = Acc(-INFINITY);
-  constexpr int kUnroll = Lanes::kUnroll;
-  MOR_DYN_SMEM(raw);
-  Smem& s = *reinterpret_cast<Smem*>(raw);
-  const unsigned group = unsigned(p.group());
-  const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_entries, int(group), ROWS, blockIdx.x);
-  if (place.sequence < 0) return;
-  const unsigned q_begin = unsigned(p.cu_seqlens_q[place.sequence]);
-  const unsigned rows = (unsigned(p.cu_seqlens_q[place.sequence + 1]) - q_begin) * group;
-  const int count = int(min(unsigned(ROWS), rows - place.first));
-  const auto query = [&](int r) { return int64_t(q_begin + (place.first + unsigned(r)) / group); };
-  const auto head = [&](int r) {
-    return int64_t(blockIdx.y) * group + (place.first + unsigned(r)) % group;
-  };
-  if (int(threadIdx.x) < ROWS) {
-    const int r = threadIdx.x;
-    uint32_t begin = 0, end = 0;
-    if (r < count) {
-      begin = p.context_starts == nullptr ? 0 : uint32_t(p.context_starts[query(r)]);
-      end = uint32_t(p.context_lens[query(r)]);
-    }
-    s.keys[r] = {begin, end > begin ? end - begin : 0};
-  }
-  Acc q[ROWS][Lanes::kChunks][Lanes::kElements];
+  Acc out[ROWS][Lanes::kChunks][Lanes::kElements];
+  Acc top[ROWS], total[ROWS];  // largest score, in units of log2, and sum of weights
+};
+
+// Rows r < count, scaled to units of log2; the others zero.
+template <class T, int HEAD_DIM, int ROWS, class Rows>
+__device__ __forceinline__ void load_paged_queries(const PagedDepthAttention<T>& p,
+                                                   const PagedRows& rows, Rows& q) {
+  using Lanes = PagedLanes<T, HEAD_DIM>;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     PagedChunks<T, HEAD_DIM> chunks;
-    const T* row = r < count ? p.q.at(query(r), head(r)) : nullptr;
+    const T* row = r < rows.count ? p.q.at(rows.query(r), rows.head(r)) : nullptr;
     load_paged_row(chunks, row, p.head_dim, p.aligned);
 #pragma unroll
     for (int c = 0; c < Lanes::kChunks; ++c) {
       unpack<T>(q[r][c], chunks.x[c]);
 #pragma unroll
-      for (int e = 0; e < Lanes::kElements; ++e) q[r][c][e] *= p.scale * kLog2E<Acc>;
+      for (int e = 0; e < Lanes::kElements; ++e) q[r][c][e] *= p.scale * kLog2E<acc_t<T>>;
     }
   }
-  __syncthreads();
-  // Neither contexts nor their starts fall from row to row.
-  const int64_t all_begin = s.keys[0].begin, all_end = s.keys[count - 1].end();
-  int64_t piece = (max(all_end - all_begin, int64_t{0}) + p.num_splits - 1) / p.num_splits;
-  piece = max(piece, int64_t{kPagedSplitKeys});
-  const int64_t begin = all_begin + int64_t(blockIdx.z) * piece;
-  const int64_t end = min(begin + piece, all_end);
+}
 
-  Acc sums[ROWS][Lanes::kChunks][Lanes::kElements] = {}, top[ROWS], total[ROWS] = {};
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) top[r] = kNone;
-  const int32_t* table = p.block_table + place.sequence * p.max_blocks;
-  constexpr int kStep = kPagedThreads / Lanes::kLanes;  // keys of the block at once
-  const int64_t mine = threadIdx.x / Lanes::kLanes;
-  // Every lane of a warp takes part in each step: they shuffle.
-  for (int64_t base = begin; base < end; base += kStep * kUnroll) {
-    PagedChunks<T, HEAD_DIM> k[kUnroll], v[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t key = base + u * kStep + mine;
-      const T *k_row = nullptr, *v_row = nullptr;
-      if (key < end) {
-        const uint32_t in_entry = uint32_t(key), size = uint32_t(p.block_size);
-        const int64_t block = table[in_entry / size], offset = in_entry % size;
-        k_row = p.k.data + block * p.k.block_stride + offset * p.k.row_stride +
-                int64_t(blockIdx.y) * p.k.head_stride;
-        v_row = p.v.data + block * p.v.block_stride + offset * p.v.row_stride +
-                int64_t(blockIdx.y) * p.v.head_stride;
-      }
-      load_paged_row(k[u], k_row, p.head_dim, p.aligned);
-      load_paged_row(v[u], v_row, p.head_dim, p.aligned);
-    }
-    Acc scores[kUnroll][ROWS] = {};
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int c = 0; c < Lanes::kChunks; ++c) {
-        Acc x[Lanes::kElements];
-        unpack<T>(x, k[u].x[c]);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int e = 0; e < Lanes::kElements; ++e) scores[u][r] += q[r][c][e] * x[e];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      Acc highest = top[r];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        Acc& score = scores[u][r];
-#pragma unroll
-        for (int lanes = 1; lanes < Lanes::kLanes; lanes *= 2) {
-          score += __shfl_xor_sync(~0u, score, lanes);
-        }
-        const int64_t key = base + u * kStep + mine;
-        if (key >= end || !s.keys[r].has(uint32_t(key))) score = kNone;
-        highest = max(highest, score);
-      }
-      const Acc reference = highest == kNone ? Acc(0) : highest;
-      const Acc shrink = exp2_acc(top[r] - reference);
-      top[r] = highest;
-      total[r] *= shrink;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        scores[u][r] = exp2_acc(scores[u][r] - reference);
-        total[r] += scores[u][r];
-      }
-#pragma unroll
-      for (int c = 0; c < Lanes::kChunks; ++c)
-#pragma unroll
-        for (int e = 0; e < Lanes::kElements; ++e) sums[r][c][e] *= shrink;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int c = 0; c < Lanes::kChunks; ++c) {
-        Acc x[Lanes::kElements];
-        unpack<T>(x, v[u].x[c]);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int e = 0; e < Lanes::kElements; ++e) sums[r][c][e] += scores[u][r] * x[e];
-      }
-    }
+// Key `key` of the entry whose block numbers are `table`; zeros where it is not below `end`.
+template <class T, int HEAD_DIM>
+__device__ __forceinline__ void load_paged_key(const PagedDepthAttention<T>& p,
+                                               const int32_t* table, int64_t key, int64_t end,
+                                               PagedChunks<T, HEAD_DIM>& k,
+                                               PagedChunks<T, HEAD_DIM>& v) {
+  const T *k_row = nullptr, *v_row = nullptr;
+  if (key < end) {
+    const uint32_t in_entry = uint32_t(key), size = uint32_t(p.block_size);
+    const int64_t block = table[in_entry / size], offset = in_entry % size;
+    k_row = p.k.data + block * p.k.block_stride + offset * p.k.row_stride +
+            int64_t(blockIdx.y) * p.k.head_stride;
+    v_row = p.v.data + block * p.v.block_stride + offset * p.v.row_stride +
+            int64_t(blockIdx.y) * p.v.head_stride;
   }
+  load_paged_row(k, k_row, p.head_dim, p.aligned);
+  load_paged_row(v, v_row, p.head_dim, p.aligned);
+}
 
-  // The groups of a warp, then the warps.
+// A lane's part of the products of one key with every row.
+template <class T, int HEAD_DIM, int ROWS, class Rows>
+__device__ __forceinline__ void score_paged_key(const Rows& q, const PagedChunks<T, HEAD_DIM>& k,
+                                                acc_t<T> (&scores)[ROWS]) {
+  using Lanes = PagedLanes<T, HEAD_DIM>;
+#pragma unroll
+  for (int c = 0; c < Lanes::kChunks; ++c) {
+    acc_t<T> x[Lanes::kElements];
+    unpack<T>(x, k.x[c]);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int e = 0; e < Lanes::kElements; ++e) scores[r] += q[r][c][e] * x[e];
+  }
+}
+
+// Adds the lanes of the scores of row r, whose keys are base, base + step, ..., and makes weights
+// of them; older sums shrink to the new largest score.
+template <class T, int HEAD_DIM, int ROWS, int COUNT>
+__device__ __forceinline__ void weigh_paged_scores(PagedSums<T, HEAD_DIM, ROWS>& sums, int r,
+                                                   const KeyRange& seen, int64_t base, int step,
+                                                   int64_t end, acc_t<T> (&scores)[COUNT][ROWS]) {
+  using Acc = acc_t<T>;
+  using Lanes = PagedLanes<T, HEAD_DIM>;
+  constexpr Acc kNone = Acc(-INFINITY);
+  Acc highest = sums.top[r];
+#pragma unroll
+  for (int u = 0; u < COUNT; ++u) {
+    Acc& score = scores[u][r];
+#pragma unroll
+    for (int lanes = 1; lanes < Lanes::kLanes; lanes *= 2) {
+      score += __shfl_xor_sync(~0u, score, lanes);
+    }
+    const int64_t key = base + u * step;
+    if (key >= end || !seen.has(uint32_t(key))) score = kNone;
+    highest = max(highest, score);
+  }
+  const Acc reference = highest == kNone ? Acc(0) : highest;
+  const Acc shrink = exp2_acc(sums.top[r] - reference);
+  sums.top[r] = highest;
+  sums.total[r] *= shrink;
+#pragma unroll
+  for (int u = 0; u < COUNT; ++u) {
+    scores[u][r] = exp2_acc(scores[u][r] - reference);
+    sums.total[r] += scores[u][r];
+  }
+#pragma unroll
+  for (int c = 0; c < Lanes::kChunks; ++c)
+#pragma unroll
+    for (int e = 0; e < Lanes::kElements; ++e) sums.out[r][c][e] *= shrink;
+}
+
+template <class T, int HEAD_DIM, int ROWS>
+__device__ __forceinline__ void add_paged_value(PagedSums<T, HEAD_DIM, ROWS>& sums,
+                                                const acc_t<T> (&weights)[ROWS],
+                                                const PagedChunks<T, HEAD_DIM>& v) {
+  using Lanes = PagedLanes<T, HEAD_DIM>;
+#pragma unroll
+  for (int c = 0; c < Lanes::kChunks; ++c) {
+    acc_t<T> x[Lanes::kElements];
+    unpack<T>(x, v.x[c]);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int e = 0; e < Lanes::kElements; ++e) sums.out[r][c][e] += weights[r] * x[e];
+  }
+}
+
+// Merges the groups of each warp, into shared memory.
+template <class T, int HEAD_DIM, int ROWS>
+__device__ __forceinline__ void merge_paged_groups(PagedSums<T, HEAD_DIM, ROWS>& sums,
+                                                   PagedSmem<T, HEAD_DIM, ROWS>& s) {
+  using Acc = acc_t<T>;
+  using Lanes = PagedLanes<T, HEAD_DIM>;
+  constexpr Acc kNone = Acc(-INFINITY);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    Acc highest = top[r];
+    Acc highest = sums.top[r];
 #pragma unroll
     for (int lanes = Lanes::kLanes; lanes < 32; lanes *= 2) {
       highest = max(highest, __shfl_xor_sync(~0u, highest, lanes));
     }
-    const Acc shrink = exp2_acc(top[r] - (highest == kNone ? Acc(0) : highest));
-    total[r] *= shrink;
+    const Acc shrink = exp2_acc(sums.top[r] - (highest == kNone ? Acc(0) : highest));
+    Acc total = sums.total[r] * shrink;
 #pragma unroll
     for (int lanes = Lanes::kLanes; lanes < 32; lanes *= 2) {
-      total[r] += __shfl_xor_sync(~0u, total[r], lanes);
+      total += __shfl_xor_sync(~0u, total, lanes);
     }
 #pragma unroll
     for (int c = 0; c < Lanes::kChunks; ++c)
 #pragma unroll
       for (int e = 0; e < Lanes::kElements; ++e) {
-        Acc x = sums[r][c][e] * shrink;
+        Acc x = sums.out[r][c][e] * shrink;
 #pragma unroll
         for (int lanes = Lanes::kLanes; lanes < 32; lanes *= 2) {
           x += __shfl_xor_sync(~0u, x, lanes);
@@ -271,25 +275,33 @@ __global__ void __launch_bounds__(kPagedThreads)
       }
     if (lane == 0) {
       s.top[warp][r] = highest;
-      s.total[warp][r] = total[r];
+      s.total[warp][r] = total;
     }
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < count * HEAD_DIM; i += kPagedThreads) {
+}
+
+// Merges the warps, and writes the rows, or their parts where keys are cut into pieces.
+template <class T, int HEAD_DIM, int ROWS>
+__device__ __forceinline__ void write_paged_rows(const PagedDepthAttention<T>& p,
+                                                 const PagedRows& rows,
+                                                 const PagedSmem<T, HEAD_DIM, ROWS>& s) {
+  using Acc = acc_t<T>;
+  constexpr Acc kNone = Acc(-INFINITY);
+  for (int i = threadIdx.x; i < rows.count * HEAD_DIM; i += kPagedThreads) {
     const int r = i / HEAD_DIM, d = i % HEAD_DIM;
     Acc highest = kNone, sum = 0, x = 0;
 #pragma unroll
-    for (int w = 0; w < Smem::kWarps; ++w) highest = max(highest, s.top[w][r]);
+    for (int w = 0; w < s.kWarps; ++w) highest = max(highest, s.top[w][r]);
 #pragma unroll
-    for (int w = 0; w < Smem::kWarps; ++w) {
+    for (int w = 0; w < s.kWarps; ++w) {
       const Acc shrink = exp2_acc(s.top[w][r] - (highest == kNone ? Acc(0) : highest));
       sum += s.total[w][r] * shrink;
       x += s.out[w][r][d] * shrink;
     }
-    const int64_t row = query(r) * p.num_heads + head(r);
+    const int64_t row = rows.query(r) * p.num_heads + rows.head(r);
     if (p.num_splits == 1) {
       if (d < p.head_dim) p.out[row * p.head_dim + d] = from_acc<T>(sum != 0 ? x / sum : Acc(0));
-      if (d == 0) write_paged_lse(p, query(r), head(r), highest, sum);
+      if (d == 0) write_paged_lse(p, rows.query(r), rows.head(r), highest, sum);
     } else {
       const int64_t part = int64_t(blockIdx.z) * p.num_queries * p.num_heads + row;
       if (d < p.head_dim) p.parts[part * p.head_dim + d] = x;
@@ -297,6 +309,70 @@ __global__ void __launch_bounds__(kPagedThreads)
       if (d == 0) p.totals[2 * part + 1] = sum;
     }
   }
+}
+
+// One block: ROWS rows, piece blockIdx.z of the keys that any of them sees.
+template <class T, int HEAD_DIM, int ROWS>
+__global__ void __launch_bounds__(kPagedThreads)
+    paged_depth_attention_kernel(PagedDepthAttention<T> p) {
+  using Acc = acc_t<T>;
+  using Lanes = PagedLanes<T, HEAD_DIM>;
+  using Smem = PagedSmem<T, HEAD_DIM, ROWS>;
+  constexpr int kUnroll = Lanes::kUnroll;
+  MOR_DYN_SMEM(raw);
+  Smem& s = *reinterpret_cast<Smem*>(raw);
+  const unsigned group = unsigned(p.group());
+  const SequenceTile place = find_tile(p.cu_seqlens_q, p.num_entries, int(group), ROWS, blockIdx.x);
+  if (place.sequence < 0) return;
+  const unsigned q_begin = unsigned(p.cu_seqlens_q[place.sequence]);
+  const unsigned left = (unsigned(p.cu_seqlens_q[place.sequence + 1]) - q_begin) * group;
+  const PagedRows rows{unsigned(place.sequence), q_begin, place.first, group,
+                       int(min(unsigned(ROWS), left - place.first))};
+  if (int(threadIdx.x) < ROWS) {
+    const int r = threadIdx.x;
+    uint32_t begin = 0, end = 0;
+    if (r < rows.count) {
+      begin = p.context_starts == nullptr ? 0 : uint32_t(p.context_starts[rows.query(r)]);
+      end = uint32_t(p.context_lens[rows.query(r)]);
+    }
+    s.keys[r] = {begin, end > begin ? end - begin : 0};
+  }
+  Acc q[ROWS][Lanes::kChunks][Lanes::kElements];
+  load_paged_queries<T, HEAD_DIM, ROWS>(p, rows, q);
+  __syncthreads();
+  // Neither contexts nor their starts fall from row to row.
+  const int64_t all_begin = s.keys[0].begin, all_end = s.keys[rows.count - 1].end();
+  int64_t piece = (max(all_end - all_begin, int64_t{0}) + p.num_splits - 1) / p.num_splits;
+  piece = max(piece, int64_t{kPagedSplitKeys});
+  const int64_t begin = all_begin + int64_t(blockIdx.z) * piece;
+  const int64_t end = min(begin + piece, all_end);
+
+  PagedSums<T, HEAD_DIM, ROWS> sums{};
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) sums.top[r] = Acc(-INFINITY);
+  const int32_t* table = p.block_table + int64_t(rows.entry) * p.max_blocks;
+  constexpr int kStep = kPagedThreads / Lanes::kLanes;  // keys of the block at once
+  const int64_t mine = threadIdx.x / Lanes::kLanes;
+  // Every lane of a warp takes part in each step: they shuffle.
+  for (int64_t base = begin; base < end; base += kStep * kUnroll) {
+    PagedChunks<T, HEAD_DIM> k[kUnroll], v[kUnroll];
+    Acc scores[kUnroll][ROWS] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      load_paged_key(p, table, base + u * kStep + mine, end, k[u], v[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) score_paged_key(q, k[u], scores[u]);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      weigh_paged_scores(sums, r, s.keys[r], base + mine, kStep, end, scores);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) add_paged_value(sums, scores[u], v[u]);
+  }
+  merge_paged_groups(sums, s);
+  __syncthreads();
+  write_paged_rows(p, rows, s);
 }
 
 // A warp owns a row (query, head), a lane every 32nd head dimension: merges its parts in order.

@@ -23,21 +23,21 @@ MUTATIONS = [
     ),
     paged(
         "no barrier before the warps are merged",
-        "  __syncthreads();\n  for (int i = threadIdx.x; i < count * HEAD_DIM",
-        "  for (int i = threadIdx.x; i < count * HEAD_DIM",
+        "merge_paged_groups(sums, s);\n  __syncthreads();",
+        "merge_paged_groups(sums, s);",
         "few-queries-any",
         build="race",
         sample=True,
     ),
     paged(
         "a row sees what its block sees",
-        "if (key >= end || !s.keys[r].has(uint32_t(key))) score = kNone;",
+        "if (key >= end || !seen.has(uint32_t(key))) score = kNone;",
         "if (key >= end) score = kNone;",
         "few-queries-any",
     ),
     paged(
         "windows are ignored",
-        "begin = p.context_starts == nullptr ? 0 : uint32_t(p.context_starts[query(r)]);",
+        "begin = p.context_starts == nullptr ? 0 : uint32_t(p.context_starts[rows.query(r)]);",
         "begin = 0;",
         "few-queries-window",
     ),
@@ -57,7 +57,7 @@ MUTATIONS = [
     ),
     paged(
         "every entry has the blocks of the first",
-        "p.block_table + place.sequence * p.max_blocks",
+        "p.block_table + int64_t(rows.entry) * p.max_blocks",
         "p.block_table",
         "test_paged_depth_attention and decode",
     ),
@@ -69,8 +69,8 @@ MUTATIONS = [
     ),
     paged(
         "older sums are not rescaled",
-        "for (int e = 0; e < Lanes::kElements; ++e) sums[r][c][e] *= shrink;",
-        "for (int e = 0; e < Lanes::kElements; ++e) sums[r][c][e] *= 1;",
+        "for (int e = 0; e < Lanes::kElements; ++e) sums.out[r][c][e] *= shrink;",
+        "for (int e = 0; e < Lanes::kElements; ++e) sums.out[r][c][e] *= 1;",
         "test_paged_depth_attention and decode",
     ),
     paged(
