@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builds import BUILD_FOLDER, ROOT, SELECTED, build, compiler, environment
 from mutations import Mutation, all_mutations
 
@@ -71,6 +72,7 @@ def compile_mutant(operator: str, mutation: Mutation, folder: Path) -> Path:
     others += (objects / f"harness_{mutation.build}.dir").rglob("*.o")
     sanitize = ["-fsanitize=address,undefined", "-shared-libasan"]
     link = [compiler(), "-shared", "-o", folder / "mutant.so", mutant, *others, "-ldl"]
+    link += ["-L", Path(torch.__file__).parent / "lib", "-ltorch_cpu", "-lc10"]
     subprocess.run(link + sanitize * (mutation.build == "asan"), check=True)
     return folder / "mutant.so"
 
