@@ -150,6 +150,14 @@ def test_slices_of_a_pool(layout: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_caches_of_different_layouts() -> None:
+    inputs = make_inputs(torch.bfloat16, **MIXED, **GQA, block_size=5)
+    want = paged_depth_attention(**inputs)
+    inputs["k_cache"] = inputs["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    got = paged_depth_attention(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 40])
 def test_what_no_query_sees_is_not_read(queries: int, dtype: torch.dtype) -> None:

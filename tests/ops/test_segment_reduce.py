@@ -139,6 +139,16 @@ def test_opcheck_of_the_backward_of_amax() -> None:
     torch.library.opcheck(torch.ops.mor.segment_reduce_amax_backward.default, args)
 
 
+def test_gradient_expanded_over_segments() -> None:
+    x, segments, row = torch.randn(9, 65), torch.arange(9) % 4, torch.randn(1, 65)
+    out = segment_reduce(x, segments, 4, "amax")
+    got, want = (
+        torch.ops.mor.segment_reduce_amax_backward(grad, x, out, segments)
+        for grad in (row.expand(4, 65), row.repeat(4, 1))
+    )
+    assert torch.equal(got, want)
+
+
 @pytest.mark.unsanitized
 @pytest.mark.parametrize("reduce", REDUCES)
 def test_compiles_forward_and_backward(reduce: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 from builds import BUILD_FOLDER, ROOT, SELECTED, build, compiler, environment
 from mutations import Mutation, all_mutations
 
@@ -27,6 +28,7 @@ FORKSERVER.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "hypothes
 ELEMENTS = {
     "float32": "float", "bfloat16": "__nv_bfloat16", "float16": "__half", "float64": "double"
 }  # fmt: skip
+NOT_COMPILED = "a dtype that the mutation leaves out"
 # Among them an integer division by zero, which x86 traps every time, whatever lies in memory. A
 # segmentation fault is not: where a stray address leads is chance, and bounds are the asan build's.
 FOUND = re.compile(
@@ -54,7 +56,7 @@ def compile_mutant(operator: str, mutation: Mutation, folder: Path) -> Path:
     if mutation.dtype is not None:
         others = "|".join(e for d, e in ELEMENTS.items() if d != mutation.dtype)
         glue = folder / "kernels/glue.h"
-        lacks = 'throw std::runtime_error("not compiled")'
+        lacks = f'throw std::runtime_error("{NOT_COMPILED}")'
         glue.write_text(re.sub(rf"return body\(({others})\{{\}}\)", lacks, glue.read_text()))
 
     (source,) = KERNELS.glob(f"*/{operator}.cu")
@@ -87,11 +89,20 @@ def run_pytest(arguments: list[str], chosen: dict[str, str], output: Path) -> No
     sys.exit(pytest.main(arguments))
 
 
+def files(operator: str) -> list[str]:
+    return [f"tests/ops/test_{operator}.py", "tests/ops/test_cuda_values.py"]
+
+
+def expression(mutation: Mutation) -> str:
+    """The tests that must notice, but for those of dtypes that were not compiled."""
+    others = [f"torch.{d}" for d in ELEMENTS if mutation.dtype not in (None, d)]
+    return f"({mutation.tests})" + f" and not ({' or '.join(others)})" * bool(others)
+
+
 def run_tests(operator: str, mutation: Mutation, library: Path) -> tuple[int | None, str]:
     """Exit code and output of the tests that must notice, in the first order that notices."""
-    wanted = f"({mutation.tests})" + f" and {mutation.dtype}" * (mutation.dtype is not None)
     arguments = ["-qx", "--tb=short", "-p", "no:cacheprovider", "-p", "plugin", "-m", SELECTED]
-    arguments += ["-p", "no:xdist", f"tests/ops/test_{operator}.py", "-k", wanted]
+    arguments += ["-p", "no:xdist", *files(operator), "-k", expression(mutation)]
     for order in (0, 1, 2) if mutation.build == "plain" else (0,):
         chosen = environment(library, order, sanitizers=mutation.build == "asan")
         if mutation.build == "asan":  # needs a process that loads the sanitizer first
@@ -117,12 +128,28 @@ def test_every_mutation_changes_one_place() -> None:
         assert count == 1, f"{operator}, {mutation.id}: {count} times in {mutation.file}"
 
 
+def test_every_mutation_names_a_test() -> None:
+    """Not slow either, so that whoever renames a test or a case notices."""
+    everything = sorted({file for operator, _ in all_mutations() for file in files(operator)})
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:xdist"]
+    command += ["-p", "no:cacheprovider", "-m", SELECTED, *everything]
+    chosen = os.environ | environment(build("race"))
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=chosen).stdout
+    tests = [line.lower() for line in listed.splitlines() if "::" in line]
+    for operator, mutation in all_mutations():
+        wanted = Expression.compile(expression(mutation)).evaluate
+        candidates = (t for t in tests if t.startswith(tuple(files(operator))))
+        named = any(wanted(lambda word, test=t: word.lower() in test) for t in candidates)
+        assert named, f"{operator}, {mutation.id}: no test is {expression(mutation)}"
+
+
 @pytest.mark.parametrize(("operator", "mutation"), MUTATIONS)
 def test_mutant_is_found(operator: str, mutation: Mutation, tmp_path: Path) -> None:
     code, output = run_tests(operator, mutation, compile_mutant(operator, mutation, tmp_path))
     assert code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED), (
         f"survived {mutation.tests}\n{output[-3000:]}"
     )
+    assert NOT_COMPILED not in output, f"{mutation.tests} has tests without a dtype in their names"
     assert FOUND.search(output), f"ended otherwise than by a finding\n{output[-3000:]}"
 
 

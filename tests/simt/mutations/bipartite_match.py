@@ -102,7 +102,7 @@ MUTATIONS = [
         "rows are taken to be packed",
         "rows + (first + r) * stride + d + e",
         "rows + (first + r) * width + d + e",
-        "strided_rows",
+        "test_bipartite_match and ragged",
         dtype="bfloat16",
     ),
     Mutation(

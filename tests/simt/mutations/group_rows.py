@@ -32,14 +32,14 @@ MUTATIONS = [
         GROUP,
         "counts[i] = start + before;",
         "counts[i] = before;",
-        "ragged and 1500",
+        "chunks-300",
     ),
     Mutation(
         "no barrier between two scans",
         GROUP,
         "    start += total;\n    __syncthreads();\n",
         "    start += total;\n",
-        "ragged and 1500",
+        "chunks-300",
         build="race",
     ),
     Mutation(
@@ -54,14 +54,14 @@ MUTATIONS = [
         GROUP,
         "min(max(static_cast<int64_t>(keys[row]), int64_t{0}), num_keys - 1)",
         "min(static_cast<int64_t>(keys[row]), num_keys - 1)",
-        "clamps",
+        "keys_are_clamped",
     ),
     Mutation(
         "a large key is not clamped",
         GROUP,
         "min(max(static_cast<int64_t>(keys[row]), int64_t{0}), num_keys - 1)",
         "max(static_cast<int64_t>(keys[row]), int64_t{0})",
-        "clamps",
+        "keys_are_clamped",
         build="asan",
     ),
     Mutation(

@@ -18,7 +18,7 @@ MUTATIONS = [
         GATHER,
         "length = min(max(length, int64_t{0}), room);",
         "length = max(length, int64_t{0});",
-        "wrong_lengths",
+        "lengths_and_sums",
         build="asan",
     ),
     Mutation(
@@ -26,7 +26,7 @@ MUTATIONS = [
         GATHER,
         "int32_t(min(start + up_to, args.num_rows))",
         "int32_t(start + up_to)",
-        "wrong_lengths",
+        "lengths_and_sums",
     ),
     Mutation(
         "the first row of an entry belongs to the one before",
@@ -55,7 +55,7 @@ MUTATIONS = [
         GATHER,
         "found ? *reinterpret_cast<const Chunk*>(from + head * side.head_stride + at) : Chunk{};",
         "*reinterpret_cast<const Chunk*>(from + head * side.head_stride + at);",
-        "wrong_lengths",
+        "lengths_and_sums",
     ),
     Mutation(
         "heads are neighbours",

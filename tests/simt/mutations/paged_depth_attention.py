@@ -52,7 +52,7 @@ MUTATIONS = [
         "pieces begin at key 0",
         "const int64_t begin = all_begin + int64_t(blockIdx.z) * piece;",
         "const int64_t begin = int64_t(blockIdx.z) * piece;",
-        "any_number",
+        "long-window",
         dtype="float32",
     ),
     paged(
@@ -97,14 +97,14 @@ MUTATIONS = [
         "pieces are added without their largest scores",
         "sum += total[1] * exp2_acc(total[0] - reference);",
         "sum += total[1];",
-        "any_number",
+        "one-long",
         dtype="float32",
     ),
     paged(
         "the last piece is not merged",
         "for (int s = 0; s < p.num_splits; ++s) {\n        const Acc shrink",
         "for (int s = 0; s + 1 < p.num_splits; ++s) {\n        const Acc shrink",
-        "any_number",
+        "one-long",
         dtype="float32",
     ),
     paged(

@@ -68,7 +68,7 @@ MUTATIONS = [
         "rows/rows.cuh",
         "(bits | uintptr_t(width) * sizeof(T)) % 16 == 0",
         "bits % 16 == 0",
-        "test_scatter_tokens and odd",
+        "whole_chunks",
         dtype="float32",
     ),
     Mutation(
@@ -76,7 +76,7 @@ MUTATIONS = [
         SUMS,
         "s.updates + i * s.updates_stride",
         "s.updates + i * s.width",
-        "odd",
+        "test_scatter_tokens and D17",
         dtype="float32",
     ),
     Mutation(
@@ -84,7 +84,7 @@ MUTATIONS = [
         SUMS,
         "begin < s.width; begin += 32 * kPack",
         "begin + 32 * kPack <= s.width; begin += 32 * kPack",
-        "odd",
+        "test_scatter_tokens and D17",
         dtype="float32",
     ),
     Mutation(
@@ -92,7 +92,7 @@ MUTATIONS = [
         SCATTER,
         "for (int lanes = 16;",
         "for (int lanes = 8;",
-        "test_scatter_tokens_backward",
+        "test_scatter_tokens and D65",
         dtype="float32",
     ),
     Mutation(
@@ -100,7 +100,7 @@ MUTATIONS = [
         SCATTER,
         "a.grad + a.rows[item] * a.grad_stride",
         "a.grad + a.rows[item] * a.width",
-        "test_scatter_tokens_backward",
+        "expanded",
         build="asan",
         dtype="float32",
     ),
@@ -109,7 +109,7 @@ MUTATIONS = [
         SCATTER,
         "const int64_t n = item - update_items;",
         "const int64_t n = item;",
-        "test_scatter_tokens_backward",
+        "test_scatter_tokens and D17",
         build="asan",
         dtype="float32",
     ),
@@ -118,7 +118,7 @@ MUTATIONS = [
         SCATTER,
         "sum += to_acc(g.v[k]) * to_acc(o.v[k]);",
         "sum += factor * to_acc(g.v[k]) * to_acc(o.v[k]);",
-        "test_scatter_tokens_backward",
+        "test_scatter_tokens and D17",
         dtype="bfloat16",
     ),
     Mutation(
