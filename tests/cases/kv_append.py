@@ -18,7 +18,10 @@ def make_inputs(
     device: str = "cpu",
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """`shape` of the caches; slots "once" (each at most once, some skipped), "repeated", "pairs"."""
+    """`shape` of the caches; slots "once" (each at most once, some skipped), "repeated" or "pairs".
+
+    Of "pairs", tokens 2 i and 2 i + 1 have slot i.
+    """
     generator = generator or torch.Generator().manual_seed(0)
     num_slots = shape[0] * shape[1]
     if slots == "once":
