@@ -145,8 +145,9 @@ def test_compares_in_float32() -> None:
     scores = torch.tensor([0.7, 0.7], dtype=torch.float32)  # below 0.7 in float64
     assert route_threshold(scores, 0.7, packed([2]))[0].tolist() == []
     assert route_threshold(scores, 0.7, packed([2]), inclusive=True)[0].tolist() == [0, 1]
-    each = torch.tensor([0.7], dtype=torch.float64)
-    assert route_threshold(scores, each, packed([2]), inclusive=True)[0].tolist() == [0, 1]
+    for dtype in (torch.float32, torch.float64):
+        each = torch.tensor([0.7], dtype=dtype)
+        assert route_threshold(scores, each, packed([2]), inclusive=True)[0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

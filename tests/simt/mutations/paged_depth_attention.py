@@ -65,7 +65,7 @@ MUTATIONS = [
         "values lie as keys do",
         "int64_t(blockIdx.y) * p.v.head_stride",
         "int64_t(blockIdx.y) * p.k.head_stride",
-        "different_layouts",
+        "keys_heads_first",
     ),
     paged(
         "older sums are not rescaled",
