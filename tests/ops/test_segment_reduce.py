@@ -44,17 +44,17 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_amax_of_special_values(isa: str, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal / 4  # a subnormal
-    column = [-torch.inf, -1.0, tiny, -tiny, torch.inf, torch.nan, 2.0, torch.nan]
-    x = torch.tensor(column, dtype=dtype)[:, None].expand(8, 37).contiguous().requires_grad_()
-    segments = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3])
+    column = [-torch.inf, -1.0, tiny, -tiny, torch.inf, torch.nan, 2.0, torch.nan, 3.0, torch.nan]
+    x = torch.tensor(column, dtype=dtype)[:, None].expand(10, 37).contiguous().requires_grad_()
+    segments = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3, 4, 4])
     with instruction_set(isa):
-        out = segment_reduce(x, segments, 5, "amax")
+        out = segment_reduce(x, segments, 6, "amax")
         out.sum().backward()
-    want = torch.tensor([-1.0, tiny, torch.inf, torch.nan, 0.0], dtype=dtype)
-    assert torch.equal(out.nan_to_num(7.0, 8.0), want.nan_to_num(7.0, 8.0)[:, None].expand(5, 37))
+    want = torch.tensor([-1.0, tiny, torch.inf, torch.nan, torch.nan, 0.0], dtype=dtype)
+    assert torch.equal(out.nan_to_num(7.0, 8.0), want.nan_to_num(7.0, 8.0)[:, None].expand(6, 37))
     assert x.grad is not None
     assert torch.equal(
-        x.grad, torch.tensor([0, 1, 1, 0, 1, 1, 0, 0])[:, None].expand(8, 37).to(dtype)
+        x.grad, torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 0, 1])[:, None].expand(10, 37).to(dtype)
     )
 
 
