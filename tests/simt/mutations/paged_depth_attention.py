@@ -52,7 +52,7 @@ MUTATIONS = [
         "pieces begin at key 0",
         "const int64_t begin = all_begin + int64_t(blockIdx.z) * piece;",
         "const int64_t begin = int64_t(blockIdx.z) * piece;",
-        "long-window",
+        "end-of-long",
         dtype="float32",
     ),
     paged(
