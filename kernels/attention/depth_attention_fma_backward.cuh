@@ -26,11 +26,16 @@ struct AttentionBackwardSmem {
     load_rows(grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
   }
 
+  // The keys of a tile that begins at row `begin`, of which first .. end - 1 are seen.
   __device__ __forceinline__ void load_keys(const DepthAttention<T>& p, unsigned kv_head,
-                                            unsigned begin, unsigned end) {
+                                            unsigned begin, unsigned first, unsigned end,
+                                            int least_depth) {
     keys.load(p, begin, end);
-    load_rows(k, p, [&](int r) { return begin + r < end ? p.k.at(begin + r, kv_head) : nullptr; });
-    load_rows(v, p, [&](int r) { return begin + r < end ? p.v.at(begin + r, kv_head) : nullptr; });
+    const auto row = [&](const AttentionOperand<T>& from, int r) {
+      return seen_key_row(p, from, kv_head, begin + r, first, end, least_depth);
+    };
+    load_rows(k, p, [&](int r) { return row(p.k, r); });
+    load_rows(v, p, [&](int r) { return row(p.v, r); });
   }
 
   // The thread's weights and gradients of scores for the tiles loaded; key 0 is row `begin` of k.
@@ -80,6 +85,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAtt
   const unsigned num_rows = min(unsigned(kQueries), tile.num_rows - tile.first);
   s.load_queries(p, tile);
   __syncthreads();
+  const unsigned key_begin = s.queries.mask.keys[0].begin;
   const unsigned key_end = s.queries.mask.keys[num_rows - 1].end();
   const int least_depth = s.queries.mask.least_depth();
   const auto next = [&](unsigned begin) {
@@ -87,9 +93,8 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_q_kernel(DepthAtt
   };
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {};
-  for (unsigned begin = next(s.queries.mask.keys[0].begin); begin < key_end;
-       begin = next(begin + kKeys)) {
-    s.load_keys(p, tile.kv_head, begin, key_end);
+  for (unsigned begin = next(key_begin); begin < key_end; begin = next(begin + kKeys)) {
+    s.load_keys(p, tile.kv_head, begin, key_begin, key_end, least_depth);
     __syncthreads();
     typename Smem::Part weights, d_scores;
     s.score(p, begin, weights, d_scores);
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_grad_kv_kernel(DepthAt
   const unsigned kv_head = blockIdx.y;
   const unsigned begin = unsigned(p.cu_seqlens_k[place.sequence]) + place.first;
   const unsigned end = min(begin + kKeys, unsigned(p.cu_seqlens_k[place.sequence + 1]));
-  s.load_keys(p, kv_head, begin, end);
+  s.load_keys(p, kv_head, begin, begin, end, INT32_MIN);
   __syncthreads();
   int deepest = INT32_MIN;
   for (unsigned n = threadIdx.x % 32; n < end - begin; n += 32)

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128, 1) depth_attention_forward_kernel(DepthAt
   s.queries.load(p, tile);
   load_rows(s.q, p, [&](int r) { return tile.row(p.q, r); });
   __syncthreads();
-  const unsigned key_end = s.queries.keys[num_rows - 1].end();
+  const unsigned key_begin = s.queries.keys[0].begin, key_end = s.queries.keys[num_rows - 1].end();
   const int least_depth = s.queries.least_depth();
   const auto next = [&](unsigned begin) {
     return next_key_tile(p.k_depths, least_depth, kKeys, begin, key_end);
@@ -47,11 +47,10 @@ __global__ void __launch_bounds__(128, 1) depth_attention_forward_kernel(DepthAt
 
   Acc sums[kQueries / 16][HEAD_DIM / 8] = {}, top[kQueries / 16], total[kQueries / 16] = {};
   for (Acc& t : top) t = kNone;
-  for (unsigned begin = next(s.queries.keys[0].begin); begin < key_end;
-       begin = next(begin + kKeys)) {
+  for (unsigned begin = next(key_begin); begin < key_end; begin = next(begin + kKeys)) {
     const auto load_keys = [&](const AttentionOperand<T>& from) {
       load_rows(s.kv, p, [&](int r) {
-        return begin + r < key_end ? from.at(begin + r, tile.kv_head) : nullptr;
+        return seen_key_row(p, from, tile.kv_head, begin + r, key_begin, key_end, least_depth);
       });
     };
     load_keys(p.k);

@@ -22,6 +22,19 @@ __device__ __forceinline__ unsigned next_key_tile(const int32_t* k_depths, int d
   return begin;
 }
 
+// Row `key` of k or v for a query tile whose rows see keys from first .. end - 1, none of them less
+// deep than `least_depth`; null, which loads as zeros, where none can see it: there may lie NaN
+// (unused slots of a cache), which a weight of 0 would not keep out of the sums.
+template <class T>
+__device__ __forceinline__ const T* seen_key_row(const DepthAttention<T>& p,
+                                                 const AttentionOperand<T>& from, int kv_head,
+                                                 unsigned key, unsigned first, unsigned end,
+                                                 int least_depth) {
+  if (key < first || key >= end) return nullptr;
+  if (p.k_depths != nullptr && p.k_depths[key] < least_depth) return nullptr;
+  return from.at(key, kv_head);
+}
+
 // Packed rows first .. end - 1 of the sequence are those that a position lets see any of the keys
 // key .. key_end - 1, and perhaps rows between them.
 struct RowRange {

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   load_rows_async(s.grad_out, p, [&](int r) { return tile.row(p.grad_out, r); });
   s.queries.load(p, tile, kLog2E<float>);
   __syncthreads();
+  const unsigned key_begin = s.queries.mask.keys[0].begin;
   const unsigned key_end = s.queries.mask.keys[num_rows - 1].end();
   const unsigned all_see_from = s.queries.mask.keys[num_rows - 1].begin;
   const unsigned all_see_until = s.queries.mask.keys[0].end();
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   };
   const auto fetch = [&](unsigned begin, typename Smem::Stage& stage) {
     const auto row = [&](const AttentionOperand<T>& from, int r) {
-      return begin + r < key_end ? from.at(begin + r, tile.kv_head) : nullptr;
+      return seen_key_row(p, from, tile.kv_head, begin + r, key_begin, key_end, least_depth);
     };
     load_rows_async(stage.k, p, [&](int r) { return row(p.k, r); });
     load_rows_async(stage.v, p, [&](int r) { return row(p.v, r); });
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_grad_q_kernel(DepthAt
   const float my_delta[2] = {s.queries.delta[my_row], s.queries.delta[my_row + 8]};
   float sums[HEAD_DIM / 8][4] = {};
   const float scale = p.scale * kLog2E<float>, unit = p.key_bias != nullptr ? 1.f : scale;
-  unsigned begin = next(s.queries.mask.keys[0].begin);
+  unsigned begin = next(key_begin);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[0]);
   cp_async_commit();

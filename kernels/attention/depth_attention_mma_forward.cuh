@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   load_rows_async(s.q, p, [&](int r) { return tile.row(p.q, r); });
   s.queries.load(p, tile);
   __syncthreads();
-  const unsigned key_end = s.queries.keys[num_rows - 1].end();
+  const unsigned key_begin = s.queries.keys[0].begin, key_end = s.queries.keys[num_rows - 1].end();
   const unsigned all_see_from = s.queries.keys[num_rows - 1].begin;
   const unsigned all_see_until = s.queries.keys[0].end();
   const int least_depth = s.queries.least_depth();
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   };
   const auto fetch = [&](unsigned begin, typename Smem::Stage& stage) {
     const auto row = [&](const AttentionOperand<T>& from, int r) {
-      return begin + r < key_end ? from.at(begin + r, tile.kv_head) : nullptr;
+      return seen_key_row(p, from, tile.kv_head, begin + r, key_begin, key_end, least_depth);
     };
     load_rows_async(stage.k, p, [&](int r) { return row(p.k, r); });
     load_rows_async(stage.v, p, [&](int r) { return row(p.v, r); });
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(128) depth_attention_mma_forward_kernel(DepthA
   // Without a bias scores stay unscaled until the exponential, which then scales for nothing.
   const bool folded = p.key_bias == nullptr && scale > 0;
   const float unit = folded ? scale : 1.f;
-  unsigned begin = next(s.queries.keys[0].begin);
+  unsigned begin = next(key_begin);
   int turn = 0;
   if (begin < key_end) fetch(begin, s.stages[turn]);
   cp_async_commit();

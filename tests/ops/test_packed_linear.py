@@ -15,6 +15,7 @@ from tests.support.operators import (
     instruction_set,
 )
 
+pytestmark = pytest.mark.cpu_kernels  # CUDA has none
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -41,6 +41,7 @@ def test_every_instruction_set(op_case: OpCase, dtype: torch.dtype, isa: str) ->
         check_op(op_case, dtype)
 
 
+@pytest.mark.cpu_kernels  # those of CUDA have no threads of torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_threads_change_nothing(dtype: torch.dtype) -> None:
     """Entries long enough to be cut into parts, and tiles of queries beside them."""
@@ -67,6 +68,7 @@ def many_sequences() -> dict[str, Any]:
     return make_inputs(queries=[1] * 64 + [40], keys=[2048] * 65, heads=(3, 1), head_dim=64)
 
 
+@pytest.mark.cpu_kernels  # those of CUDA cut keys by the size of the whole call
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
 def test_an_entry_depends_on_no_other_one(

@@ -118,3 +118,18 @@ def test_depth_attention(kernels: Kernels, case: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("case", CASES_BY_ID)
 def test_other_types(plain_kernels: Kernels, case: str, dtype: torch.dtype) -> None:
     check(plain_kernels, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_nobody_sees_may_hold_nan(kernels: Kernels, dtype: torch.dtype) -> None:
+    inputs = inputs_of(CASES_BY_ID["small-bias-depths"], dtype)
+    inputs["q_depths"][:] = 2
+    hidden = inputs["k_depths"] < 2
+    assert hidden.any()
+    grad_out = torch.ones_like(inputs["q"])
+    want = run(kernels, inputs, grad_out)
+    for name in ("k", "v"):
+        inputs[name][hidden] = torch.nan
+    got = run(kernels, inputs, grad_out)
+    for name in ("out", "lse", "grad_q"):
+        assert torch.equal(got[name], want[name]), name
