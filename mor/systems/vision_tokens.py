@@ -1,7 +1,7 @@
 """Which tokens of a batch are vision tokens, and which of them stay in a layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -127,28 +127,35 @@ def _count(marked: Tensor, packing: Packing) -> Tensor:
     return functional.pad(marked.cumsum(0), (1, 0))[packing.cu_seqlens.long()].diff()
 
 
-@dataclass(eq=False)
 class VisionCall:
     """One forward call of a model whose layers vision tokens skip.
 
-    Attributes:
+    Not a dataclass: FSDP2 rebuilds those that reach a sharded layer, and a copy would take what the
+    first layer finds.
+
+    Args:
         where: begins the errors.
         vision: [B, S] bool, the vision tokens.
         find_tokens: makes `VisionTokens` of the packed batch and `vision`.
         attention_mask: [B, S] or [B, past + S] as the caller gave it.
         described: the caller gave position_ids.
-        tokens: found by the first routed layer for all.
     """
 
-    where: str
-    vision: Tensor
-    find_tokens: Callable[[PackedBatch, Tensor], VisionTokens] = VisionTokens.of
-    attention_mask: Tensor | None = None
-    described: bool = False
-    tokens: VisionTokens | None = field(default=None)
+    def __init__(
+        self,
+        where: str,
+        vision: Tensor,
+        find_tokens: Callable[[PackedBatch, Tensor], VisionTokens] = VisionTokens.of,
+        *,
+        attention_mask: Tensor | None = None,
+        described: bool = False,
+    ) -> None:
+        self.where, self.vision, self.find_tokens = where, vision, find_tokens
+        self.attention_mask, self.described = attention_mask, described
+        self.tokens: VisionTokens | None = None
 
     def find(self, position_ids: Tensor | None, cache: RecursionCacheLayer | None) -> VisionTokens:
-        """The tokens of this call."""
+        """The tokens of this call, found by the first routed layer for all."""
         if self.tokens is None:
             batch = pack_call(self.vision, self.attention_mask, position_ids, self.described, cache)
             if batch.has_documents:
