@@ -48,6 +48,8 @@ SYSTEMS = (
         "mor.systems.VideoMoD",
         "mor.apply_video_mod",
         ["tests/systems/test_video_mod.py"],
+        ["examples/sister/video_mod.py"],
+        ["docs/pictures/video_mod.png"],
     ),
     System(
         "DynaMoE",

@@ -81,10 +81,11 @@ class _VideoModel(VisionModel):
         ids, frame = kwargs["input_ids"], _tokens_per_frame(self.config)
         pixels = kwargs.get("pixel_values_videos")
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("video")
-        if pixels is None and encoded is None:
-            video = 0  # the model takes their token for text, as when it generated one
-        elif self.config.model_type == "llava_next_video":
-            video = frame  # its videos are frames and nothing else
+        video = 0  # without videos their token is text, as when the model generated one
+        if self.config.model_type == "llava_next_video":  # its videos are frames and nothing else
+            video = 0 if pixels is None and encoded is None else frame
+        elif pixels is not None:
+            video = pixels.shape[1] * frame + 1
         elif encoded is not None:
             video = encoded.pooler_output[0].shape[0]
             if video % frame > 1:
@@ -92,8 +93,6 @@ class _VideoModel(VisionModel):
                     f"apply_video_mod: mm_encoder_outputs: expected frames of {frame} tokens and a "
                     f"newline, got a video of {video} tokens: a call holds whole frames"
                 )
-        else:
-            video = pixels.shape[1] * frame + 1
         return VisionCall(
             "apply_video_mod",
             ids == self.config.video_token_id if video else torch.zeros_like(ids).bool(),
