@@ -33,7 +33,8 @@ SYSTEMS = (
         ["2404.02258"],
         "mor.modules.MixtureOfDepths",
         "mor.apply_mod",
-        ["tests/systems/test_mod.py"],
+        ["tests/systems/test_mod.py", "tests/systems/test_published_mod.py"],
+        ["examples/sister/mod.py"],
     ),
     System(
         "p-MoD",

@@ -1,4 +1,7 @@
-"""mor.apply_video_mod: vision tokens of each frame skip layers, against a slow reference."""
+"""mor.apply_video_mod: vision tokens of each frame skip layers, against a slow reference.
+
+Over 300 lines in one file: all tests share one small model and its clip.
+"""
 
 import copy
 import pickle
