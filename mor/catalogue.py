@@ -42,6 +42,8 @@ SYSTEMS = (
         "mor.systems.PMoD",
         "mor.apply_pmod",
         ["tests/systems/test_pmod.py"],
+        ["examples/sister/pmod.py"],
+        ["docs/pictures/pmod.png"],
     ),
     System(
         "VideoLLM-MoD",

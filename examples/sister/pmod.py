@@ -5,7 +5,7 @@
 Trains a small LLaVA from scratch to name scikit-learn's digits, 16 patches each, under schedules
 that keep 68 of the 128 (patch, layer) pairs: decaying, constant, reversed, interleaved. Measures
 the shares of keys and of executed pairs, which equal the schedule's mean. Three seeds each; prints
-a table as it goes and draws the picture. Needs scikit-learn and matplotlib, and five minutes.
+a table as it goes and draws the picture. Needs scikit-learn and matplotlib, and six minutes.
 """
 
 import argparse
