@@ -1,6 +1,5 @@
 """How long passes take by their rows: what the scheduler decides by, and what simulates it."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -12,30 +11,34 @@ from mor.serving.memory import KVPool, States
 __all__ = ["measure_curves"]
 
 _REPEATS = 3
+_ENOUGH_ROWS = 64
 
 
 def measure_curves(
-    packed: PackedModel, pool: KVPool, states: States, max_rows: int
+    packed: PackedModel, pool: KVPool, states: States, max_rows: int, chunk: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Seconds of a block pass ("block") and of an exit and an enter pass ("ends").
 
-    At up to seven numbers of rows, the median of three passes. Rows have no context, so attention
-    over it comes on top, in both alike.
+    At powers of two, the fastest of three passes: other work on the machine, which slows a pass now
+    and then, is no part of a curve. Rows have no context, so attention over it comes on top, in
+    both alike.
 
     Args:
         packed: the model.
         pool: of keys and values; its contents are lost.
         states: of the rows; their contents are lost.
-        max_rows: the most rows to measure.
+        max_rows: the most rows of the ends to measure, which rows of a prompt need little of.
+        chunk: rows of prompts, which are measured in block passes too.
 
     Returns:
         (rows, seconds) by kind of pass, in order of rows.
     """
-    most = min(max_rows, pool.data.shape[0], states.hidden.shape[0])
-    sizes = sorted({min(2**k, most) for k in range(7)})
+    available = min(pool.data.shape[0], states.hidden.shape[0])
     states.hidden.zero_()
     curves: dict[str, list[tuple[float, float]]] = {"block": [], "ends": []}
-    for count in sizes:
+    # A CPU multiplies as fast as it can by then, and a curve goes on in proportion to the rows.
+    prompt_rows = min(chunk, _ENOUGH_ROWS) if packed.device.type == "cpu" else chunk
+    for count in _sizes(min(max_rows, available), min(prompt_rows, available)):
         tokens = torch.zeros(count, dtype=torch.int64, device=packed.device)
         ends, middle = (
             _rows(packed, count, size, steps)
@@ -50,9 +53,16 @@ def measure_curves(
             packed.run_block(middle, states, pool)
 
         for kind, run in (("ends", run_ends), ("block", run_block)):
+            if kind == "ends" and count > max_rows:
+                continue
             run()
-            curves[kind].append((count, statistics.median(_seconds(run) for _ in range(_REPEATS))))
+            curves[kind].append((count, min(_seconds(run) for _ in range(_REPEATS))))
     return curves
+
+
+def _sizes(*ends: int) -> list[int]:
+    """These numbers, and all powers of two up to the largest."""
+    return sorted({*ends, *(2**k for k in range(max(ends).bit_length()))})
 
 
 def _rows(packed: PackedModel, count: int, block_size: int, num_steps: int) -> Rows:

@@ -60,10 +60,11 @@ class Engine:
         kv_memory: of the pool of keys and values: bytes, or "512MiB", "2GiB".
         block_size: tokens of a block.
         max_rows: sequences that run at once.
-        chunk: rows of prompts in flight at once; default 128 on a CPU, 2048 on a GPU.
+        chunk: rows of prompts in flight at once, at most; default 128 on a CPU, 2048 on a GPU.
         policy: when rows that exited go through the last layer and the head. "auto": by the curves
-            of both passes, which are measured at the start; "lock-step": once no row is active; a
-            number: once this share of the rows waits.
+            of both passes, which are measured at the start, and beside sequences that decode only
+            as many rows of prompts as at most double the time of a block pass; "lock-step": once no
+            row is active; a number: once this share of the rows waits.
         prefix_cache: keep keys and values of prompts for others that begin alike.
         deterministic: a row's result does not depend on the rows beside it, to the last bit.
         max_length: tokens of a sequence; default that of the model's configuration.
@@ -119,6 +120,9 @@ class Engine:
             )
         self.pool = packed.new_pool(num_blocks, block_size)
         self.states = packed.new_states(max_rows + chunk)
+        self.curves: dict[str, list[tuple[float, float]]] = {}
+        if policy == "auto":
+            self.curves = measure_curves(packed, self.pool, self.states, max_rows, chunk)
         if not packed.mixes_recursions:
             if policy not in ("auto", "lock-step"):
                 raise ValueError(
@@ -128,9 +132,6 @@ class Engine:
             policy = "lock-step"
         if packed.num_steps == 1 and policy == "auto":
             policy = "lock-step"  # one recursion: nothing to pool
-        self.curves: dict[str, list[tuple[float, float]]] = {}
-        if policy == "auto":
-            self.curves = measure_curves(packed, self.pool, self.states, max_rows)
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=block_size,
