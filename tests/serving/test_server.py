@@ -203,6 +203,13 @@ def test_other_paths(url):
     assert "prompt" in json.dumps(schema["paths"]["/v1/completions"])
 
 
+def test_the_docs_name_every_metric(url):
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    there = {name.removesuffix("_created") for name in re.findall(r"^# TYPE (mor_\w+)", text, re.M)}
+    page = (ROOT / "docs" / "serving.md").read_text().partition("## What to watch")[2]
+    assert set(re.findall(r"`(mor_\w+)`", page.partition("## ")[0])) == there
+
+
 def test_the_live_page_gets_tokens_and_depths(url, client):
     with urllib.request.urlopen(f"{url}/live") as live:
         assert live.readline() == b"event: start\n"
