@@ -220,7 +220,7 @@ def test_the_live_page_gets_tokens_and_depths(url, client):
     assert "text" in deltas[0]
 
 
-def test_many_clients_of_whom_some_leave(url):
+def serve_many(url) -> None:
     """30% of 64 disconnect, streaming or waiting; the others get what they get alone."""
 
     async def all_of_them():
@@ -255,6 +255,29 @@ def test_many_clients_of_whom_some_leave(url):
 
     asyncio.run(all_of_them())
     wait_until_idle(url)
+
+
+def test_many_clients_of_whom_some_leave(url):
+    serve_many(url)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_by_clients_that_leave_and_bodies_that_are_wrong():
+    psutil = pytest.importorskip("psutil")
+    process, url = start()
+    memory = psutil.Process(process.pid).memory_info
+
+    def a_round() -> int:
+        serve_many(url)
+        for body in (b"{", b"\xff", b"[" * 100_000, b'{"prompt": "' + b"x" * 5_000_000 + b'"}'):
+            assert post(url, body)[0] in (400, 413)
+        return memory().rss
+
+    before = [a_round() for _ in range(3)][-1]  # what is imported, pooled and cached is there now
+    after = [a_round() for _ in range(12)][-1]
+    assert after < 1.05 * before
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
 def test_a_key_is_asked_for():
