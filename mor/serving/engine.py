@@ -71,7 +71,7 @@ class Engine:
 
     Attributes:
         limits: what requests may ask for.
-        curves: measured (rows, seconds) of block passes and of the ends, for `simulate`.
+        curves: measured (rows, seconds) by kind of pass, for `simulate`; see `measure_curves`.
         scheduler_options: of the scheduler, for `simulate`.
         last_pass: what the last step was.
 
