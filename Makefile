@@ -14,7 +14,7 @@ workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
 .PHONY: help demo test test-clang test-slow fuzz mutation-test sanitize build lint format typecheck docs-test \
-  hf-suite bench-smoke bench-check cuda-check wheel-check clean
+  hf-suite bench-smoke bench-check performance-page cuda-check wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
@@ -31,6 +31,7 @@ help:
 	@echo "make hf-suite     run Hugging Face's own model tests on the MoR models"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
+	@echo "make performance-page  write the tables of docs/performance.md from benchmarks/results"
 	@echo "make cuda-check   fail if the build has no CUDA operators (it compiles them, warnings as errors, with nvcc)"
 	@echo "make wheel-check  build sdist and wheel, try the wheel in two empty environments"
 	@echo "make clean        delete build results, not .venv"
@@ -88,7 +89,7 @@ typecheck: $(built)
 
 docs-test: $(built)
 	$(bin)/python -m pytest -q --doctest-modules mor
-	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md)
+	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md docs/*/*.md)
 
 # Hugging Face's own model tests, from the source distribution of the installed Transformers.
 hf-suite: $(built)
@@ -100,6 +101,9 @@ bench-smoke: $(built)
 
 bench-check: $(built)
 	$(bin)/python benchmarks/check.py
+
+performance-page:
+	$(PYTHON) tools/performance_page.py
 
 # The build compiles them, warnings as errors, wherever it finds nvcc.
 cuda-check: $(built)

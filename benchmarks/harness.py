@@ -8,6 +8,7 @@ time over ours, so above 1 ours is faster.
 import argparse
 import json
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -69,7 +70,7 @@ def parse_args(
     parser.add_argument("--limit", type=float, help="seconds after which no line is begun")
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE",
-        help="write the table there, by default to benchmarks/results/NAME.json",
+        help="write the table there, by default to benchmarks/results/MACHINE/NAME.json",
     )  # fmt: skip
     if add is not None:
         add(parser)
@@ -226,6 +227,17 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def folder_name(found: dict[str, Any]) -> str:
+    """The folder of a machine's results; figures that cannot be compared get another folder."""
+    if "gpu" in found:
+        words = found["gpu"]
+    else:
+        cpu = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", " ", found["cpu"]).strip()
+        threads = f"{found['threads']}thread" + "s" * (found["threads"] > 1)
+        words = f"{cpu} {found['instruction_set']} {threads}"
+    return re.sub(r"[^a-z0-9_]+", "-", words.lower()).strip("-")
+
+
 def report(name: str) -> None:
     """Prints the lines as an aligned table; writes them with --json."""
     print(f"{name}: {machine()}")
@@ -233,9 +245,10 @@ def report(name: str) -> None:
     if _options.left_out:
         print(f"{name}: {len(_options.left_out)} lines left out after {_options.limit:.0f} s")
     if path := _options.json:
-        path = RESULTS / f"{name}.json" if path == RESULTS else path
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "rows": _options.rows}, indent=1) + "\n")
+        found = machine()
+        path = RESULTS / folder_name(found) / f"{name}.json" if path == RESULTS else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": found, "rows": _options.rows}, indent=1) + "\n")
         print(f"wrote {path}")
 
 
