@@ -29,3 +29,4 @@ napoleon_use_ivar = True  # else a field of a dataclass is described twice
 html_theme = "furo"
 html_title = f"mor {release}"
 html_copy_source = False
+html_show_copyright = False  # the licence is on the first page
