@@ -30,7 +30,7 @@ def expert_schedule(
 
     Args:
         kind: one of `EXPERT_SCHEDULES`.
-        num_layers: L. The only layer of a network of one is the first.
+        num_layers: the number L. The only layer of a network of one is the first.
         low: fewest experts, at least 1.
         high: most experts, at least `low`.
         total: experts of all layers together. Given, the layers share them in the proportions of
