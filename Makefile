@@ -13,7 +13,7 @@ built := $(VENV)/.built
 workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-clang test-slow fuzz mutation-test sanitize build lint format typecheck docs-test \
+.PHONY: help demo test test-clang test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test \
   hf-suite bench-smoke bench-check performance-page cuda-check wheel-check clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make build        make .venv and build mor into it"
 	@echo "make lint         check format and style of Python, C++ and CUDA (make format: repair)"
 	@echo "make typecheck    mypy --strict"
+	@echo "make docs         build the documentation site into build/site, without a network"
 	@echo "make docs-test    run the examples in docstrings, README and docs"
 	@echo "make hf-suite     run Hugging Face's own model tests on the MoR models"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
@@ -90,6 +91,11 @@ typecheck: $(built)
 docs-test: $(built)
 	$(bin)/python -m pytest -q --doctest-modules mor
 	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md docs/*/*.md)
+
+# A warning (a link that leads nowhere, a page in no table of contents) is an error.
+docs: $(built)
+	$(bin)/python -m sphinx -q -W --keep-going -b html -c docs . build/site
+	@echo "the site is at build/site/docs/index.html"
 
 # Hugging Face's own model tests, from the source distribution of the installed Transformers.
 hf-suite: $(built)

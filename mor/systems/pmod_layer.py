@@ -19,7 +19,7 @@ class PMoD(VisionLayer):
     """A decoder layer that a share of the vision tokens takes, in place of the layer.
 
     With z the router's logit of a token and `w = 1 + alpha * tanh(z)` (TanhNorm), a the residual
-    stream behind the layer's attention:
+    stream behind the layer's attention::
 
         kept vision token:     a + w * MLP(a)
         skipped vision token:  w * x
@@ -33,7 +33,7 @@ class PMoD(VisionLayer):
     Args:
         layer: a pre-norm decoder layer of Transformers with `input_layernorm`, `self_attn`,
             `post_attention_layernorm` and `mlp`, as Llama's, whose attention is "mor".
-        hidden_size: D.
+        hidden_size: the width D.
         slot: index of the layer in the model's cache.
         num_layers: of the model.
         ratio: share of the vision tokens, in (0, 1].

@@ -95,7 +95,7 @@ class RoutedLayers(nn.Module):
         config: the dense model's configuration.
         slots: index in the model's cache of each layer in each recursion, R times as many as
             layers; those past the model's own are added to the cache.
-        num_recursions: R.
+        num_recursions: the number R.
         router: "expert" or "token".
         where: begins the errors: the function that put the block in.
         **options: of `ExpertChoice` or `TokenChoice`.
