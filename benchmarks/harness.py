@@ -7,15 +7,13 @@ time over ours, so above 1 ours is faster.
 
 import argparse
 import json
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from timing import at_threads, interleave
 
 __all__ = [
@@ -197,33 +195,6 @@ def _profile(ours: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
         }
         for spent, count, name in sorted(events, reverse=True)[:most]
     ]
-
-
-def machine() -> dict[str, Any]:
-    """What a figure needs beside it."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    found = {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "instruction_set": torch.ops.mor.instruction_set(""),
-        "commit": commit,
-    }
-    if torch.get_default_device().type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
 
 
 def report(name: str) -> None:

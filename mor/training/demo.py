@@ -35,7 +35,7 @@ from mor.data.tokens import TokenBlocks, prepare_tokens, train_tokenizer, vocabu
 from mor.training.arguments import training_arguments
 from mor.training.callbacks import PrinterLine
 from mor.training.generate import continue_text
-from mor.training.race import Entrant, check_same_race, race
+from mor.training.race import Entrant, check_same_race, finished, race
 from mor.training.race_results import ModelResult, curve_of, result_of, table
 from mor.training.trainer import MoRTrainer
 
@@ -150,7 +150,8 @@ def run_demo(
         entrant("dense", dense, dense_steps),
     ]
     console.print(f"\nTraining both in {sizes.turns} turns each", style="bold")
-    trainers = race(entrants, sizes.turns, after_turn=tell)
+    race(entrants, sizes.turns, after_turn=tell)
+    trainers = [finished(one) for one in entrants]
     for trainer, one in zip(trainers, entrants, strict=True):
         trainer.save_model(str(one.folder))
     results = [
