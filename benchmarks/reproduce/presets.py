@@ -60,7 +60,7 @@ class Preset:
         tokenizer: Hugging Face name; None to train one of `vocab_size` entries.
         warmup_share: of the steps; with "wsd" of the steps of the smallest budget.
         published_steps: steps at the largest budget that the authors published, by `recipe_name`;
-            they count FLOPs a few per cent differently, so these stand in place of our count.
+            they count FLOPs up to 12% differently, so these stand in place of our count.
     """
 
     name: str
