@@ -1,5 +1,7 @@
 """Models that train in turns: who is next, what a kill changes, what the curves say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState, set_seed
@@ -8,7 +10,7 @@ from mor import MoRConfig
 from mor.training import race as race_module
 from mor.training.arguments import training_arguments
 from mor.training.race import Entrant, check_same_race, finished, race
-from mor.training.race_results import CurvePoint, curve_of, result_of, table
+from mor.training.race_results import CurvePoint, at_median_speed, curve_of, result_of, table
 from mor.training.trainer import MoRTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +115,13 @@ def test_time_of_a_curve_is_that_of_training():
         {"step": 6, "eval_loss": 1.0},
     ]
     assert curve_of(state, 10) == [CurvePoint(5, 2.0, 2.0), CurvePoint(15, 3.0, 1.0)]
+
+
+def test_one_stalled_turn_does_not_lengthen_the_time_at_the_median_speed(whole):
+    result = result_of("m", whole[0][0], SEQ_LEN)
+    curve = [CurvePoint(10, 1.0, 3.0), CurvePoint(20, 60.0, 2.0)]
+    stalled = replace(result, curve=curve, train_flops=20, train_tokens=40, tokens_per_second=20.0)
+    assert at_median_speed(stalled) == [CurvePoint(10, 1.0, 3.0), CurvePoint(20, 2.0, 2.0)]
 
 
 def test_a_race_without_turns_and_two_models_in_one_folder_are_refused(tmp_path):
