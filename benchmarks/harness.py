@@ -7,16 +7,13 @@ time over ours, so above 1 ours is faster.
 
 import argparse
 import json
-import platform
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import folder_name, machine
 from timing import at_threads, interleave
 
 __all__ = [
@@ -198,44 +195,6 @@ def _profile(ours: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
         }
         for spent, count, name in sorted(events, reverse=True)[:most]
     ]
-
-
-def machine() -> dict[str, Any]:
-    """What a figure needs beside it."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    found = {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "instruction_set": torch.ops.mor.instruction_set(""),
-        "commit": commit,
-    }
-    if torch.get_default_device().type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
-def folder_name(found: dict[str, Any]) -> str:
-    """The folder of a machine's results; figures that cannot be compared get another folder."""
-    if "gpu" in found:
-        words = found["gpu"]
-    else:
-        cpu = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", " ", found["cpu"]).strip()
-        threads = f"{found['threads']}thread" + "s" * (found["threads"] > 1)
-        words = f"{cpu} {found['instruction_set']} {threads}"
-    return re.sub(r"[^a-z0-9_]+", "-", words.lower()).strip("-")
 
 
 def report(name: str) -> None:

@@ -1,5 +1,7 @@
 """Models that train in turns: who is next, what a kill changes, what the curves say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState, set_seed
@@ -7,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerState, set_se
 from mor import MoRConfig
 from mor.training import race as race_module
 from mor.training.arguments import training_arguments
-from mor.training.race import Entrant, check_same_race, race
-from mor.training.race_results import CurvePoint, curve_of, result_of, table
+from mor.training.race import Entrant, check_same_race, finished, race
+from mor.training.race_results import CurvePoint, at_median_speed, curve_of, result_of, table
 from mor.training.trainer import MoRTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,12 +51,9 @@ def entrants(folder, steps=(6, 4)):
 def whole(tmp_path_factory):
     turns = []
     folder = tmp_path_factory.mktemp("race")
-    trainers = race(
-        entrants(folder),
-        2,
-        after_turn=lambda one, state: turns.append((one.name, state.global_step)),
-    )
-    return trainers, turns
+    models = entrants(folder)
+    race(models, 2, after_turn=lambda one, state: turns.append((one.name, state.global_step)))
+    return [finished(one) for one in models], turns
 
 
 def test_models_take_turns_of_equal_shares_of_their_steps(whole):
@@ -74,7 +73,11 @@ def test_a_race_that_was_killed_ends_as_the_one_that_was_not(whole, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         race(entrants(tmp_path), 2)
     monkeypatch.setattr(race_module, "_take_turn", take_turn)
-    for resumed, trainer in zip(race(entrants(tmp_path), 2), whole[0], strict=True):
+    models = entrants(tmp_path)
+    with pytest.raises(ValueError, match="finished: expected a trained mor"):
+        finished(models[0])
+    race(models, 2)
+    for resumed, trainer in zip(map(finished, models), whole[0], strict=True):
         mine, theirs = (t.model.state_dict() for t in (resumed, trainer))
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
         losses = [(p.flops, p.loss) for p in curve_of(resumed.state, 16)]
@@ -82,8 +85,9 @@ def test_a_race_that_was_killed_ends_as_the_one_that_was_not(whole, tmp_path, mo
 
 
 def test_turns_do_not_change_the_training(whole, tmp_path):
-    (alone,) = race(entrants(tmp_path)[:1], 1)
-    weights = alone.model.state_dict()
+    alone = entrants(tmp_path)[0]
+    race([alone], 1)
+    weights = finished(alone).model.state_dict()
     turned = whole[0][0].model.state_dict()
     assert all(torch.equal(weights[name], turned[name]) for name in weights)
 
@@ -111,6 +115,13 @@ def test_time_of_a_curve_is_that_of_training():
         {"step": 6, "eval_loss": 1.0},
     ]
     assert curve_of(state, 10) == [CurvePoint(5, 2.0, 2.0), CurvePoint(15, 3.0, 1.0)]
+
+
+def test_one_stalled_turn_does_not_lengthen_the_time_at_the_median_speed(whole):
+    result = result_of("m", whole[0][0], SEQ_LEN)
+    curve = [CurvePoint(10, 1.0, 3.0), CurvePoint(20, 60.0, 2.0)]
+    stalled = replace(result, curve=curve, train_flops=20, train_tokens=40, tokens_per_second=20.0)
+    assert at_median_speed(stalled) == [CurvePoint(10, 1.0, 3.0), CurvePoint(20, 2.0, 2.0)]
 
 
 def test_a_race_without_turns_and_two_models_in_one_folder_are_refused(tmp_path):

@@ -35,8 +35,8 @@ from mor.data.tokens import TokenBlocks, prepare_tokens, train_tokenizer, vocabu
 from mor.training.arguments import training_arguments
 from mor.training.callbacks import PrinterLine
 from mor.training.generate import continue_text
-from mor.training.race import Entrant, check_same_race, race
-from mor.training.race_results import ModelResult, curve_of, result_of, table
+from mor.training.race import Entrant, check_same_race, finished, race
+from mor.training.race_results import ModelResult, at_median_speed, curve_of, result_of, table
 from mor.training.trainer import MoRTrainer
 
 __all__ = ["DemoSizes", "run_demo"]
@@ -150,7 +150,8 @@ def run_demo(
         entrant("dense", dense, dense_steps),
     ]
     console.print(f"\nTraining both in {sizes.turns} turns each", style="bold")
-    trainers = race(entrants, sizes.turns, after_turn=tell)
+    race(entrants, sizes.turns, after_turn=tell)
+    trainers = [finished(one) for one in entrants]
     for trainer, one in zip(trainers, entrants, strict=True):
         trainer.save_model(str(one.folder))
     results = [
@@ -221,7 +222,7 @@ def _held_out_passage(corpus: Any, tokenizer: PreTrainedTokenizerBase) -> str:
 def _write_comparison(output_dir: Path, results: list[ModelResult], sizes: DemoSizes) -> Path:
     path = output_dir / "loss.png"
     plot_loss_against_cost(
-        {result.name: result.curve for result in results}, path, note=held_equal(sizes)
+        {result.name: at_median_speed(result) for result in results}, path, note=held_equal(sizes)
     )
     return path
 
@@ -230,8 +231,9 @@ def held_equal(sizes: DemoSizes) -> str:
     """Says in one sentence what the two trainings have in common."""
     return (
         f"Held equal: training FLOPs, depth ({sizes.layers} layers) and width, text and its order, "
-        "batch, optimiser and learning-rate schedule, and the machine, on which the models trained "
-        f"in {sizes.turns} alternating turns; parameters and training tokens differ."
+        "batch, optimiser, learning-rate schedule and machine, on which the models trained in "
+        f"{sizes.turns} alternating turns (time is that at the median speed of the turns); "
+        "parameters and training tokens differ."
     )
 
 

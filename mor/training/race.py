@@ -16,7 +16,7 @@ from mor.training.checkpoints import checkpoint_to_resume, load_finished
 from mor.training.run_record import read_json
 from mor.training.trainer import MoRTrainer
 
-__all__ = ["Entrant", "check_same_race", "race"]
+__all__ = ["Entrant", "check_same_race", "finished", "race"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def race(
     turns: int,
     *,
     after_turn: Callable[[Entrant, TrainerState], object] = lambda entrant, state: None,
-) -> list[MoRTrainer]:
+) -> None:
     """Trains every entrant to its last step, in turns of equal shares of its steps.
 
     A turn ends with a log line, an evaluation (where the trainer has evaluations) and a checkpoint.
@@ -51,9 +51,6 @@ def race(
         entrants: the models.
         turns: of each entrant, at least 1; an entrant of fewer steps has a turn for each step.
         after_turn: called with the entrant and its trainer's state.
-
-    Returns:
-        A trainer for each entrant, which holds the trained model and the whole log history.
 
     Raises:
         ValueError: no turn, or two entrants with one folder.
@@ -72,7 +69,22 @@ def race(
         state = _take_turn(entrant, end)
         done[chosen] = state.global_step
         after_turn(entrant, state)
-    return [_finished(entrant) for entrant in entrants]
+
+
+def finished(entrant: Entrant) -> MoRTrainer:
+    """A trainer that holds the model after its last step, and the whole log history.
+
+    Raises:
+        ValueError: the entrant has not been trained to its last step.
+    """
+    checkpoint = checkpoint_to_resume(entrant.folder)
+    if checkpoint is None or _steps_done(entrant) < entrant.steps:
+        raise ValueError(
+            f"finished: expected a trained {entrant.name}, got none in {entrant.folder}"
+        )
+    trainer = entrant.build()
+    load_finished(trainer, checkpoint)
+    return trainer
 
 
 def check_same_race(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -114,15 +126,8 @@ def _take_turn(entrant: Entrant, end: int) -> TrainerState:
     checkpoint = checkpoint_to_resume(entrant.folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.refuse_nan()
+    trainer.accelerator.wait_for_everyone()  # all processes look for the checkpoint next
     return trainer.state
-
-
-def _finished(entrant: Entrant) -> MoRTrainer:
-    trainer = entrant.build()
-    checkpoint = checkpoint_to_resume(entrant.folder)
-    assert checkpoint is not None
-    load_finished(trainer, checkpoint)
-    return trainer
 
 
 class _EndOfTurn(TrainerCallback):

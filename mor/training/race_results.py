@@ -11,7 +11,7 @@ from transformers import TrainerState
 from mor.analysis.costs import count_parameters, flops_per_token, kv_bytes_per_token
 from mor.training.trainer import MoRTrainer
 
-__all__ = ["CurvePoint", "ModelResult", "curve_of", "result_of", "table"]
+__all__ = ["CurvePoint", "ModelResult", "at_median_speed", "curve_of", "result_of", "table"]
 
 
 class CurvePoint(NamedTuple):
@@ -94,6 +94,18 @@ def result_of(name: str, trainer: MoRTrainer, seq_len: int) -> ModelResult:
     )
 
 
+def at_median_speed(result: ModelResult) -> list[CurvePoint]:
+    """The curve with the time that its median speed over the turns gives.
+
+    A neighbour that stalls one turn for a minute would otherwise lengthen one model's time.
+    """
+    seconds = result.train_tokens / result.tokens_per_second
+    return [
+        CurvePoint(point.flops, point.flops / result.train_flops * seconds, point.loss)
+        for point in result.curve
+    ]
+
+
 def table(results: list[ModelResult]) -> str:
     """The results as a Markdown table."""
     rows = {
@@ -102,8 +114,12 @@ def table(results: list[ModelResult]) -> str:
         "KV cache per token (float32)": [f"{r.kv_bytes_per_token / 1024:.2f} KiB" for r in results],
         "training tokens": [f"{r.train_tokens / 1e3:.0f} k" for r in results],
         "training FLOPs": [f"{r.train_flops:.3g}" for r in results],
-        "training time": [f"{r.train_seconds:.0f} s" for r in results],
-        "training speed": [f"{r.tokens_per_second:.0f} tokens/s" for r in results],
+        "training speed, median of the turns": [
+            f"{r.tokens_per_second:.0f} tokens/s" for r in results
+        ],
+        "training time at that speed": [
+            f"{r.train_tokens / r.tokens_per_second:.0f} s" for r in results
+        ],
         "validation loss": [f"{r.validation_loss:.3f} nats/token" for r in results],
     }
     lines = ["| | " + " | ".join(r.name for r in results) + " |"]
