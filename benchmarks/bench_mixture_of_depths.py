@@ -2,9 +2,10 @@
 
 Both wrap a Llama decoder layer and train: forward and backward, or forward alone without gradients.
 The plain form is a good one: top-k and sort of the logits, gather of the states and the rotary
-embeddings, the layer, and index_add of the gated difference, without a loop over the sequences. The
-published packages loop over them. `limit layer` is the layer alone on as many tokens, which no
-routing can beat. A ratio above 1 means that ours is faster.
+embeddings, the layer, and index_add of the gated difference, without a loop over the sequences.
+`authors` is PyPI's mixture-of-depth, which loops over them and takes one token fewer of each (left
+out where it is not installed). `limit layer` is the layer alone on as many tokens, which no routing
+can beat. A ratio above 1 means that ours is faster.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from harness import DTYPES, dtype_name, line, parse_args, report, wanted
+from published_mod import WithAngles, published_layer
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -67,6 +69,14 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, training: bool) -> 
         mixture(x, position_embeddings=angles), plain(x, angles), atol=0.05, rtol=0.05
     )
 
+    published = {}
+    if (theirs := published_layer()) is not None:
+        block = WithAngles(mixture.block, LlamaRotaryEmbedding(config), width)
+        layer = theirs(0.125, block).to(dtype).train(False)  # else it sets its capacity itself
+        layer.router.weight_predictor.weight = plain.weight
+        positions = torch.arange(length).expand(batch, -1)
+        published["authors"] = lambda: layer(x, None, positions, None, False, False)[0]
+
     def timed(run: Callable[[], Any]) -> Callable[[], Any]:
         def train() -> None:
             run().sum().backward()
@@ -77,6 +87,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, training: bool) -> 
         what,
         {
             "ours": timed(lambda: mixture(x, position_embeddings=angles)),
+            **{name: timed(run) for name, run in published.items()},
             "eager": timed(lambda: plain(x, angles)),
             "limit layer": timed(lambda: mixture.block(fewer, position_embeddings=fewer_angles)),
         },

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_generate import dense_config, executed, mor_model
-from harness import DTYPES, dtype_name, generator, line, parse_args, report, wanted
+from harness import DTYPES, dtype_name, line, parse_args, report, wanted
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,14 +41,19 @@ FIXED = (0.0, 0.25, 0.5, 0.75)
 
 
 class Drawn(nn.Module):
-    """A router by which a row goes on with a given probability."""
+    """A router by which a row goes on with a given probability.
+
+    The draw is a hash of the row's state, which depends on no other row of the pass: a sequence has
+    the same depths whenever it runs, so all policies do the same work.
+    """
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.probability, self.generator = probability, generator()
+        self.probability = probability
 
     def forward(self, hidden: Tensor, positions: Tensor, learns: bool = False) -> Tensor:
-        return self.probability - torch.rand(len(hidden), 1, generator=self.generator)
+        draws = (hidden.double().sum(-1, keepdim=True) * 1e5).remainder(1)
+        return (self.probability - draws).to(hidden.dtype)
 
 
 def shares_of(law: str, recursions: int) -> list[float]:
@@ -106,6 +111,11 @@ class Decoding:
                 last[key] = now
         self.seconds = time.perf_counter() - begin
 
+    def depths(self) -> list[float]:
+        """Share of the rows that took each number of recursions, in all calls so far."""
+        rows = self.engine.statistics()["exit_depths"]
+        return [count / sum(rows) for count in rows]
+
     def p99(self) -> float:
         """Milliseconds between two tokens of a sequence."""
         return float(np.percentile(self.gaps, 99)) * 1e3 if self.gaps else 0.0
@@ -126,8 +136,9 @@ def throughput(args: argparse.Namespace) -> None:
             ours = Decoding(engine, batch, tokens)
             vanilla = Decoding(Engine(dense, kv_memory=MEMORY, max_rows=batch), batch, tokens)
             config = MoRConfig(base_config=base, num_recursions=recursions)
-            share = executed(config, shares_of(law, recursions)) / executed(base, None)
             if row := line(what, {"ours": ours, "vanilla": vanilla}, seconds=0.01):
+                taken = [sum(ours.depths()[r:]) for r in range(1, recursions + 1)]
+                share = executed(config, taken) / executed(base, None)
                 row["x limit bound"] = share * row["x best"]
                 row |= {"tokens/s": batch * tokens / row["ours ms"] * 1e3}
                 row |= {"host": ours.host / ours.seconds, "plan us": ours.host / ours.passes * 1e6}
@@ -167,10 +178,10 @@ def policy(args: argparse.Namespace) -> None:
         for share in FIXED[:1] if args.smoke else FIXED:
             calls[f"share {share}"] = Decoding(model(policy=share), batch, tokens)
         if row := line(what, calls, seconds=0.01):
-            engine, shares = ours.engine, shares_of(law, 3)
+            engine = ours.engine
             predicted = simulate(
                 [(0.0, 1, tokens)] * batch,
-                [0.0, *(a - b for a, b in zip(shares, [*shares[1:], 0.0], strict=True))],
+                ours.depths(),
                 num_blocks=engine.pool.data.shape[0], ends_block_tokens=engine.pool.end_block_size,
                 num_recursions=3, router="expert", policy="auto", max_rows=batch,
                 block_seconds=engine.curves["block"], ends_seconds=engine.curves["ends"],

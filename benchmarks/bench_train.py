@@ -3,7 +3,8 @@
 `x best` is against the dense model, Transformers' Llama with SDPA, and stands beside the ratio of
 the FLOPs that mor.analysis predicts; `x limit recursive` against the recursive model without a
 router. All models run eagerly, or all compiled with --compile. Where the authors' ratios were
-measured (their code is none of this repository's; docs/performance.md has the figures):
+measured (their code is none of this repository's; docs/experiments/training_step.md has the
+figures):
 --hidden-size 384 --block-depth 4 --vocab-size 1024 --seq-len 512 --batch-size 4 --threads 1
 """
 

@@ -31,6 +31,7 @@ LINES = {
     "group_rows": ["32768 16 4 random", "16384 8 2 bool"],
     "kv_append": ["32 512 1", "32 8192 1"],
     "kv_gather": [""],
+    "packed_linear": ["[1536, 576] 1 ", "[1536, 576] 16 "],
     "paged_depth_attention": ["ragged"],
     "round_trip": ["[8, 2048, 576]"],
     "route_threshold": ["8x2048"],

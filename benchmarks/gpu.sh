@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds mor for the GPU of this machine alone, runs the tests that need one and every benchmark in
-# bfloat16, and writes benchmarks/results/gpu-*.json: SECONDS_IN_ALL (480) at most. What had no time
-# left is named. PYTHON: the interpreter whose torch knows CUDA. LIBRARY: an _ops.so built elsewhere
-# with nvcc for this GPU, which saves the minutes of building it here.
+# bfloat16, writes benchmarks/results/GPU/*.json and from them the tables of docs/performance.md:
+# SECONDS_IN_ALL (480) at most. What had no time left is named. PYTHON: the interpreter whose torch
+# knows CUDA. LIBRARY: an _ops.so built elsewhere with nvcc for this GPU, which saves the minutes of
+# building it here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -60,8 +61,9 @@ for i in "${!benchmarks[@]}"; do
   name=${benchmarks[i]} only=(--only bfloat16)
   case $name in dispatch | group_rows) only=() ;; train) only=(--bf16) ;; esac
   step "$name" "$python" "benchmarks/bench_$name.py" --device cuda "${only[@]}" \
-    --limit $(($(left) / (${#benchmarks[@]} - i) * 3 / 4)) --json "benchmarks/results/gpu-$name.json"
+    --limit $(($(left) / (${#benchmarks[@]} - i) * 3 / 4)) --json
 done
+"$python" tools/performance_page.py
 
 printf '\n%s seconds\n' "$SECONDS"
 if ((${#failed[@]})); then

@@ -7,15 +7,13 @@ time over ours, so above 1 ours is faster.
 
 import argparse
 import json
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import folder_name, machine
 from timing import at_threads, interleave
 
 __all__ = [
@@ -69,7 +67,7 @@ def parse_args(
     parser.add_argument("--limit", type=float, help="seconds after which no line is begun")
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE",
-        help="write the table there, by default to benchmarks/results/NAME.json",
+        help="write the table there, by default to benchmarks/results/MACHINE/NAME.json",
     )  # fmt: skip
     if add is not None:
         add(parser)
@@ -199,33 +197,6 @@ def _profile(ours: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
     ]
 
 
-def machine() -> dict[str, Any]:
-    """What a figure needs beside it."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    found = {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "instruction_set": torch.ops.mor.instruction_set(""),
-        "commit": commit,
-    }
-    if torch.get_default_device().type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
 def report(name: str) -> None:
     """Prints the lines as an aligned table; writes them with --json."""
     print(f"{name}: {machine()}")
@@ -233,9 +204,10 @@ def report(name: str) -> None:
     if _options.left_out:
         print(f"{name}: {len(_options.left_out)} lines left out after {_options.limit:.0f} s")
     if path := _options.json:
-        path = RESULTS / f"{name}.json" if path == RESULTS else path
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "rows": _options.rows}, indent=1) + "\n")
+        found = machine()
+        path = RESULTS / folder_name(found) / f"{name}.json" if path == RESULTS else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": found, "rows": _options.rows}, indent=1) + "\n")
         print(f"wrote {path}")
 
 

@@ -37,7 +37,14 @@ if _TYPE_CHECKING or not _is_command():
         swap,
     )
 if _TYPE_CHECKING:
-    from mor.systems import apply_dynamoe, apply_mod, apply_pmod, apply_token_merging, remove
+    from mor.systems import (
+        apply_dynamoe,
+        apply_mod,
+        apply_pmod,
+        apply_token_merging,
+        apply_video_mod,
+        remove,
+    )
 
 #: Imported at their first use as `mor.NAME`: they bring the Trainer, matplotlib and the like.
 _SUBMODULES = (
@@ -45,7 +52,9 @@ _SUBMODULES = (
 )  # fmt: skip
 
 #: Of `mor.systems`, imported at their first use.
-_SYSTEMS = ("apply_dynamoe", "apply_mod", "apply_pmod", "apply_token_merging", "remove")
+_SYSTEMS = (
+    "apply_dynamoe", "apply_mod", "apply_pmod", "apply_token_merging", "apply_video_mod", "remove",
+)  # fmt: skip
 
 __all__ = [
     "MoRConfig",
@@ -56,6 +65,7 @@ __all__ = [
     "apply_mod",
     "apply_pmod",
     "apply_token_merging",
+    "apply_video_mod",
     "load_authors_checkpoint",
     "load_swapped",
     "remove",

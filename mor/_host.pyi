@@ -151,7 +151,9 @@ class Scheduler:
         router: who says that a row leaves: "expert" after each pass, "token" as it enters, "none".
         kv_strategy: which keys recursion r sees: "recursion", "shared" or "hybrid".
         max_rows: sequences that run at once, n of them for a request of n.
-        chunk: prompt rows in flight at once. The pool of states has max_rows + chunk slots.
+        chunk: prompt rows in flight at once, at most; beside sequences that decode, no more than
+            at most double their block pass by its curve. The pool of states has max_rows + chunk
+            slots.
         policy: "auto" (needs both curves), "lock-step", or the share of rows that must wait before
             the ends run.
         max_wait: block passes that an exited row waits at most; R if None.

@@ -150,7 +150,7 @@ def shifted_cosine(
     """Progressive ratio decay: `cos(pi * l / (L - 1)) / 2 + average`, clamped.
 
     Args:
-        num_layers: L.
+        num_layers: the number L.
         average: what the cosine is shifted by, the mean before clamping.
         lowest: smaller ratios become this one.
         highest: a layer with a larger ratio keeps every token.

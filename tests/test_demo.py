@@ -21,7 +21,7 @@ TINY = DemoSizes(
     intermediate_size=64,
     heads=2,
     layers=5,
-    evaluations=2,
+    turns=2,
     eval_rows=4,
 )
 
@@ -46,18 +46,20 @@ def test_both_models_get_the_same_training_flops(demo):
 
 def test_every_evaluation_is_on_the_curve_and_the_last_is_the_result(demo):
     for result in demo[0]:
-        flops = [point[0] for point in result.curve]
-        assert len(flops) == TINY.evaluations
-        assert flops == sorted(flops)
+        flops = [point.flops for point in result.curve]
+        seconds = [point.seconds for point in result.curve]
+        assert len(flops) == TINY.turns
+        assert 0 < flops[0] < flops[1]
+        assert 0 < seconds[0] < seconds[1] == result.train_seconds
         assert result.train_flops == flops[-1]
-        assert result.validation_loss == result.curve[-1][1]
+        assert result.validation_loss == result.curve[-1].loss
         assert 0 < result.validation_loss < 7
         assert result.tokens_per_second > 0
 
 
 def test_demo_writes_pictures_page_table_sample_and_models(demo):
     results, folder = demo
-    for name in ("loss_against_flops.png", "depth_by_position.png"):
+    for name in ("loss.png", "depth_by_position.png"):
         with Image.open(folder / name) as image:
             assert image.width == 1200
     page = (folder / "depth.html").read_text()
@@ -66,11 +68,13 @@ def test_demo_writes_pictures_page_table_sample_and_models(demo):
     saved = json.loads((folder / "results.json").read_text())
     assert [row["name"] for row in saved] == [result.name for result in results]
     lines = (folder / "results.md").read_text().splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert f"{results[0].validation_loss:.3f}" in lines[-1]
     assert "def main():" in (folder / "sample.md").read_text()
     for name in ("mor", "llama"):
         assert (folder / name / "model.safetensors").exists()
+        assert not list((folder / name).glob("checkpoint-*"))  # a new demo starts anew
+    assert not (folder / "race.json").exists()
 
 
 def _example(name):

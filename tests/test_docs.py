@@ -11,7 +11,7 @@ from mor.models.swap import SWAPPABLE
 from tools.hf_suite import EXPECTED
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_links_lead_somewhere():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("accelerate", "datasets", "matplotlib", "pyarrow", "tensorboard", "peft", "trl")
+OPTIONAL += ("fastapi", "uvicorn", "prometheus_client", "llguidance", "diffusers", "timm")
 
 
 def _without(*packages: str, code: str) -> str:
@@ -24,7 +25,7 @@ def test_operators_models_costs_and_text_need_pytorch_and_transformers_alone(tmp
     code = f"""
 import torch
 from transformers import LlamaConfig
-import mor
+import mor, mor.serving, mor.systems
 from mor.training import parameter_groups
 scores = torch.tensor([0.1, 0.9, 0.5])
 assert mor.ops.route_topk(scores, 2, torch.tensor([0, 3], dtype=torch.int32)).tolist() == [1, 2]
@@ -75,13 +76,16 @@ for call in (
 
 
 def test_the_pinned_environment_has_every_extra():
-    """requirements.txt is what `make` installs, and the tests run with."""
+    """requirements.txt is what `make` installs, and the tests run with.
+
+    All but timm: its torchvision must be of the build of torch that tools/bootstrap.py chooses.
+    """
     text = (ROOT / "requirements.txt").read_text().lower()
     pinned = set(re.findall(r"^([a-z0-9_.-]+)==", text, re.MULTILINE))
     project = (ROOT / "pyproject.toml").read_text()
     listed = re.findall(r'^ *(?:\w+ = \[)?"([A-Za-z_-]+)>=', project, re.MULTILINE)
     assert {"torch", "accelerate", "matplotlib"} <= set(listed)
-    assert set(listed) - {"scikit-build-core"} <= pinned
+    assert set(listed) - {"scikit-build-core", "timm"} <= pinned
 
 
 def test_transformers_brings_what_the_command_needs():

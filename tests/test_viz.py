@@ -11,6 +11,7 @@ from mor.analysis.depth_page import COLOURS
 from mor.analysis.plots import (
     depth_page,
     plot_depth_by_position,
+    plot_loss_against_cost,
     plot_loss_against_flops,
     plot_router_scores,
     plot_text_by_depth,
@@ -150,6 +151,15 @@ def test_loss_plot_is_a_picture_with_both_curves(tmp_path):
     with Image.open(path) as image:
         assert image.size == (1200, 675)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_cost_plot_has_two_panels_and_room_for_its_note(tmp_path):
+    curves = {"MoR": [(1e12, 5.0, 5.0), (2e12, 9.0, 4.0)], "dense": [(1e12, 6.0, 4.5)]}
+    plot_loss_against_cost(curves, tmp_path / "bare.png")
+    plot_loss_against_cost(curves, tmp_path / "noted.png", note="Held equal: " + "the text, " * 20)
+    pictures = [Image.open(tmp_path / name).convert("L") for name in ("bare.png", "noted.png")]
+    assert [picture.size for picture in pictures] == [(1200, 750)] * 2
+    assert len({picture.crop((0, 690, 1200, 750)).tobytes() for picture in pictures}) == 2
 
 
 def test_depth_plot_takes_padding_and_any_length(tmp_path):

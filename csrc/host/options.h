@@ -35,7 +35,7 @@ struct Options {
   Router router = Router::kNone;
   KvStrategy kv_strategy = KvStrategy::kRecursion;
   int32_t max_rows = 64;  // sequences that run at once
-  int32_t chunk = 128;    // prompt rows in flight
+  int32_t chunk = 128;    // prompt rows in flight at most
   bool automatic = true;  // policy "auto"; otherwise run the ends when this share of rows waits
   double theta = 1;
   int32_t max_wait = 0;  // block passes that an exited row waits at most; 0: num_recursions

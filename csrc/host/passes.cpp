@@ -115,10 +115,28 @@ bool Scheduler::ends_are_due(int32_t active, int32_t waiting) const {
   return !(saved > lost);
 }
 
+// Prompt rows that may be in flight: as many as at most double a block pass of those that decode.
+int32_t Scheduler::prompt_budget() const {
+  int32_t decoding = 0;
+  for (const Sequence* s : running_) decoding += s->remaining() == 1;
+  if (decoding == 0 || options_.block_seconds.empty()) return options_.chunk;
+  const double most = 2 * options_.block_seconds.seconds(decoding);
+  int32_t fit = 1, more = options_.chunk;  // one row must fit, or the prompt would wait for ever
+  while (fit < more) {
+    const int32_t middle = fit + (more - fit + 1) / 2;
+    if (options_.block_seconds.seconds(decoding + middle) <= most) {
+      fit = middle;
+    } else {
+      more = middle - 1;
+    }
+  }
+  return fit;
+}
+
 // Rows of its next chunk beside that many prompt rows in flight; a single token has its own place.
 int32_t Scheduler::enter_rows(const Sequence& s, int32_t prompt_rows) const {
   if (s.remaining() == 1) return 1;
-  return std::min(s.remaining(), options_.chunk - prompt_rows);
+  return std::clamp(prompt_budget() - prompt_rows, 0, s.remaining());
 }
 
 int32_t Scheduler::enterable_rows() const {

@@ -8,6 +8,8 @@
 //   take recursion r in one pass; a row whose router refuses recursion r + 1 waits, and when all
 //   wait the chunk runs the last layer as a whole. So rows are appended to each group in order of
 //   position, and no row runs the last layer before an earlier one of its sequence.
+//   Beside sequences that decode, no more prompt rows are in flight than at most double their block
+//   pass by its curve (without curves: `chunk` rows).
 //   Groups. E (index 0) holds the first and the last layer, 1 .. R the shared block. Strategy
 //   recursion: group r holds the rows that took recursion r, in slots that are ranks. shared: group
 //   1 serves all recursions. hybrid: recursion 1 writes groups 1 .. R, later ones overwrite.
@@ -119,6 +121,7 @@ class Scheduler {
   std::shared_ptr<Plan> choose();
   double leaving_rows() const;
   bool ends_are_due(int32_t active, int32_t waiting) const;
+  int32_t prompt_budget() const;
   int32_t enterable_rows() const;
   int32_t enter_rows(const Sequence& s, int32_t prompt_rows) const;
   bool reserve(Sequence& s, int32_t first_group, int32_t last_group, int32_t tokens);

@@ -10,6 +10,7 @@ from mor.analysis.costs import (
 )
 from mor.analysis.plots import (
     plot_depth_by_position,
+    plot_loss_against_cost,
     plot_loss_against_flops,
     plot_router_scores,
     plot_text_by_depth,
@@ -23,6 +24,7 @@ __all__ = [
     "flops_per_token",
     "kv_bytes_per_token",
     "plot_depth_by_position",
+    "plot_loss_against_cost",
     "plot_loss_against_flops",
     "plot_router_scores",
     "plot_text_by_depth",

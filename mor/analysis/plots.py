@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "depth_page",
     "plot_depth_by_position",
+    "plot_loss_against_cost",
     "plot_loss_against_flops",
     "plot_router_scores",
     "plot_text_by_depth",
@@ -192,6 +194,38 @@ def plot_loss_against_flops(
     _save(figure, path)
 
 
+def plot_loss_against_cost(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: str | Path,
+    *,
+    note: str = "",
+    title: str = "Validation loss against the cost of training",
+) -> None:
+    """Draws one line for each model, against FLOPs and against time, and saves the picture.
+
+    Args:
+        curves: for each model's name its points (training FLOPs, training seconds, loss in nats per
+            token), as `mor.training.race.curve_of` gives them.
+        path: the file; its ending chooses the format.
+        note: a sentence under the panels; what was held equal, say.
+        title: heading.
+    """
+    figure, panels = _figure(height=5, panels=2)
+    for (name, points), marker in zip(curves.items(), "osD^v<>" * len(curves), strict=False):
+        flops, seconds, losses = zip(*points, strict=True)
+        panels[0].plot(flops, losses, marker=marker, markersize=4, label=name)
+        panels[1].plot(seconds, losses, marker=marker, markersize=4, label=name)
+    panels[0].set(xlabel="training FLOPs", ylabel="validation loss (nats per token)")
+    panels[1].set(xlabel="training time (seconds)")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel("\n".join(wrap(note, 115)), fontsize=9)
+    _save(figure, path)
+
+
 def plot_depth_by_position(depths: Tensor, path: str | Path, *, bins: int = 64) -> None:
     """Draws a heat map: at each position, the share of the tokens that took each recursion depth.
 
@@ -234,13 +268,17 @@ def _save(figure, path: str | Path) -> None:  # type: ignore[no-untyped-def]
     figure.savefig(path, dpi=_DPI)
 
 
-# matplotlib's figure and axes, a list of axes if rows are given.
-def _figure(height: float = 4.5, width: float = 8, rows: int | None = None):  # type: ignore[no-untyped-def]
+# matplotlib's figure and axes; a list of axes if rows, or panels side by side, are given.
+def _figure(  # type: ignore[no-untyped-def]
+    height: float = 4.5, width: float = 8, rows: int | None = None, panels: int | None = None
+):
     # Not pyplot: it keeps global state and may pick a backend that needs a display.
     with extra("plots"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    if rows is None:
-        return figure, figure.subplots()
-    return figure, list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
+    if rows is not None:
+        return figure, list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
+    if panels is not None:
+        return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    return figure, figure.subplots()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mor.cli import convert, demo, generate, info, look, serve, train
+from mor.cli import analyze, convert, demo, generate, info, look, serve, train
 
 __all__ = ["app"]
 
@@ -38,6 +38,7 @@ for _command in (
     generate.generate,
     serve.serve,
     look.look,
+    analyze.analyze,
     convert.convert,
     demo.demo,
     info.info,

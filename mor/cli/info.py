@@ -1,5 +1,7 @@
 """The command `mor info`."""
 
+from typing import Annotated
+
 import typer
 
 from mor.cli.shell import one_sentence
@@ -7,8 +9,18 @@ from mor.cli.shell import one_sentence
 __all__ = ["info"]
 
 
-def info() -> None:
+def info(
+    systems: Annotated[
+        bool,
+        typer.Option("--systems", help="List the systems that mor implements, and their papers."),
+    ] = False,
+) -> None:
     """Show versions, instruction set and CUDA support: what a bug report needs."""
+    if systems:
+        from mor.catalogue import as_text
+
+        typer.echo(as_text())
+        return
     with one_sentence():
         from mor.info import describe
 

@@ -6,7 +6,7 @@ import typer
 
 from mor.cli.shell import ModelFolder, one_sentence
 
-__all__ = ["serve"]
+__all__ = ["policy_of", "serve"]
 
 
 def serve(
@@ -66,7 +66,7 @@ def serve(
                 block_size=block_size,
                 max_rows=max_rows,
                 chunk=chunk,
-                policy=policy if policy in ("auto", "lock-step") else _share(policy),
+                policy=policy_of(policy),
                 deterministic=deterministic,
             )
 
@@ -81,10 +81,13 @@ def serve(
         )
 
 
-def _share(policy: str) -> float:
+def policy_of(text: str) -> str | float:
+    """What --policy says, as `Engine` takes it."""
+    if text in ("auto", "lock-step"):
+        return text
     try:
-        return float(policy)
+        return float(text)
     except ValueError:
         raise ValueError(
-            f"--policy: expected auto, lock-step or a share in 0..1, got {policy}"
+            f"--policy: expected auto, lock-step or a share in 0..1, got {text}"
         ) from None

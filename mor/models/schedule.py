@@ -23,7 +23,7 @@ class Schedule:
 
     Attributes:
         layers: the unique layer at each depth.
-        num_recursions: R.
+        num_recursions: the number R.
         num_ends: 1 if the first and the last depth have layers of their own, which no recursion
             repeats; else 0.
         in_cycles: a recursion runs the whole block once. Otherwise every layer runs R times in
@@ -53,8 +53,8 @@ class Schedule:
         """The schedule of a model of `num_layers` unrolled layers.
 
         Args:
-            num_layers: L.
-            num_recursions: R.
+            num_layers: the number L.
+            num_recursions: the number R.
             sharing: one of `SHARINGS`.
             kv_strategy: see the attributes.
         """

@@ -72,9 +72,9 @@ class DynaMoE(nn.Module):
     inside and no capacity: no token is dropped.
 
     Args:
-        hidden_size: D.
+        hidden_size: the width D.
         intermediate_size: F, of each expert.
-        num_experts: E.
+        num_experts: the number E.
         second_softmax: mix by the softmax of g over A, as the paper; False: by g / sum of g over A.
         gated, bias, activation: of `Experts`.
         **options: of `ExpertGate`: `gate`, `threshold`, `min_k`, `max_k`, `noise`, `temperature`,

@@ -43,8 +43,8 @@ class ExpertChoice(nn.Module):
     is.
 
     Args:
-        hidden_size: D.
-        num_recursions: R.
+        hidden_size: the width D.
+        num_recursions: the number R.
         capacities: c_r, non-increasing, each in (0, 1]; default (R - r) / R.
         router_type, temperature, std: see `Router`; "random" scores with a `RandomRouter`, has
             neither aux nor z-loss, and takes its share of the tokens in evaluation.

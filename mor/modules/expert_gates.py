@@ -41,8 +41,8 @@ class ExpertGate(nn.Module):
     All but the first vary with the token; all but "batch_quantile" look at that token alone.
 
     Args:
-        hidden_size: D.
-        num_experts: E.
+        hidden_size: the width D.
+        num_experts: the number E.
         gate: one of `GATES`.
         threshold: of the gate, in [0, 1]. Default 0.5, and 1 / E for "absolute" (ours: what the
             paper uses we have not seen).

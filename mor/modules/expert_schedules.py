@@ -23,14 +23,14 @@ def expert_schedule(
 ) -> tuple[int, ...]:
     """Number of experts of each layer: `max(1, round(low + (high - low) * f(t)))`.
 
-    t runs from 0 at the first layer to 1 at the last, and f(t) is 1 - t (descending), t
-    (ascending), 1 - |2t - 1| (pyramid), |2t - 1| (valley), (1 + sin(2 pi t)) / 2 (wave) or 1/2
-    (uniform). The formulas are ours: the paper names descending, ascending, pyramid, wave and
+    t runs from 0 at the first layer to 1 at the last, and f(t) is `1 - t` (descending), `t`
+    (ascending), `1 - |2t - 1|` (pyramid), `|2t - 1|` (valley), `(1 + sin(2 pi t)) / 2` (wave) or
+    `1/2` (uniform). The formulas are ours: the paper names descending, ascending, pyramid, wave and
     uniform schedules and one more, and we have not seen how it defines them.
 
     Args:
         kind: one of `EXPERT_SCHEDULES`.
-        num_layers: L. The only layer of a network of one is the first.
+        num_layers: the number L. The only layer of a network of one is the first.
         low: fewest experts, at least 1.
         high: most experts, at least `low`.
         total: experts of all layers together. Given, the layers share them in the proportions of

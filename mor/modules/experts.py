@@ -95,9 +95,9 @@ class Experts(nn.Module):
     `down(act(up(x)))`, or gated as in Llama, `down(act(gate(x)) * up(x))`.
 
     Args:
-        num_experts: E.
-        in_features: D.
-        hidden_features: F.
+        num_experts: the number E.
+        in_features: the width D.
+        hidden_features: the inner width F.
         out_features: default D.
         gated: whether there is a gate.
         bias: whether the linear maps have biases.

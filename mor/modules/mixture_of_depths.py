@@ -26,7 +26,7 @@ class MixtureOfDepths(MixtureOfRecursions):
 
     Args:
         layer: the module to wrap: hidden states [B, S, D] in and out, its residual stream inside.
-        hidden_size: D.
+        hidden_size: the width D.
         capacity: share of the tokens, in (0, 1].
         arguments: layouts of the layer's arguments, see `MixtureOfRecursions`.
         **options: of `ExpertChoice`, but for its capacities and gating; the default `score` is the

@@ -35,9 +35,9 @@ class MixtureOfRecursions(nn.Module):
 
     Args:
         block: the module to wrap.
-        hidden_size: D.
-        num_recursions: R. One recursion is useful too: with `capacities=[0.5]` half of the tokens
-            skip the block.
+        hidden_size: the width D.
+        num_recursions: the number R. One recursion is useful too: with `capacities=[0.5]` half of
+            the tokens skip the block.
         router: "expert", "token" or None (every token takes every recursion).
         arguments: for arguments of the block, by name or position (hidden states are 0): "token",
             "mask", "sequence" (one entry per sequence, as the memory of cross-attention) or

@@ -24,8 +24,8 @@ def recursion_with(
     Args:
         where: begins the errors.
         router: "expert", "token" or None.
-        hidden_size: D.
-        num_recursions: R.
+        hidden_size: the width D.
+        num_recursions: the number R.
         options: of `ExpertChoice` or `TokenChoice`; `score` also as a dict of `RouterScore`'s
             fields.
 

@@ -47,7 +47,7 @@ class Router(nn.Module):
     ranking logits in float32 selects the same tokens without the ties).
 
     Args:
-        hidden_size: D.
+        hidden_size: the width D.
         num_outputs: 1 for expert-choice, the number of recursions for token-choice.
         router_type: "linear", "mlp" (hidden size 2D) or "wide_mlp" (4D), GELU, no biases.
         temperature: the router reads hidden / temperature.

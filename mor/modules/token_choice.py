@@ -39,8 +39,8 @@ class TokenChoice(nn.Module):
     the authors' code, and unlike the paper's equation, there is no gate between recursions.
 
     Args:
-        hidden_size: D.
-        num_recursions: R.
+        hidden_size: the width D.
+        num_recursions: the number R.
         router_type, temperature, std: see `Router`; "random" scores with a `RandomRouter` and has
             neither balancing nor z-loss.
         score: turns logits [N, R] into scores; the highest is chosen.

@@ -59,7 +59,7 @@ def packed_linear(
     Args:
         x: [N, K] float32 or bfloat16; any strides.
         packed: of the weight [M, K], in the dtype of x.
-        num_outputs: M.
+        num_outputs: the number M.
         bias: [M] as x; None stands for zeros.
 
     Returns:

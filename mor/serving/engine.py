@@ -25,7 +25,7 @@ from mor.serving.requests import ModelLimits, Request, RequestError, SamplingPar
 from mor.serving.sampling import Sampler, token_logprobs
 from mor.serving.vocabulary import Vocabulary
 
-__all__ = ["Engine", "PassReport"]
+__all__ = ["CHUNK", "Engine", "PassReport"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -33,7 +33,7 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TOO_LARGE = re.compile("(n|tokens, max_tokens): expected (.*), got (.*)")
 
 #: Rows of a prompt that one pass takes: about the work at which a CPU's products stop gaining.
-_CHUNK = {"cpu": 128, "cuda": 2048}
+CHUNK = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ class Engine:
         kv_memory: of the pool of keys and values: bytes, or "512MiB", "2GiB".
         block_size: tokens of a block.
         max_rows: sequences that run at once.
-        chunk: rows of prompts in flight at once; default 128 on a CPU, 2048 on a GPU.
+        chunk: rows of prompts in flight at once, at most; default 128 on a CPU, 2048 on a GPU.
         policy: when rows that exited go through the last layer and the head. "auto": by the curves
-            of both passes, which are measured at the start; "lock-step": once no row is active; a
-            number: once this share of the rows waits.
+            of both passes, which are measured at the start, and beside sequences that decode only
+            as many rows of prompts as at most double the time of a block pass; "lock-step": once no
+            row is active; a number: once this share of the rows waits.
         prefix_cache: keep keys and values of prompts for others that begin alike.
         deterministic: a row's result does not depend on the rows beside it, to the last bit.
         max_length: tokens of a sequence; default that of the model's configuration.
@@ -71,7 +72,8 @@ class Engine:
 
     Attributes:
         limits: what requests may ask for.
-        curves: measured (rows, seconds) of block passes and of the ends, for `simulate`.
+        curves: measured (rows, seconds) by kind of pass, for `simulate`; see `measure_curves`.
+        scheduler_options: of the scheduler, for `simulate`.
         last_pass: what the last step was.
 
     Raises:
@@ -110,7 +112,7 @@ class Engine:
         self.clock = clock
         self.vocabulary = Vocabulary(tokenizer) if tokenizer is not None else None
         self.limits = _limits(model, packed, self.vocabulary)
-        chunk = _CHUNK[packed.device.type] if chunk is None else chunk
+        chunk = CHUNK[packed.device.type] if chunk is None else chunk
         one = packed.new_pool(1, block_size)
         num_blocks = _bytes(kv_memory) // one.block_bytes
         if num_blocks < 1:
@@ -119,6 +121,9 @@ class Engine:
             )
         self.pool = packed.new_pool(num_blocks, block_size)
         self.states = packed.new_states(max_rows + chunk)
+        self.curves: dict[str, list[tuple[float, float]]] = {}
+        if policy == "auto":
+            self.curves = measure_curves(packed, self.pool, self.states, max_rows, chunk)
         if not packed.mixes_recursions:
             if policy not in ("auto", "lock-step"):
                 raise ValueError(
@@ -128,24 +133,22 @@ class Engine:
             policy = "lock-step"
         if packed.num_steps == 1 and policy == "auto":
             policy = "lock-step"  # one recursion: nothing to pool
-        self.curves: dict[str, list[tuple[float, float]]] = {}
-        if policy == "auto":
-            self.curves = measure_curves(packed, self.pool, self.states, max_rows)
-        self.scheduler = Scheduler(
+        self.scheduler_options: dict[str, Any] = dict(
             num_blocks=num_blocks,
             block_size=block_size,
             ends_block_tokens=self.pool.end_block_size if packed.has_ends else 0,
             num_recursions=packed.num_steps,
-            router=packed.routing or "none",  # type: ignore[arg-type]
-            kv_strategy=packed.kv_strategy if packed.num_steps > 1 else "recursion",  # type: ignore[arg-type]
+            router=packed.routing or "none",
+            kv_strategy=packed.kv_strategy if packed.num_steps > 1 else "recursion",
             max_rows=max_rows,
             chunk=chunk,
-            policy=policy,  # type: ignore[arg-type]
+            policy=policy,
             block_seconds=self.curves.get("block", ()),
             ends_seconds=self.curves.get("ends", ()),
             prefix_cache=prefix_cache,
             window=packed.window,
         )
+        self.scheduler = Scheduler(**self.scheduler_options)
         self._sampler = Sampler(self.limits.vocab_size)
         self._grammars: Any = None
         self._live: dict[int, Continuation] = {}

@@ -74,7 +74,7 @@ class States:
 
     Args:
         num_slots: rows at most.
-        hidden_size: D.
+        hidden_size: the width D.
         dtype: of the model.
         chained: token-choice, which keeps the result of the last recursion beside the state.
         device: of the states.

@@ -3,7 +3,7 @@
 The engine's own scheduler makes every decision; what it would wait for is taken from the curves.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Prediction:
         tokens_per_second: tokens sampled in that time.
         first_token: median and 99th percentile of the time from arrival to the first token.
         inter_token: the same of the time between two tokens of a sequence.
+        peak_blocks: most blocks of keys and values that were in use at once.
         stats: of the scheduler at the end.
     """
 
@@ -30,6 +31,7 @@ class Prediction:
     tokens_per_second: float
     first_token: tuple[float, float]
     inter_token: tuple[float, float]
+    peak_blocks: int
     stats: _host.Stats
 
 
@@ -38,6 +40,7 @@ def simulate(
     depths: Sequence[float],
     *,
     seed: int = 0,
+    pass_seconds: Callable[[_host.Plan], float] | None = None,
     **options: Any,
 ) -> Prediction:
     """Serves requests without a model.
@@ -46,6 +49,8 @@ def simulate(
         requests: arrival, prompt tokens and tokens to generate of each.
         depths: share of the rows that take 0 .. R recursions; the sum is 1.
         seed: of the draws from it.
+        pass_seconds: how long a pass takes; by default what the two curves say, which are those of
+            rows without context.
         options: of `mor._host.Scheduler`, both curves among them; no prefix is cached.
 
     Returns:
@@ -71,6 +76,7 @@ def simulate(
     first_gaps: list[float] = []
     gaps: list[float] = []
     arrived: dict[int, float] = {}
+    peak_blocks = 0
     while upcoming or scheduler.has_work:
         if not scheduler.has_work and upcoming:
             now = max(now, upcoming[0])
@@ -80,7 +86,9 @@ def simulate(
             arrived[id] = arrival
             upcoming = next(waiting, None)
         plan = scheduler.plan(now)
-        now += plan.expected_seconds
+        now += plan.expected_seconds if pass_seconds is None else pass_seconds(plan)
+        stats = scheduler.stats()
+        peak_blocks = max(peak_blocks, stats.blocks - stats.blocks_free)
         if plan.kind == "exit":
             scheduler.report(tokens=np.zeros_like(plan.sample_ids))
             for id in plan.sample_ids.tolist():
@@ -105,6 +113,7 @@ def simulate(
         tokens_per_second=stats.sampled_tokens / seconds if seconds else 0.0,
         first_token=_median_and_p99(first_gaps),
         inter_token=_median_and_p99(gaps),
+        peak_blocks=peak_blocks,
         stats=stats,
     )
 

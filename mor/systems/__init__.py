@@ -6,5 +6,16 @@ from mor.systems.pmod import apply_pmod
 from mor.systems.pmod_layer import PMoD
 from mor.systems.removal import remove
 from mor.systems.token_merging import apply_token_merging
+from mor.systems.video_mod import apply_video_mod
+from mor.systems.video_mod_layer import VideoMoD
 
-__all__ = ["PMoD", "apply_dynamoe", "apply_mod", "apply_pmod", "apply_token_merging", "remove"]
+__all__ = [
+    "PMoD",
+    "VideoMoD",
+    "apply_dynamoe",
+    "apply_mod",
+    "apply_pmod",
+    "apply_token_merging",
+    "apply_video_mod",
+    "remove",
+]

@@ -6,9 +6,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mor.models.swap.swap import check_swappable, put_in
-from mor.modules.mixture_of_depths import depth_options
 from mor.modules.routers import RouterScore
-from mor.schedules import Schedule, interleave
+from mor.schedules import Schedule
+from mor.systems.ratios import layer_ratios
 
 __all__ = ["apply_mod"]
 
@@ -57,19 +57,7 @@ def apply_mod(
     """
     check_swappable(model, "apply_mod")
     num_layers = model.config.num_hidden_layers
-    if isinstance(capacity, Schedule):
-        if every != 2:
-            raise ValueError(f"apply_mod: every: a Schedule names its layers, got every={every}")
-        schedule = capacity
-    else:
-        if not isinstance(every, int) or not 1 <= every <= num_layers:
-            raise ValueError(
-                f"apply_mod: every: expected 1 to {num_layers}, the number of layers, got {every}"
-            )
-        depth_options("apply_mod", capacity, {})
-        schedule = interleave(num_layers, capacity, every, every - 1)
-    if min(schedule) == 1:
-        raise ValueError("apply_mod: capacity: expected a ratio below 1, got 1 for every layer")
+    schedule = layer_ratios("apply_mod", "capacity", capacity, every, num_layers)
     if isinstance(options.get("score"), RouterScore):
         options["score"] = asdict(options["score"])
     settings = {

@@ -4,7 +4,7 @@ from typing import Any
 
 from mor.models.swap.swapped_model import uninstall
 from mor.systems.applied import applied, undo
-from mor.systems.pmod import take_off
+from mor.systems.vision_model import VisionModel, take_off
 
 __all__ = ["remove"]
 
@@ -32,5 +32,5 @@ def remove(model: Any) -> Any:
         raise ValueError(
             f"remove: expected a model that mor changed, got a {type(model).__name__} as it was"
         )
-    (take_off if settings.get("system") == "pmod" else uninstall)(model)
+    (take_off if isinstance(model, VisionModel) else uninstall)(model)
     return model

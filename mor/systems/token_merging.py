@@ -37,17 +37,19 @@ def apply_token_merging(
             of the tokens left are merged. Class, distillation and register tokens never are.
         proportional: adds the logarithm of a token's size to its attention scores. False is for
             encoders trained as masked autoencoders.
-        **options:
-            ratio: share of the tokens to merge, in [0, 1). Destinations always stay.
-            threshold: instead of `ratio`, a cosine: every token at least as similar to its best
-                destination merges, as many as there are in each image.
-            cell: rows and columns of tokens of which one is the destination; default (2, 2).
-            max_downsample: merge in blocks with at most this reduction of the image; default 1.
-            seed: chooses the destinations, anew in each step; None takes the first of each cell.
-            checkpoints: steps of a request at which its plans are made; in between those of the
-                last are used. Announce each request by `model.token_merging.start(request,
-                num_calls)`. Default: every step. `mor.systems.merged_diffusion.CHECKPOINTS` are
-                the published lists.
+        **options: of a diffusion model.
+
+            - `ratio`: share of the tokens to merge, in [0, 1). Destinations always stay.
+            - `threshold`: instead of `ratio`, a cosine. Every token that is at least as similar to
+              its best destination merges, as many as there are in each image.
+            - `cell`: rows and columns of tokens of which one is the destination; default (2, 2).
+            - `max_downsample`: merge in blocks with at most this reduction of the image; default 1.
+            - `seed`: chooses the destinations, anew in each step; None takes the first of each
+              cell.
+            - `checkpoints`: steps of a request at which its plans are made; the steps between them
+              use the last ones. Announce each request by `model.token_merging.start(request,
+              num_calls)`. Default: every step. `mor.systems.merged_diffusion.CHECKPOINTS` are the
+              published lists.
 
     Returns:
         The model.

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import Trainer, TrainerState
 
-__all__ = ["checkpoint_to_resume", "find_problem"]
+__all__ = ["check_same_model", "checkpoint_to_resume", "find_problem", "load_finished"]
 
 _logger = logging.getLogger(__name__)
 
@@ -99,6 +100,15 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
                     )
     if missing:
         raise ValueError(f"{checkpoint} holds another model: it has no {min(missing)}")
+
+
+def load_finished(trainer: Trainer, checkpoint: Path) -> None:
+    """Loads the weights and the state of a checkpoint after which there is nothing left to train.
+
+    The Trainer, told to resume from it, would take one more step.
+    """
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _weight_files(folder: Path) -> list[Path]:

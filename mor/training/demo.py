@@ -1,12 +1,13 @@
 """The demo: MoR against a dense model of the same unrolled depth, same text, same training FLOPs.
 
-Minutes on two cores. The result is reported whatever it is; models this small and trained this
-briefly show how the parts work, not which architecture wins at scale.
+The models train in alternating turns, so that a busy machine slows both alike; a demo that was
+killed goes on where it was when it is started again. Minutes on two cores. The result is reported
+whatever it is; models this small and trained this briefly show how the parts work, not which
+architecture wins at scale.
 """
 
 import json
-import statistics
-import sys
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,26 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    TrainerState,
     set_seed,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from mor import MoRConfig
 from mor._extras import extra
-from mor.analysis.costs import count_parameters, flops_per_token, kv_bytes_per_token
+from mor.analysis.costs import flops_per_token
 from mor.analysis.look import look_at
-from mor.analysis.plots import plot_depth_by_position, plot_loss_against_flops
+from mor.analysis.plots import plot_depth_by_position, plot_loss_against_cost
 from mor.data.corpus import open_corpus, split_documents
 from mor.data.tokens import TokenBlocks, prepare_tokens, train_tokenizer, vocabulary_size
 from mor.training.arguments import training_arguments
+from mor.training.callbacks import PrinterLine
 from mor.training.generate import continue_text
+from mor.training.race import Entrant, check_same_race, finished, race
+from mor.training.race_results import ModelResult, at_median_speed, curve_of, result_of, table
 from mor.training.trainer import MoRTrainer
 
-__all__ = ["DemoSizes", "ModelResult", "run_demo"]
+__all__ = ["DemoSizes", "run_demo"]
 
 PROMPT = "def main():\n"
 _PASSAGE_TOKENS = 600
@@ -50,6 +55,7 @@ class DemoSizes:
 
     Attributes:
         dense_steps: optimiser steps of the dense model; MoR gets those that cost the same FLOPs.
+        turns: in how many turns each model trains; an evaluation ends each.
     """
 
     dense_steps: int = 1500
@@ -63,23 +69,8 @@ class DemoSizes:
     num_recursions: int = 3
     learning_rate: float = 4e-3
     decay_share: float = 0.3
-    evaluations: int = 10
+    turns: int = 20
     eval_rows: int = 64
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """A row of the table; the losses are in nats per token, of held-out text."""
-
-    name: str
-    parameters: int
-    flops_per_token: float
-    kv_bytes_per_token: float
-    train_tokens: int
-    train_flops: float
-    tokens_per_second: float
-    validation_loss: float
-    curve: list[tuple[float, float]]
 
 
 def run_demo(
@@ -88,13 +79,16 @@ def run_demo(
     """Trains both models, compares them, and writes pictures, a page, a table and a sample.
 
     Args:
-        output_dir: an existing folder.
+        output_dir: an existing folder; if it holds an unfinished demo, that goes on.
         budget: multiplies the training FLOPs.
         seed: of the weights and the order of the data.
         sizes: of the models and the run.
 
     Returns:
         One result for each model, MoR first.
+
+    Raises:
+        ValueError: the folder holds an unfinished demo of other settings.
     """
     with extra("plots"):
         import matplotlib  # noqa: F401  (here and not after minutes of training)
@@ -105,49 +99,70 @@ def run_demo(
     corpus = open_corpus()
     tokenizer = train_tokenizer(corpus, sizes.vocab_size)
     files = prepare_tokens(corpus, tokenizer, output_dir)
+    settings = {"budget": budget, "seed": seed, **asdict(sizes), "text": files.identity}
+    check_same_race(output_dir, settings)
     train_rows = TokenBlocks(files, sizes.seq_len)
     held_out_rows = TokenBlocks(files, sizes.seq_len, "validation", max_blocks=sizes.eval_rows)
 
     dense, mor = _configs(sizes, vocabulary_size(tokenizer), tokenizer.eos_token_id)
-    dense_steps = max(sizes.evaluations, round(sizes.dense_steps * budget))
+    dense_steps = max(sizes.turns, round(sizes.dense_steps * budget))
     flops = [flops_per_token(config, sizes.seq_len, training=True) for config in (mor, dense)]
-    results, models = [], []
-    for name, config, steps in (
-        (f"MoR, {sizes.num_recursions} recursions", mor, round(dense_steps * flops[1] / flops[0])),
-        ("dense", dense, dense_steps),
-    ):
-        console.print(f"\nTraining {name}: {steps} steps", style="bold")
-        set_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        arguments = training_arguments(
-            output_dir / config.model_type,
-            steps=steps,
-            batch_size=sizes.batch_size,
-            learning_rate=sizes.learning_rate,
-            decay_share=sizes.decay_share,
-            log_every=max(1, steps // (2 * sizes.evaluations)),
-            eval_every=-(-steps // sizes.evaluations),
-            save_every=0,
-            report_to=["tensorboard"],
-            seed=seed,
-            disable_tqdm=not sys.stderr.isatty(),  # no bars into a log
-        )
-        trainer = MoRTrainer(
-            model,
-            arguments,
-            train_dataset=train_rows,
-            eval_dataset=held_out_rows,
-            processing_class=tokenizer,
-        )
-        trainer.train()
-        trainer.save_model(str(output_dir / config.model_type))
-        models.append(model.eval())
-        results.append(_result(name, config, trainer, sizes))
+    mor_steps = round(dense_steps * flops[1] / flops[0])
 
-    routed = models[0]
+    def entrant(name: str, config: PreTrainedConfig, steps: int) -> Entrant:
+        folder = output_dir / config.model_type
+
+        def build() -> MoRTrainer:
+            set_seed(seed)
+            trainer = MoRTrainer(
+                AutoModelForCausalLM.from_config(config),
+                training_arguments(
+                    folder,
+                    steps=steps,
+                    batch_size=sizes.batch_size,
+                    learning_rate=sizes.learning_rate,
+                    decay_share=sizes.decay_share,
+                    log_every=steps,  # and at the end of each turn, as evaluations and checkpoints
+                    eval_every=steps,
+                    save_every=steps,
+                    seed=seed,
+                    disable_tqdm=True,
+                ),
+                train_dataset=train_rows,
+                eval_dataset=held_out_rows,
+                processing_class=tokenizer,
+            )
+            trainer.remove_callback(PrinterLine)  # `tell` prints a line for each turn
+            return trainer
+
+        return Entrant(name, folder, steps, build)
+
+    def tell(entrant: Entrant, state: TrainerState) -> None:
+        last = curve_of(state, sizes.batch_size * sizes.seq_len)[-1]
+        console.print(
+            f"{entrant.name}: step {state.global_step} of {entrant.steps}, {last.seconds:.0f} s, "
+            f"validation loss {last.loss:.3f}",
+            highlight=False,
+        )
+
+    entrants = [
+        entrant(f"MoR, {sizes.num_recursions} recursions", mor, mor_steps),
+        entrant("dense", dense, dense_steps),
+    ]
+    console.print(f"\nTraining both in {sizes.turns} turns each", style="bold")
+    race(entrants, sizes.turns, after_turn=tell)
+    trainers = [finished(one) for one in entrants]
+    for trainer, one in zip(trainers, entrants, strict=True):
+        trainer.save_model(str(one.folder))
+    results = [
+        result_of(one.name, trainer, sizes.seq_len)
+        for trainer, one in zip(trainers, entrants, strict=True)
+    ]
+
+    routed = trainers[0].model.eval()
     passage = _held_out_passage(corpus, tokenizer)
     written = [
-        _write_comparison(output_dir, results),
+        _write_comparison(output_dir, results, sizes),
         *_write_table(output_dir, results),
         *look_at(
             routed,
@@ -161,6 +176,7 @@ def run_demo(
         _write_heat_map(output_dir, routed, held_out_rows, sizes.batch_size),
         _write_sample(output_dir, routed, tokenizer, seed),
     ]
+    _forget(output_dir, entrants)
     console.print()
     console.print(Markdown(table(results)))
     console.print(Markdown((output_dir / "sample.md").read_text()))
@@ -168,23 +184,6 @@ def run_demo(
     for path in written:
         console.print(f"  {path}", highlight=False)
     return results
-
-
-def table(results: list[ModelResult]) -> str:
-    """The results as a Markdown table."""
-    rows = {
-        "parameters": [f"{r.parameters / 1e6:.2f} M" for r in results],
-        "FLOPs per token, forward": [f"{r.flops_per_token / 1e6:.2f} M" for r in results],
-        "KV cache per token (float32)": [f"{r.kv_bytes_per_token / 1024:.2f} KiB" for r in results],
-        "training tokens": [f"{r.train_tokens / 1e3:.0f} k" for r in results],
-        "training FLOPs": [f"{r.train_flops:.3g}" for r in results],
-        "training speed": [f"{r.tokens_per_second:.0f} tokens/s" for r in results],
-        "validation loss": [f"{r.validation_loss:.3f} nats/token" for r in results],
-    }
-    lines = ["| | " + " | ".join(r.name for r in results) + " |"]
-    lines += ["| --- |" + " ---: |" * len(results)]
-    lines += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows.items()]
-    return "\n".join(lines) + "\n"
 
 
 def _configs(
@@ -206,26 +205,12 @@ def _configs(
     return dense, MoRConfig(base_config=dense, num_recursions=sizes.num_recursions)
 
 
-def _result(
-    name: str, config: PreTrainedConfig, trainer: MoRTrainer, sizes: DemoSizes
-) -> ModelResult:
-    history = trainer.state.log_history
-    # Each evaluation follows a log line of the same step.
-    flops = {line["step"]: line["total_flos"] for line in history if "loss" in line}
-    curve = [(flops[line["step"]], line["eval_loss"]) for line in history if "eval_loss" in line]
-    # The first window holds the start-up.
-    speeds = [line["tokens_per_second"] for line in history if "tokens_per_second" in line]
-    return ModelResult(
-        name=name,
-        parameters=count_parameters(config),
-        flops_per_token=flops_per_token(config, sizes.seq_len),
-        kv_bytes_per_token=kv_bytes_per_token(config),
-        train_tokens=trainer.state.global_step * sizes.batch_size * sizes.seq_len,
-        train_flops=curve[-1][0],
-        tokens_per_second=statistics.median(speeds[1:] or speeds),
-        validation_loss=curve[-1][1],
-        curve=curve,
-    )
+def _forget(output_dir: Path, entrants: list[Entrant]) -> None:
+    """Deletes what a killed race is resumed from: after the results are written, nothing is."""
+    (output_dir / "race.json").unlink()
+    for entrant in entrants:
+        for checkpoint in entrant.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def _held_out_passage(corpus: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -234,14 +219,22 @@ def _held_out_passage(corpus: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     return next(text for text in texts if len(text) > 10 * _PASSAGE_TOKENS)
 
 
-def _write_comparison(output_dir: Path, results: list[ModelResult]) -> Path:
-    path = output_dir / "loss_against_flops.png"
-    curves = {
-        result.name: ([flops for flops, _ in result.curve], [loss for _, loss in result.curve])
-        for result in results
-    }
-    plot_loss_against_flops(curves, path)
+def _write_comparison(output_dir: Path, results: list[ModelResult], sizes: DemoSizes) -> Path:
+    path = output_dir / "loss.png"
+    plot_loss_against_cost(
+        {result.name: at_median_speed(result) for result in results}, path, note=held_equal(sizes)
+    )
     return path
+
+
+def held_equal(sizes: DemoSizes) -> str:
+    """Says in one sentence what the two trainings have in common."""
+    return (
+        f"Held equal: training FLOPs, depth ({sizes.layers} layers) and width, text and its order, "
+        "batch, optimiser, learning-rate schedule and machine, on which the models trained in "
+        f"{sizes.turns} alternating turns (time is that at the median speed of the turns); "
+        "parameters and training tokens differ."
+    )
 
 
 def _write_table(output_dir: Path, results: list[ModelResult]) -> list[Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import (
     PreTrainedTokenizerBase,
-    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -25,7 +24,12 @@ from mor.data.tokens import (
 )
 from mor.models import MoRConfig, MoRForCausalLM
 from mor.training.arguments import arguments_of
-from mor.training.checkpoints import check_same_model, checkpoint_to_resume, find_problem
+from mor.training.checkpoints import (
+    check_same_model,
+    checkpoint_to_resume,
+    find_problem,
+    load_finished,
+)
 from mor.training.generate import find_model
 from mor.training.options import NEW_WEIGHTS_LR, RunOptions, given_options, refuse
 from mor.training.run_model import describe, model_config
@@ -121,10 +125,9 @@ def train(trainer: MoRTrainer, checkpoint: Path | None) -> Path:
     folder, steps = output_dir / "model", trainer.args.max_steps
     resume = f"mor train --resume --output-dir {output_dir}"
     done = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
-    if checkpoint is not None and done >= steps:  # the Trainer would take one more
+    if checkpoint is not None and done >= steps:
         logger.warning("%s is at step %d of %d: nothing left to train", checkpoint, done, steps)
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        load_finished(trainer, checkpoint)
     else:
         stopping = StopOnSignal()
         trainer.add_callback(stopping)

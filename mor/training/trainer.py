@@ -172,6 +172,12 @@ class MoRTrainer(Trainer):
             raise self._diverged(self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Does not miss weights that are tied to others: a checkpoint holds one of them."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the checkpoint's state, but keep the peak learning rates that were given."""
         scheduler = self.lr_scheduler

@@ -384,7 +384,13 @@ class Model:
         return rows
 
     def budget(self) -> int:
-        return self.o["chunk"] - sum(len(s.rows) for s in self.running if s.is_prompt)
+        """Prompt rows that may join those in flight."""
+        decoding, most = sum(s.remaining == 1 for s in self.running), self.o["chunk"]
+        if decoding:
+            fits = 2 * self.o["block_curve"](decoding)
+            while most > 1 and self.o["block_curve"](decoding + most) > fits:
+                most -= 1
+        return max(0, most - sum(len(s.rows) for s in self.running if s.is_prompt))
 
     def enterable(self) -> int:
         rows, budget, candidates = 0, self.budget(), [s for s in self.running if s.state == ENTER]

@@ -297,6 +297,20 @@ def test_trap_15_a_long_prompt_does_not_stop_decoding() -> None:
     assert max(p.num_rows for p in plans) <= 5
 
 
+def test_trap_15_prompt_rows_at_most_double_the_pass_of_those_that_decode() -> None:
+    seconds = [(1, 1.0), (4, 2.5), (16, 8.5)]  # of n rows (n + 1) / 2
+    e = engine(num_blocks=512, chunk=16, block_seconds=seconds, ends_seconds=FLAT)
+    for first in (1, 2, 3):
+        add(e, [first], max_tokens=30)
+    long = add(e, range(1, 101), max_tokens=1)
+    plans = [p for p in drain(e) if p.kind == "block"]
+    rows = [(len(p.ids) - (long in p.ids), p.num_rows) for p in plans if long in p.ids]
+    alone = [total for decoding, total in rows if not decoding]
+    # 3 that decode take 2 seconds, so 7 rows are as many as take 4.
+    assert max(total for decoding, total in rows if decoding == 3) == 7
+    assert not alone or max(alone) == 16
+
+
 def test_trap_15_a_long_prompt_is_not_overtaken_for_ever() -> None:
     e = engine(num_blocks=512, max_rows=3, chunk=4, prefix_cache=False)
     long = add(e, range(1, 61), max_tokens=1)

@@ -203,6 +203,13 @@ def test_other_paths(url):
     assert "prompt" in json.dumps(schema["paths"]["/v1/completions"])
 
 
+def test_the_docs_name_every_metric(url):
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    there = {name.removesuffix("_created") for name in re.findall(r"^# TYPE (mor_\w+)", text, re.M)}
+    page = (ROOT / "docs" / "serving.md").read_text().partition("## What to watch")[2]
+    assert set(re.findall(r"`(mor_\w+)`", page.partition("## ")[0])) == there
+
+
 def test_the_live_page_gets_tokens_and_depths(url, client):
     with urllib.request.urlopen(f"{url}/live") as live:
         assert live.readline() == b"event: start\n"
@@ -213,7 +220,7 @@ def test_the_live_page_gets_tokens_and_depths(url, client):
     assert "text" in deltas[0]
 
 
-def test_many_clients_of_whom_some_leave(url):
+def serve_many(url) -> None:
     """30% of 64 disconnect, streaming or waiting; the others get what they get alone."""
 
     async def all_of_them():
@@ -248,6 +255,29 @@ def test_many_clients_of_whom_some_leave(url):
 
     asyncio.run(all_of_them())
     wait_until_idle(url)
+
+
+def test_many_clients_of_whom_some_leave(url):
+    serve_many(url)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_by_clients_that_leave_and_bodies_that_are_wrong():
+    psutil = pytest.importorskip("psutil")
+    process, url = start()
+    memory = psutil.Process(process.pid).memory_info
+
+    def a_round() -> int:
+        serve_many(url)
+        for body in (b"{", b"\xff", b"[" * 100_000, b'{"prompt": "' + b"x" * 5_000_000 + b'"}'):
+            assert post(url, body)[0] in (400, 413)
+        return memory().rss
+
+    before = [a_round() for _ in range(3)][-1]  # what is imported, pooled and cached is there now
+    after = [a_round() for _ in range(12)][-1]
+    assert after < 1.05 * before
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
 def test_a_key_is_asked_for():

@@ -9,43 +9,32 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
-    CLIPVisionConfig,
     DynamicCache,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    MistralConfig,
-    Qwen2Config,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import mor
 from mor.models.attention import AttentionContext
 from mor.modules.packing import pack
 from mor.schedules import Schedule, constant, shifted_cosine
 from mor.systems import PMoD
-from mor.systems.pmod_layer import VisionTokens
+from mor.systems.vision_tokens import VisionTokens
 from tests.support.host_reads import host_reads
+from tests.systems.small_llava import (
+    IMAGE,
+    PAD,
+    TEXT,
+    PlainLayer,
+    left_padded,
+    text_config,
+    vision_config,
+)
 
-IMAGE, PAD, PATCHES = 99, 0, 16
-TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-
-
-def text_config(kind="llama", num_layers=8, **options):
-    return TEXT[kind](
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        pad_token_id=PAD, bos_token_id=1, eos_token_id=None, **options,
-    )  # fmt: skip
-
-
-def vision_config(size=24):
-    return CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        image_size=size, patch_size=6, projection_dim=32,
-    )  # fmt: skip
+PATCHES = 16
 
 
 def dense_llava(kind="llama", num_layers=8, seed=0):
@@ -84,26 +73,6 @@ def prompt(images, text=6, seed=0):
     for _ in range(images):
         ids += [torch.full((PATCHES,), IMAGE), torch.randint(3, 90, (2,))]
     return torch.cat(ids).unsqueeze(0), torch.randn(images, 3, 24, 24)
-
-
-def left_padded(rows):
-    """Ids and mask of prompts [(ids, pixels), ...], and all pixels."""
-    longest = max(ids.shape[1] for ids, _ in rows)
-    padded = [nn.functional.pad(ids, (longest - ids.shape[1], 0), value=PAD) for ids, _ in rows]
-    ids = torch.cat(padded)
-    return ids, (ids != PAD).long(), torch.cat([pixels for _, pixels in rows])
-
-
-class PlainLayer(nn.Module):
-    """A pre-norm layer whose parts all compute in the dtype they are given."""
-
-    def __init__(self):
-        super().__init__()
-        config = text_config()
-        config._attn_implementation = "mor"
-        self.self_attn = LlamaAttention(config, 0)
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(32), nn.LayerNorm(32)
-        self.mlp = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
 
 
 def one_layer(ratio=0.4, lengths=(11, 7), dtype=torch.float32):

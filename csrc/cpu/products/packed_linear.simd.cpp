@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kVecs = kPanel / kLanes;  // vectors of a panel
 constexpr int64_t kStepBytes = 64;      // of a panel: one k of floats, or two of bfloat16
+constexpr int64_t kAhead = 2048;        // bytes that a single tile prefetches ahead
 
 // Rows of a tile: its sums, the weights and one value of x stay in registers.
 #if defined(__AVX512F__)
@@ -41,10 +42,16 @@ inline VecF load_weights(const char* w, int v, int i) {
   return i == 0 ? pair.even : pair.odd;
 }
 
+// What is prefetched during a tile: at each step of its sums `bytes` further, from `from` on.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+};
+
 // Sums of R rows and Q panels. Each is one sum over k in ascending order, whatever R and Q are.
 template <int R, int Q, bool kHalves>
 inline void sum_tile(const float* x, int64_t x_stride, const char* packed, int64_t panel_bytes,
-                     int64_t steps, VecF (&sums)[R][Q][kVecs]) {
+                     int64_t steps, Ahead ahead, VecF (&sums)[R][Q][kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -53,13 +60,12 @@ inline void sum_tile(const float* x, int64_t x_stride, const char* packed, int64
       for (int v = 0; v < kVecs; ++v) sums[r][q][v] = VecF{};
     }
   }
-  constexpr int64_t kAhead = 2048;  // bytes that prefetching runs ahead
   constexpr int kInner = kHalves ? 2 : 1;
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 16
     for (int q = 0; q < Q; ++q) {
       const char* w = packed + q * panel_bytes + step * kStepBytes;
-      __builtin_prefetch(w + kAhead);
+      __builtin_prefetch(ahead.from + q * panel_bytes + step * ahead.bytes);
 #pragma GCC unroll 2
       for (int i = 0; i < kInner; ++i) {
         VecF weights[kVecs];
@@ -98,34 +104,39 @@ void store_panel(const PackedLinear& args, int64_t row, int64_t panel, const Vec
   std::copy(out, out + count, y);
 }
 
-// Rows row .. row + R - 1 and panels [begin, end), which lie at `packed`.
+// Rows row .. row + R - 1 and panels [begin, end), which lie at `packed`. `ahead` is of the first.
 template <int R, bool kHalves, class T>
 void run_rows(const PackedLinear& args, const char* packed, int64_t steps, int64_t row,
-              int64_t begin, int64_t end) {
+              int64_t begin, int64_t end, Ahead ahead) {
   constexpr int Q = panels_of(R);
   const int64_t panel_bytes = steps * kStepBytes;
   const float* x = args.x + row * args.x_stride;
   int64_t panel = begin;
-  for (; panel + Q <= end; panel += Q, packed += Q * panel_bytes) {
+  const auto next = [&](int panels) {
+    panel += panels;
+    packed += panels * panel_bytes;
+    ahead.from += panels * panel_bytes;
+  };
+  for (; panel + Q <= end; next(Q)) {
     VecF sums[R][Q][kVecs];
-    sum_tile<R, Q, kHalves>(x, args.x_stride, packed, panel_bytes, steps, sums);
+    sum_tile<R, Q, kHalves>(x, args.x_stride, packed, panel_bytes, steps, ahead, sums);
     for (int r = 0; r < R; ++r) {
       for (int q = 0; q < Q; ++q) store_panel<T>(args, row + r, panel + q, sums[r][q]);
     }
   }
-  for (; panel < end; ++panel, packed += panel_bytes) {
+  for (; panel < end; next(1)) {
     VecF sums[R][1][kVecs];
-    sum_tile<R, 1, kHalves>(x, args.x_stride, packed, panel_bytes, steps, sums);
+    sum_tile<R, 1, kHalves>(x, args.x_stride, packed, panel_bytes, steps, ahead, sums);
     for (int r = 0; r < R; ++r) store_panel<T>(args, row + r, panel, sums[r][0]);
   }
 }
 
 template <int R, bool kHalves, class T>
 void run_rows_of(int64_t rows, const PackedLinear& args, const char* packed, int64_t steps,
-                 int64_t row, int64_t begin, int64_t end) {
-  if (rows == R) return run_rows<R, kHalves, T>(args, packed, steps, row, begin, end);
+                 int64_t row, int64_t begin, int64_t end, Ahead ahead) {
+  if (rows == R) return run_rows<R, kHalves, T>(args, packed, steps, row, begin, end, ahead);
   if constexpr (R > 1) {
-    run_rows_of<R - 1, kHalves, T>(rows, args, packed, steps, row, begin, end);
+    run_rows_of<R - 1, kHalves, T>(rows, args, packed, steps, row, begin, end, ahead);
   }
 }
 
@@ -147,10 +158,12 @@ void run(const PackedLinear& args, int64_t begin, int64_t end) {
   const char* packed = static_cast<const char*>(args.packed) + begin * panel_bytes;
   if (num_rows == 0) return;
   if (num_rows <= kMaxRows) {
-    return run_rows_of<kMaxRows, kHalves, T>(num_rows, args, packed, steps, 0, begin, end);
+    const Ahead ahead{packed + kAhead, kStepBytes};
+    return run_rows_of<kMaxRows, kHalves, T>(num_rows, args, packed, steps, 0, begin, end, ahead);
   }
   // Tiles of nearly equal height. Each panel is read from memory once, and from the cache by the
-  // other tiles; bfloat16 is widened once for all of them where there are several.
+  // other tiles; bfloat16 is widened once for all of them where there are several. All tiles of a
+  // panel together prefetch the next one: reading it takes as long as several of them do.
   const int64_t tiles = (num_rows + kMaxRows - 1) / kMaxRows;
   const bool widens = kHalves && tiles > 2;
   const Scratch widened = allocate(widens ? 2 * panel_bytes : 0);
@@ -158,11 +171,14 @@ void run(const PackedLinear& args, int64_t begin, int64_t end) {
     if (widens) widen_panel(packed, steps, reinterpret_cast<float*>(widened.get()));
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = tile * num_rows / tiles, after = (tile + 1) * num_rows / tiles;
+      Ahead ahead{packed + panel_bytes + tile * panel_bytes / tiles, kStepBytes / tiles + 1};
       if (widens) {
+        ahead.bytes = kStepBytes / 2 / tiles + 1;
         run_rows_of<kMaxRows, false, T>(after - row, args, widened.get(), 2 * steps, row, panel,
-                                        panel + 1);
+                                        panel + 1, ahead);
       } else {
-        run_rows_of<kMaxRows, kHalves, T>(after - row, args, packed, steps, row, panel, panel + 1);
+        run_rows_of<kMaxRows, kHalves, T>(after - row, args, packed, steps, row, panel, panel + 1,
+                                          ahead);
       }
     }
   }

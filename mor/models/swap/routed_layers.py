@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +23,14 @@ from mor.modules.token_choice import TokenChoice
 __all__ = ["RoutedLayers", "SwapCall", "pack_call", "record_states"]
 
 
-@dataclass(eq=False)
 class SwapCall:
     """One forward call of a swapped model, from its arguments to its output.
+
+    Not a dataclass: FSDP2 rebuilds those that reach a sharded layer, and a copy would take what the
+    layer notes.
+
+    Args:
+        generating: see `ExpertChoice.forward`.
 
     Attributes:
         attention_mask: [B, S] or [B, past + S] as the caller gave it.
@@ -38,13 +42,13 @@ class SwapCall:
         output: of the decoder.
     """
 
-    attention_mask: Tensor | None = None
-    generating: bool = False
-    described: bool = False
-    batch: PackedBatch | None = None
-    routings: dict[int, RecursionOutput] = field(default_factory=dict)
-    token_depths: Tensor | None = None
-    output: MoRModelOutput | None = None
+    def __init__(self, generating: bool = False) -> None:
+        self.attention_mask: Tensor | None = None
+        self.generating, self.described = generating, False
+        self.batch: PackedBatch | None = None
+        self.routings: dict[int, RecursionOutput] = {}
+        self.token_depths: Tensor | None = None
+        self.output: MoRModelOutput | None = None
 
     def add(self, slot: int, routing: RecursionOutput, token_depths: Tensor) -> None:
         """Notes the routing of a block; a recomputation of it changes nothing."""
@@ -91,7 +95,7 @@ class RoutedLayers(nn.Module):
         config: the dense model's configuration.
         slots: index in the model's cache of each layer in each recursion, R times as many as
             layers; those past the model's own are added to the cache.
-        num_recursions: R.
+        num_recursions: the number R.
         router: "expert" or "token".
         where: begins the errors: the function that put the block in.
         **options: of `ExpertChoice` or `TokenChoice`.

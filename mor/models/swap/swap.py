@@ -33,7 +33,7 @@ SWAPPABLE = (
 )
 
 #: Where the classes of models are found that other systems changed: above this package.
-_SYSTEMS = {"pmod": "mor.systems.pmod"}
+_SYSTEMS = {"pmod": "mor.systems.pmod", "video_mod": "mor.systems.video_mod"}
 
 _REASONS = {
     "gemma3_text": "its layers are of two attention types, which one block cannot mix; "
