@@ -9,7 +9,7 @@ MUTATIONS = [
         GROUP,
         "  __syncthreads();  // the chunk before is done with\n",
         "",
-        "ragged",
+        "chunks-300",
         build="race",
         sample=True,
     ),
