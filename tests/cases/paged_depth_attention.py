@@ -98,6 +98,8 @@ CASES = [
     case("decode-8-heads-of-one", **DECODE, heads=(8, 1), head_dim=32),
     case("decode-40-heads-of-one", **DECODE, heads=(40, 1), head_dim=32),
     case("decode-one-long", queries=[1], keys=[1500], **GQA),
+    # 64 pieces of 128 keys, CUDA's most and least, would end before the window.
+    case("decode-end-of-long", queries=[1], keys=[8300], heads=(1, 1), head_dim=8, window=100),
     case("few-queries-any", queries=[2, 3, 4], keys=[300, 90, 17], **GQA, contexts="any"),
     case("few-queries-window", queries=[4, 4], keys=[300, 90], **GQA, contexts="any", window=30),
     case("mixed", opcheck=True, **MIXED, heads=(4, 2), block_size=7),

@@ -53,6 +53,21 @@ def test_rows_of_a_fused_projection() -> None:
     assert torch.equal(on_copies(kv_append)(**turned)[0], want[0])
 
 
+@pytest.mark.parametrize("operand", ["k_cache", "v_cache", "k", "v"])
+@pytest.mark.parametrize("width", [6, 9])
+def test_an_operand_in_the_middle_of_other_memory(operand: str, width: int) -> None:
+    """Its address (width 6) or its strides (9) allow no access of more than one element."""
+    inputs = make_inputs((6, 5, 3, 6), 11, "repeated", torch.bfloat16)
+    want = on_copies(reference)(**inputs)
+    t = inputs[operand]
+    strides = [s // 6 * width for s in t.stride()[:-1]]
+    memory = torch.zeros(t.numel() // 6 * width + 1, dtype=t.dtype)
+    inputs[operand] = memory.as_strided(t.shape, (*strides, 1), int(width == 6)).copy_(t)
+    kv_append(**inputs)
+    assert torch.equal(inputs["k_cache"], want[0])
+    assert torch.equal(inputs["v_cache"], want[1])
+
+
 def test_nothing_is_written_before_an_error() -> None:
     inputs = make_inputs((2, 4, 2, 8), 3)
     before = inputs["k_cache"].clone(), inputs["v_cache"].clone()

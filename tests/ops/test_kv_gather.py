@@ -50,6 +50,25 @@ def test_slices_of_a_pool(layout: str, shape: tuple[int, int, int], lengths: lis
     assert all(torch.equal(a, b) for a, b in zip(got, reference(**inputs), strict=True))
 
 
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("width", [6, 9])
+def test_a_cache_in_the_middle_of_other_memory(cache: str, width: int) -> None:
+    """Its address (width 6) or its strides (9) allow no access of more than one element."""
+    inputs = make_inputs([5, 12, 0, 20], (5, 3, 6), dtype=torch.bfloat16)
+    t = inputs[cache]
+    strides = [s // 6 * width for s in t.stride()[:-1]]
+    memory = torch.zeros(t.numel() // 6 * width + 1, dtype=t.dtype)
+    inputs[cache] = memory.as_strided(t.shape, (*strides, 1), int(width == 6)).copy_(t)
+    want = reference(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(kv_gather(**inputs), want, strict=True))
+
+
+def test_more_entries_than_threads_of_a_block() -> None:
+    inputs = make_inputs([b % 3 for b in range(1500)], (4, 1, 8))
+    want = reference(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(kv_gather(**inputs), want, strict=True))
+
+
 @pytest.mark.cpu_kernels
 def test_result_past_the_cache_is_streamed_right() -> None:
     inputs = make_inputs([9000, 8003], (16, 4, 128))

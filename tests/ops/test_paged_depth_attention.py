@@ -134,7 +134,9 @@ def test_a_window_of_positions_over_a_recursion() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["layers", "fused", "fused_in_block", "heads_first"])
+@pytest.mark.parametrize(
+    "layout", ["layers", "fused", "fused_in_block", "heads_first", "keys_heads_first"]
+)
 def test_slices_of_a_pool(layout: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(dtype, **MIXED, **GQA, block_size=5)
     blocks = inputs["k_cache"].shape[0]
@@ -143,8 +145,11 @@ def test_slices_of_a_pool(layout: str, dtype: torch.dtype) -> None:
         "fused": torch.zeros(blocks, 2, 5, 3, 64, dtype=dtype).transpose(0, 1),
         "fused_in_block": torch.zeros(blocks, 5, 2, 3, 64, dtype=dtype).movedim(2, 0),
         "heads_first": torch.zeros(2, blocks, 3, 5, 64, dtype=dtype).transpose(2, 3),
-    }[layout]
-    pool.copy_(torch.stack([inputs["k_cache"], inputs["v_cache"]]))
+        "keys_heads_first": [torch.zeros(blocks, 3, 5, 64, dtype=dtype).transpose(1, 2),
+                             torch.zeros(blocks, 5, 3, 64, dtype=dtype)],
+    }[layout]  # fmt: skip
+    for cache, name in zip(pool, ("k_cache", "v_cache"), strict=True):
+        cache.copy_(inputs[name])
     got = paged_depth_attention(**{**inputs, "k_cache": pool[0], "v_cache": pool[1]})
     want = paged_depth_attention(**inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

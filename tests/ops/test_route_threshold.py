@@ -134,12 +134,20 @@ def test_sequences_do_not_look_at_one_another() -> None:
             assert torch.equal(rows[begin:end] - bounds[b], alone)
 
 
+def test_more_sequences_than_threads_of_a_block() -> None:
+    lengths = [b % 4 for b in range(1100)]
+    args = torch.rand(sum(lengths)), 0.4, packed(lengths)
+    for got, want in zip(route_threshold(*args), reference(*args), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_compares_in_float32() -> None:
     scores = torch.tensor([0.7, 0.7], dtype=torch.float32)  # below 0.7 in float64
     assert route_threshold(scores, 0.7, packed([2]))[0].tolist() == []
     assert route_threshold(scores, 0.7, packed([2]), inclusive=True)[0].tolist() == [0, 1]
-    each = torch.tensor([0.7], dtype=torch.float64)
-    assert route_threshold(scores, each, packed([2]), inclusive=True)[0].tolist() == [0, 1]
+    for dtype in (torch.float32, torch.float64):
+        each = torch.tensor([0.7], dtype=dtype)
+        assert route_threshold(scores, each, packed([2]), inclusive=True)[0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

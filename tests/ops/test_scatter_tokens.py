@@ -159,6 +159,29 @@ def test_in_place_touches_only_its_rows() -> None:
     assert columns.sum() == 8
 
 
+def test_rows_whole_chunks_apart_whose_width_is_odd() -> None:
+    """Wide accesses would be possible, and would write what lies between the rows."""
+    inputs = make_inputs((7, 5, 33), "falling-repeats")
+    want = scatter_tokens(**inputs)
+    memory = {name: torch.full((len(inputs[name]), 48), 7.0) for name in ("base", "updates")}
+    for name, wider in memory.items():
+        inputs[name] = wider[:, :33].copy_(inputs[name])
+    assert torch.equal(scatter_tokens(**inputs), want)
+    assert torch.equal(scatter_tokens_(**inputs), want)
+    assert memory["base"][:, 33:].eq(7).all()
+
+
+def test_gradient_expanded_over_rows() -> None:
+    inputs = make_inputs((9, 30, 65), "falling-repeats")
+    base, updates, rows, gate, scale = inputs.values()
+    row = torch.randn(1, 65)
+    got, want = (
+        torch.ops.mor.scatter_tokens_backward(g, base, updates, rows, gate, scale, True, True)
+        for g in (row.expand(9, 65), row.repeat(9, 1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_in_place_refuses_gradients() -> None:
     base, updates, rows = torch.zeros(4, 3), torch.ones(1, 3), torch.tensor([2])
     gate, scale = torch.ones(1), torch.ones(4)

@@ -44,17 +44,17 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_amax_of_special_values(isa: str, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal / 4  # a subnormal
-    column = [-torch.inf, -1.0, tiny, -tiny, torch.inf, torch.nan, 2.0, torch.nan]
-    x = torch.tensor(column, dtype=dtype)[:, None].expand(8, 37).contiguous().requires_grad_()
-    segments = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3])
+    column = [-torch.inf, -1.0, tiny, -tiny, torch.inf, torch.nan, 2.0, torch.nan, 3.0, torch.nan]
+    x = torch.tensor(column, dtype=dtype)[:, None].expand(10, 37).contiguous().requires_grad_()
+    segments = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3, 4, 4])
     with instruction_set(isa):
-        out = segment_reduce(x, segments, 5, "amax")
+        out = segment_reduce(x, segments, 6, "amax")
         out.sum().backward()
-    want = torch.tensor([-1.0, tiny, torch.inf, torch.nan, 0.0], dtype=dtype)
-    assert torch.equal(out.nan_to_num(7.0, 8.0), want.nan_to_num(7.0, 8.0)[:, None].expand(5, 37))
+    want = torch.tensor([-1.0, tiny, torch.inf, torch.nan, torch.nan, 0.0], dtype=dtype)
+    assert torch.equal(out.nan_to_num(7.0, 8.0), want.nan_to_num(7.0, 8.0)[:, None].expand(6, 37))
     assert x.grad is not None
     assert torch.equal(
-        x.grad, torch.tensor([0, 1, 1, 0, 1, 1, 0, 0])[:, None].expand(8, 37).to(dtype)
+        x.grad, torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 0, 1])[:, None].expand(10, 37).to(dtype)
     )
 
 
@@ -137,6 +137,16 @@ def test_opcheck_of_the_backward_of_amax() -> None:
     out = segment_reduce(x, segments, 4, "amax")
     args = (torch.randn(4, 5), x, out, segments)
     torch.library.opcheck(torch.ops.mor.segment_reduce_amax_backward.default, args)
+
+
+def test_gradient_expanded_over_segments() -> None:
+    x, segments, row = torch.randn(9, 65), torch.arange(9) % 4, torch.randn(1, 65)
+    out = segment_reduce(x, segments, 4, "amax")
+    got, want = (
+        torch.ops.mor.segment_reduce_amax_backward(grad, x, out, segments)
+        for grad in (row.expand(4, 65), row.repeat(4, 1))
+    )
+    assert torch.equal(got, want)
 
 
 @pytest.mark.unsanitized

@@ -270,7 +270,9 @@ void run_block(Dim index, Dim block, Dim grid) {
 
 unsigned char* dynamic_shared() { return engine.shared; }
 
-void set_order(int order) { engine.order = order; }
+extern "C" __attribute__((visibility("default"))) void simt_set_order(int64_t order) {
+  engine.order = int(order);
+}
 
 bool on_fiber_stack(const void* address) {
   const auto* p = static_cast<const char*>(address);

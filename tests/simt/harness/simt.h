@@ -90,8 +90,9 @@ void launch(const char* name, const void* kernel, Dim grid, Dim block, size_t dy
 // As on the GPU: more than 48 KiB of dynamic shared memory must be asked for.
 void allow_dynamic_shared(const void* kernel, size_t bytes);
 
-// Order in which threads and blocks run: 0 ascending, 1 descending, others a random seed.
-void set_order(int order);
+// Sets the order in which threads and blocks run: 0 ascending, 1 descending, others a random seed.
+// Exported from every library, for Python (plugin.py).
+extern "C" void simt_set_order(int64_t order);
 
 bool on_fiber_stack(const void* address);
 

@@ -1,7 +1,7 @@
-"""Seeded bugs of the CUDA kernels: a table for each file of bindings/, named as it is.
+"""Seeded bugs of the CUDA operators: a table for each operator, named as it is.
 
-test_simt_mutations.py asserts that the tests of tests/simt find every one. A new operator joins by
-a file of its own with a list `MUTATIONS`.
+test_simt_mutations.py asserts that tests/ops/test_OP.py finds every one. A new operator joins by a
+file of its own with a list `MUTATIONS`.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Mutation:
         new: what stands there instead.
         tests: which tests must notice, an expression for pytest's -k.
         build: plain (wrong results), race (missing synchronisation) or asan (bounds).
-        dtype: the only one that is compiled, for bindings that choose by dtype.
+        dtype: the only one that is compiled and tested, to save time.
         sample: whether `make test` runs it.
     """
 
@@ -37,6 +37,6 @@ class Mutation:
 
 
 def all_mutations() -> list[tuple[str, Mutation]]:
-    """Every mutation with the name of its binding."""
+    """Every mutation with the name of its operator."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     return [(n, m) for n in names for m in import_module(f"mutations.{n}").MUTATIONS]

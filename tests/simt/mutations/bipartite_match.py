@@ -102,7 +102,22 @@ MUTATIONS = [
         "rows are taken to be packed",
         "rows + (first + r) * stride + d + e",
         "rows + (first + r) * width + d + e",
-        "strided_rows",
+        "test_bipartite_match and ragged",
         dtype="bfloat16",
+    ),
+    Mutation(
+        "room for the norms of a alone",
+        "match/bipartite_match.cu",
+        "dims.num_a + dims.num_b : 0",
+        "dims.num_a : 0",
+        "test_bipartite_match and cosine",
+        build="asan",
+    ),
+    Mutation(
+        "the stride of a is used for b",
+        "match/bipartite_match.cu",
+        "args.b_stride = b.stride;",
+        "args.b_stride = a.stride;",
+        "test_bipartite_match",
     ),
 ]

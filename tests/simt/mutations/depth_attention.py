@@ -180,4 +180,12 @@ MUTATIONS = [
         "head-256", "race"),
     mma("the bias gradient of one lane of four", MMA_BACKWARD, "row_sum(sums_bias[half]);",
         "sums_bias[half];", "bias"),
+    Mutation(
+        "alignment of the keys decides nothing", "attention/depth_attention.cu",
+        "is_aligned(o.q) && is_aligned(o.k)", "is_aligned(o.q)",
+        "test_depth_attention", build="asan"),
+    Mutation(
+        "room for the bias gradient of one head", "attention/depth_attention.cu",
+        "scratch(bias ? dims.num_kv_heads : 0,", "scratch(bias ? 1 : 0,",
+        "test_depth_attention and bias", build="asan"),
 ]  # fmt: skip

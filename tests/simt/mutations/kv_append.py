@@ -9,7 +9,7 @@ MUTATIONS = [
         APPEND,
         "    __syncthreads();  // the group before is done with\n",
         "",
-        "many_tokens",
+        "test_kv_append and N2000",
         build="race",
     ),
     Mutation(
@@ -34,7 +34,7 @@ MUTATIONS = [
         APPEND,
         "j = first + 1 + threadIdx.x",
         "j = first + 2 + threadIdx.x",
-        "neighbours",
+        "pairs",
     ),
     Mutation(
         "a token is hidden by itself",
@@ -49,7 +49,7 @@ MUTATIONS = [
         APPEND,
         "slot < args.num_slots ? slot : -1",
         "slot",
-        "past_the_cache",
+        "slots_past_the_cache",
         build="asan",
     ),
     Mutation(
@@ -64,7 +64,7 @@ MUTATIONS = [
         APPEND,
         "from + head * side.head_stride + at",
         "from + head * side.cache_head_stride + at",
-        "strided",
+        "heads_first",
     ),
     Mutation(
         "strides that allow no large access",
@@ -82,5 +82,19 @@ MUTATIONS = [
         "address_bits(args.sides[0])",
         "middle",
         build="asan",
+    ),
+    Mutation(
+        "elements are read as if they were contiguous",
+        "kv/kv_append.cu",
+        "k = last_contiguous(k_in)",
+        "k = k_in",
+        "test_kv_append",
+    ),
+    Mutation(
+        "the kernel runs on whichever device is current",
+        "kv/kv_append.cu",
+        "  const DeviceGuard guard(k_cache.get_device_index());\n",
+        "",
+        "test_kv_append",
     ),
 ]

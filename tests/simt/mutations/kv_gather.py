@@ -18,7 +18,7 @@ MUTATIONS = [
         GATHER,
         "length = min(max(length, int64_t{0}), room);",
         "length = max(length, int64_t{0});",
-        "wrong_lengths",
+        "lengths_and_sums",
         build="asan",
     ),
     Mutation(
@@ -26,7 +26,7 @@ MUTATIONS = [
         GATHER,
         "int32_t(min(start + up_to, args.num_rows))",
         "int32_t(start + up_to)",
-        "wrong_lengths",
+        "lengths_and_sums",
     ),
     Mutation(
         "the first row of an entry belongs to the one before",
@@ -55,7 +55,7 @@ MUTATIONS = [
         GATHER,
         "found ? *reinterpret_cast<const Chunk*>(from + head * side.head_stride + at) : Chunk{};",
         "*reinterpret_cast<const Chunk*>(from + head * side.head_stride + at);",
-        "wrong_lengths",
+        "lengths_and_sums",
     ),
     Mutation(
         "heads are neighbours",
@@ -71,5 +71,20 @@ MUTATIONS = [
         ";",
         "middle",
         build="asan",
+    ),
+    Mutation(
+        "no room for the end of the last sequence",
+        "kv/kv_gather.cu",
+        "{dims.num_entries + 1}",
+        "{dims.num_entries}",
+        "test_kv_gather",
+        build="asan",
+    ),
+    Mutation(
+        "lengths are read as if they were contiguous",
+        "kv/kv_gather.cu",
+        "seq_lens = as_contiguous(seq_lens_in)",
+        "seq_lens = seq_lens_in",
+        "test_kv_gather",
     ),
 ]

@@ -52,7 +52,7 @@ MUTATIONS = [
         "pieces begin at key 0",
         "const int64_t begin = all_begin + int64_t(blockIdx.z) * piece;",
         "const int64_t begin = int64_t(blockIdx.z) * piece;",
-        "any_number",
+        "end-of-long",
         dtype="float32",
     ),
     paged(
@@ -65,7 +65,7 @@ MUTATIONS = [
         "values lie as keys do",
         "int64_t(blockIdx.y) * p.v.head_stride",
         "int64_t(blockIdx.y) * p.k.head_stride",
-        "different_layouts",
+        "keys_heads_first",
     ),
     paged(
         "older sums are not rescaled",
@@ -97,14 +97,14 @@ MUTATIONS = [
         "pieces are added without their largest scores",
         "sum += total[1] * exp2_acc(total[0] - reference);",
         "sum += total[1];",
-        "any_number",
+        "one-long",
         dtype="float32",
     ),
     paged(
         "the last piece is not merged",
         "for (int s = 0; s < p.num_splits; ++s) {\n        const Acc shrink",
         "for (int s = 0; s + 1 < p.num_splits; ++s) {\n        const Acc shrink",
-        "any_number",
+        "one-long",
         dtype="float32",
     ),
     paged(
@@ -112,5 +112,20 @@ MUTATIONS = [
         "sees ? top * kLn2<acc_t<T>> + log_acc(sum)",
         "sees ? top + log_acc(sum)",
         "test_paged_depth_attention and decode",
+    ),
+    Mutation(
+        "room for one part, however many there are",
+        "attention/paged_depth_attention.cu",
+        "splits > 1 ? splits * rows : 0",
+        "splits > 1 ? rows : 0",
+        "test_paged_depth_attention or fused",
+        build="asan",
+    ),
+    Mutation(
+        "an empty call is launched",
+        "attention/paged_depth_attention.cu",
+        "if (rows == 0 || dims.num_entries == 0) return {out, lse};\n",
+        "",
+        "test_paged_depth_attention",
     ),
 ]

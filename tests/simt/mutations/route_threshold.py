@@ -45,12 +45,12 @@ MUTATIONS = [
         "two bins claim the last weight",
         "if (before < need &&",
         "if (before <= need &&",
-        "bounds_masks",
+        "test_route_threshold and ties",
     ),
     threshold(
-        "lower digits forget the mass above them", "= need - before;", "= need;", "random and two"
+        "lower digits forget the mass above them", "= need - before;", "= need;", "long-random"
     ),
-    threshold("the prefix is not compared", "key >> 8 == prefix && ", "", "random and two"),
+    threshold("the prefix is not compared", "key >> 8 == prefix && ", "", "long-random"),
     threshold(
         "equal weights are rounded down",
         "(shared.need + shared.each - 1) / shared.each",
@@ -61,25 +61,25 @@ MUTATIONS = [
         "an infinite weight counts",
         "weight > 0 && weight < INFINITY",
         "weight > 0",
-        "no_number",
+        "no_weight",
     ),
     threshold(
         "an inclusive quantile is that of the score below",
         "        place += rule.inclusive && static_cast<Acc>(place) < h;\n",
         "",
-        "random and two",
+        "every_rule",
     ),
     threshold(
         "shares are not clamped",
         "rule.rule == RouteRule::kAbsolute ? t : fmin(fmax(t, 0.0), 1.0);",
         "t;",
-        "clamped",
+        "shares_out_of_range",
     ),
     threshold(
         "more than compete are chosen",
         "rule.max_k < 0 ? available : min(rule.max_k, available)",
         "rule.max_k < 0 ? available : rule.max_k",
-        "bounds_masks",
+        "test_route_threshold and between",
     ),
     threshold(
         "sums of the counts start anew at every scan",
@@ -92,5 +92,19 @@ MUTATIONS = [
         "int32_t(min(start + before, bound))",
         "int32_t(start + before)",
         "do_not_fit",
+    ),
+    Mutation(
+        "float64 thresholds are read as float32",
+        "routing/route_threshold.cu",
+        "each->scalar_type() == ScalarType::Double",
+        "false",
+        "test_route_threshold and float64",
+    ),
+    Mutation(
+        "no sequences leave the rows unwritten",
+        "routing/route_threshold.cu",
+        "    if (dims.num_sequences == 0) torch::stable::fill_(*rows, -1);\n",
+        "",
+        "test_route_threshold",
     ),
 ]

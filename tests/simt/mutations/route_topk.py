@@ -17,9 +17,9 @@ MUTATIONS = [
         "-0.0 ranks below 0.0",
         "  if (score == 0) return Key{1} << (RouteKey<T>::kBits - 1);\n",
         "",
-        "special",
+        "test_route_topk and special",
     ),
-    route("NaN ranks by its bits", "  if (score != score) return 0;\n", "", "special"),
+    route("NaN ranks by its bits", "  if (score != score) return 0;\n", "", "lowest_score"),
     route("negative scores rank upside down", "? ~bits :", "? bits :", "equal or random"),
     route(
         "bfloat16 ranks on too few bits",
@@ -68,7 +68,7 @@ MUTATIONS = [
     route(
         "equal scores overflow their half of the sum", "before & 0xffff", "before & 0xff", "equal"
     ),
-    route("tiles start anew", "above_before += total >> 16;", "", "random and two"),
+    route("tiles start anew", "above_before += total >> 16;", "", "long-random"),
     route("a row goes before itself", "other == key && j < i", "other == key && j <= i", "ties"),
     route(
         "agreeing lanes are counted twice",
@@ -80,32 +80,47 @@ MUTATIONS = [
         "writes past the rows asked for",
         "&& place < args.num_selected)",
         ")",
-        "never_writes_outside",
+        "best_rows_stay",
         build="asan",
     ),
     route(
         "a sequence begins outside",
         "min(max(int64_t{args.cu_seqlens[b]}, int64_t{0}), args.num_rows)",
         "int64_t{args.cu_seqlens[b]}",
-        "never_writes_outside",
+        "best_rows_stay",
         build="asan",
     ),
     route(
         "protected rows compete",
         "args.candidates[row] != 0) && !route_protected(args, row)",
         "args.candidates[row] != 0)",
-        "masks",
+        "test_route_topk and protected_rows",
     ),
     route(
         "k counts the protected rows",
         "args.totals[b] = args.taken[b] + kept;",
         "args.totals[b] = args.taken[b];",
-        "masks",
+        "test_route_topk and protected_rows",
     ),
     route(
         "starts of the sequences miss one",
         "earlier < b; earlier += kRouteThreads",
         "earlier + 1 < b; earlier += kRouteThreads",
-        "one_k_for_all",
+        "int_k",
+    ),
+    Mutation(
+        "protected rows alone get no totals",
+        "routing/route_topk.cu",
+        "candidates.has_value() || protected_rows.has_value()",
+        "candidates.has_value()",
+        "test_route_topk",
+        build="asan",
+    ),
+    Mutation(
+        "candidates are read as if they were contiguous",
+        "routing/route_topk.cu",
+        "candidates = as_contiguous(candidates_in);\n  const auto protected",
+        "candidates = candidates_in;\n  const auto protected",
+        "test_route_topk",
     ),
 ]

@@ -1,18 +1,31 @@
-// Kernels with one mistake each, to see that the harness reports it, and a correct one of CUB.
-#include "binding.h"
-
-#include "../../../kernels/attention/mma.cuh"
-#include "../../../kernels/common.cuh"
-#include "../harness/ptx_words.h"
+// Kernels with one mistake each, to see that the harness reports it, and a correct one of CUB. Called
+// by ctypes (test_simt_harness.py): every function returns 0, or 1 and leaves the reason in
+// simt_error().
+#include <cuda_runtime_api.h>
 
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_scan.cuh>
+#include <exception>
+#include <string>
+
+#include "../../kernels/attention/mma.cuh"
+#include "../../kernels/common.cuh"
+
+#define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-std::string& stored_error() {
-  static std::string error;
-  return error;
+std::string last_error;
+
+template <class Body>
+int guarded(Body&& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return 1;
+  }
 }
 
 __global__ void divergent_barrier(int* out) {
@@ -95,19 +108,11 @@ __global__ void sort_and_scan(const int* in, int* out) {
 
 }  // namespace
 
-namespace simt {
-std::string& last_error() { return stored_error(); }
-}  // namespace simt
+SIMT_EXPORT const char* simt_error() { return last_error.c_str(); }
 
-SIMT_EXPORT const char* simt_error() { return stored_error().c_str(); }
-SIMT_EXPORT void simt_set_order(int64_t order) { simt::set_order(int(order)); }
-
-#define SELFTEST(KERNEL, GRID, BLOCK, SMEM)                \
-  SIMT_EXPORT int selftest_##KERNEL(int* out) {            \
-    return simt::guarded([&] {                             \
-      MOR_LAUNCH(KERNEL, GRID, BLOCK, SMEM, nullptr, out); \
-      return cudaSuccess;                                  \
-    });                                                    \
+#define SELFTEST(KERNEL, GRID, BLOCK, SMEM)                                       \
+  SIMT_EXPORT int selftest_##KERNEL(int* out) {                                   \
+    return guarded([&] { MOR_LAUNCH(KERNEL, GRID, BLOCK, SMEM, nullptr, out); }); \
   }
 SELFTEST(divergent_barrier, 1, 64, 0)
 SELFTEST(barrier_after_return, 1, 64, 0)
@@ -121,14 +126,8 @@ SELFTEST(past_the_end, 1, 64, 0)
 SELFTEST(too_much_shared, 1, 64, 49 * 1024)
 
 SIMT_EXPORT int selftest_copy_without_wait(const int* in, int* out) {
-  return simt::guarded([&] {
-    MOR_LAUNCH(copy_without_wait, 1, 32, 512, nullptr, in, out);
-    return cudaSuccess;
-  });
+  return guarded([&] { MOR_LAUNCH(copy_without_wait, 1, 32, 512, nullptr, in, out); });
 }
 SIMT_EXPORT int selftest_sort_and_scan(const int* in, int* out) {
-  return simt::guarded([&] {
-    MOR_LAUNCH(sort_and_scan, 1, 64, 0, nullptr, in, out);
-    return cudaSuccess;
-  });
+  return guarded([&] { MOR_LAUNCH(sort_and_scan, 1, 64, 0, nullptr, in, out); });
 }
