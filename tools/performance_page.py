@@ -60,11 +60,13 @@ class Machine:
 
 
 def read_machines(results: Path = RESULTS) -> list[Machine]:
-    """Every folder of `results`, CPUs first; a JSON file beside the folders is an error."""
+    """Every machine's folder of `results`, CPUs first; a JSON file beside them is an error."""
     if stray := sorted(path.name for path in results.glob("*.json")):
         sys.exit(f"{results}: expected JSON files in a folder for each machine, got {stray}")
     machines = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if folder.name == "reproduce":  # of benchmarks/reproduce, whose page is docs/results.md
+            continue
         files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         if files:
             facts = [found["machine"] for found in files.values()]

@@ -207,10 +207,10 @@ def _configs(
 
 def _forget(output_dir: Path, entrants: list[Entrant]) -> None:
     """Deletes what a killed race is resumed from: after the results are written, nothing is."""
-    (output_dir / "race.json").unlink()
     for entrant in entrants:
         for checkpoint in entrant.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    (output_dir / "race.json").unlink()  # last: checkpoints without it would suit any settings
 
 
 def _held_out_passage(corpus: Any, tokenizer: PreTrainedTokenizerBase) -> str:
