@@ -1,7 +1,7 @@
 """How long passes take by their rows: what the scheduler decides by, and what simulates it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,8 +21,9 @@ def measure_curves(
     max_rows: int,
     chunk: int = 1,
     context: int = 1,
+    kinds: Sequence[str] = ("block", "ends"),
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of a block pass ("block"), an enter pass ("enter"), and of an exit and it ("ends").
+    """Seconds of passes: "block", "enter", and an exit and an enter pass together ("ends").
 
     At powers of two, the fastest of three passes: other work on the machine, which slows a pass now
     and then, is no part of a curve. By default rows have no context, so attention over it comes on
@@ -36,13 +37,14 @@ def measure_curves(
         chunk: rows of prompts, which are measured in block and enter passes too.
         context: keys that each row sees, its own among them. Rows share blocks where the pool is
             too small for blocks of their own.
+        kinds: of passes to measure; the scheduler needs no "enter".
 
     Returns:
         (rows, seconds) by kind of pass, in order of rows.
     """
     available = min(pool.data.shape[0], states.hidden.shape[0])
     states.hidden.zero_()
-    curves: dict[str, list[tuple[float, float]]] = {"block": [], "enter": [], "ends": []}
+    curves: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     # A CPU multiplies as fast as it can by then, and a curve goes on in proportion to the rows.
     prompt_rows = min(chunk, _ENOUGH_ROWS) if packed.device.type == "cpu" else chunk
     for count in _sizes(min(max_rows, available), min(prompt_rows, available)):
@@ -62,9 +64,15 @@ def measure_curves(
         def run_block(middle: Rows = middle) -> None:
             packed.run_block(middle, states, pool)
 
-        for kind, run in (("enter", run_enter), ("ends", run_ends), ("block", run_block)):
+        runs: dict[str, Callable[[], None]] = {
+            "enter": run_enter,
+            "ends": run_ends,
+            "block": run_block,
+        }
+        for kind in kinds:
             if kind == "ends" and count > max_rows:
                 continue
+            run = runs[kind]
             run()
             curves[kind].append((count, min(_seconds(run) for _ in range(_REPEATS))))
     return curves

@@ -25,7 +25,7 @@ from mor.serving.requests import ModelLimits, Request, RequestError, SamplingPar
 from mor.serving.sampling import Sampler, token_logprobs
 from mor.serving.vocabulary import Vocabulary
 
-__all__ = ["CHUNK", "Engine", "PassReport"]
+__all__ = ["CHUNK", "Engine", "PassReport", "chosen_policy"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -124,15 +124,6 @@ class Engine:
         self.curves: dict[str, list[tuple[float, float]]] = {}
         if policy == "auto":
             self.curves = measure_curves(packed, self.pool, self.states, max_rows, chunk)
-        if not packed.mixes_recursions:
-            if policy not in ("auto", "lock-step"):
-                raise ValueError(
-                    "policy: expected 'lock-step' for a relaxed model, whose recursions have "
-                    f"weights of their own, got {policy!r}"
-                )
-            policy = "lock-step"
-        if packed.num_steps == 1 and policy == "auto":
-            policy = "lock-step"  # one recursion: nothing to pool
         self.scheduler_options: dict[str, Any] = dict(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -142,7 +133,7 @@ class Engine:
             kv_strategy=packed.kv_strategy if packed.num_steps > 1 else "recursion",
             max_rows=max_rows,
             chunk=chunk,
-            policy=policy,
+            policy=chosen_policy(packed, policy),
             block_seconds=self.curves.get("block", ()),
             ends_seconds=self.curves.get("ends", ()),
             prefix_cache=prefix_cache,
@@ -479,6 +470,24 @@ class Engine:
     def _forget(self, id: int) -> None:
         del self._live[id]
         self._prompt_scored.pop(id, None)
+
+
+def chosen_policy(packed: PackedModel, policy: str | float) -> str | float:
+    """The policy that the scheduler of a model runs, where the user asked for `policy`.
+
+    Raises:
+        ValueError: a model whose recursions cannot share a pass, with a policy that mixes them.
+    """
+    if not packed.mixes_recursions:
+        if policy not in ("auto", "lock-step"):
+            raise ValueError(
+                "policy: expected 'lock-step' for a relaxed model, whose recursions have "
+                f"weights of their own, got {policy!r}"
+            )
+        return "lock-step"
+    if packed.num_steps == 1 and policy == "auto":
+        return "lock-step"  # one recursion: nothing to pool
+    return policy
 
 
 def _logit(probability: float | None) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mor._host import Plan
 from mor.analysis.costs import active_shares
 from mor.models import MoRConfig
 from mor.serving.curves import measure_curves
-from mor.serving.engine import CHUNK, Engine
+from mor.serving.engine import CHUNK, Engine, chosen_policy
 from mor.serving.simulator import simulate
 
 __all__ = [
@@ -73,10 +74,10 @@ class Timing:
         """Measures an idle engine, whose cached prefixes are lost."""
         packed = engine.packed
         rows = engine.scheduler.num_slots
-        parts = packed, engine.pool, engine.states, rows
+        measure = partial(measure_curves, packed, engine.pool, engine.states, rows, kinds=_CURVES)
         context = min(_CONTEXT, packed.max_length)
-        curves = measure_curves(*parts)
-        far = measure_curves(*parts, context=context)
+        curves = measure()
+        far = measure(context=context)
         key_seconds = {}
         for name, curve in curves.items():
             more = sum(b - a for (_, a), (_, b) in zip(curve, far[name], strict=True))
@@ -192,7 +193,7 @@ def size_server(
         )
     options: dict[str, Any] = engine.scheduler_options | {
         "max_rows": rows,
-        "policy": _policy(engine, policy),
+        "policy": chosen_policy(engine.packed, policy),
         "block_seconds": timing.curves["block"],
         "ends_seconds": timing.curves["ends"],
         "seed": seed,
@@ -227,12 +228,6 @@ def size_server(
         inter_token=loaded.inter_token,
         replicas=replicas,
     )
-
-
-def _policy(engine: Engine, policy: str | float) -> str | float:
-    """What the engine makes of "auto"; see there."""
-    one_step = engine.packed.num_steps == 1 or not engine.packed.mixes_recursions
-    return "lock-step" if one_step and policy == "auto" else policy
 
 
 def _most_blocks(options: Mapping[str, Any], length: int) -> int:
