@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mor.models.attention import AttentionContext
 from mor.modules.routers import Float32Linear
-from mor.ops.gather_tokens import gather_tokens
 from mor.ops.scatter_tokens import scatter_tokens
 from mor.systems.vision_layer import VisionLayer
 from mor.systems.vision_tokens import VisionTokens
@@ -77,15 +76,11 @@ class PMoD(VisionLayer):
         kept, packing = tokens.keep(z.detach(), self.ratio)
         if kept.shape[0] == 0:  # nothing but vision tokens, all skipped
             return scatter_tokens(x, x[:0], kept, base_scale=w), kept
-        everything = packing is tokens.batch.packing
-        if everything:
-            rows, cos, sin, gate = x, *angles, w
-        else:
-            rows, cos, sin, gate = (gather_tokens(part, kept) for part in (x, *angles, w))
+        rows, cos, sin, gate = self.take(kept, packing, tokens, x, *angles, w)
         a = rows + self.attend(rows, (cos, sin), packing, context, **kwargs)
         update = self.feed_forward(a).to(a.dtype)
         local = torch.arange(a.shape[0], device=a.device)
         y = scatter_tokens(a, update, local, gate).to(x.dtype)
-        if everything:
+        if packing is tokens.batch.packing:  # everything was kept
             return y, kept
         return scatter_tokens(x, y, kept, base_scale=w.index_fill(0, kept, 0)), kept

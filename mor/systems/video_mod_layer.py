@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mor.models.attention import AttentionContext
 from mor.modules.routers import Float32Linear
-from mor.ops.gather_tokens import gather_tokens
 from mor.ops.scatter_tokens import scatter_tokens
 from mor.systems.vision_layer import VisionLayer
 from mor.systems.vision_tokens import VisionTokens
@@ -69,7 +68,7 @@ class VideoMoD(VisionLayer):
         z = self.logits(x)
         kept, packing = tokens.keep(z.detach(), self.ratio, least=1)
         mu = torch.where(tokens.is_vision, z, 1)
-        rows, cos, sin, gate = (gather_tokens(part, kept) for part in (x, *angles, mu))
+        rows, cos, sin, gate = self.take(kept, packing, tokens, x, *angles, mu)
         attended = self.attend(rows, (cos, sin), packing, context, **kwargs)
         update = attended + self.feed_forward(rows + attended)
         return scatter_tokens(x, update.to(x.dtype), kept, gate), kept

@@ -14,6 +14,7 @@ from mor.models.swap.routed_layers import record_states
 from mor.modules.packing import Packing
 from mor.modules.recursion import LastRouting
 from mor.modules.routers import Float32Linear
+from mor.ops.gather_tokens import gather_tokens
 from mor.systems.vision_tokens import VisionCall, VisionTokens
 
 __all__ = ["VisionLayer"]
@@ -131,6 +132,15 @@ class VisionLayer(GradientCheckpointingLayer):
         """[N] of the router, in float32."""
         with torch.autocast(x.device.type, enabled=False):
             return self.router(x).squeeze(1)
+
+    @staticmethod
+    def take(
+        kept: Tensor, packing: Packing, tokens: VisionTokens, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Rows `kept` of each part, which is all of it where `tokens.keep` kept everything."""
+        if packing is tokens.batch.packing:
+            return parts
+        return tuple(gather_tokens(part, kept) for part in parts)
 
     def attend(
         self,

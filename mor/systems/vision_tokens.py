@@ -85,11 +85,13 @@ class VisionTokens:
         rank = is_video.cumsum(0) - 1  # rows hold whole videos, so the count runs on over rows
         place = rank % sizes.video
         is_vision = is_video & (place < frames * sizes.frame)
-        begins = (is_vision & (place % sizes.frame == 0)).nonzero().squeeze(1)
+        segments_of = tuple(total // sizes.video * frames for total in totals)
+        begins = is_vision & (place % sizes.frame == 0)
+        # Their number is known, so the host need not wait for it.
+        begins = begins.nonzero_static(size=sum(segments_of)).squeeze(1)
         # Text before a frame goes with the frame before it: it is kept anyway.
         bounds = functional.pad(begins[1:], (1, 0))
         bounds = functional.pad(bounds, (0, 1), value=is_vision.shape[0])
-        segments_of = tuple(total // sizes.video * frames for total in totals)
         counts = (sizes.frame,) * sum(segments_of)
         return cls(batch, is_vision, bounds.to(torch.int32), counts, segments_of)
 

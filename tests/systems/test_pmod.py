@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     DynamicCache,
     LlavaConfig,
@@ -18,18 +17,21 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import mor
-from mor.models.attention import AttentionContext
 from mor.modules.packing import pack
 from mor.schedules import Schedule, constant, shifted_cosine
 from mor.systems import PMoD
 from mor.systems.vision_tokens import VisionTokens
-from tests.support.host_reads import host_reads
 from tests.systems.small_llava import (
     IMAGE,
     PAD,
     TEXT,
     PlainLayer,
+    call,
+    check_gradients,
+    check_is_one_graph,
+    check_never_waits_for_the_device,
     left_padded,
+    masked_attention,
     text_config,
     vision_config,
 )
@@ -90,16 +92,10 @@ def one_layer(ratio=0.4, lengths=(11, 7), dtype=torch.float32):
     return layer, x, VisionTokens.of(batch, vision), tuple(part[0].to(dtype) for part in angles)
 
 
-def call(layer, x, tokens, angles):
-    return layer.run(x, tokens, angles, AttentionContext(tokens.batch.packing))
-
-
 def reference(layer, x, tokens, angles):
     """Sequence by sequence, with a mask in place of a gather, as the definition reads."""
     outs, bounds = [], tokens.batch.packing.cu_seqlens.tolist()
     plain = layer.layer
-    attention = copy.deepcopy(plain.self_attn)
-    attention.config._attn_implementation = "eager"
     for begin, end in pairwise(bounds):
         h, vision = x[begin:end], tokens.is_vision[begin:end]
         z = (h @ layer.router.weight[0] + layer.router.bias).detach()
@@ -107,14 +103,8 @@ def reference(layer, x, tokens, angles):
         order = sorted(vision.nonzero().flatten().tolist(), key=lambda i: (-z[i].item(), i))
         kept = ~vision
         kept[order[: int(layer.ratio * len(order))]] = True
-        mask = torch.full((end - begin, end - begin), -torch.inf).triu(1)
-        mask = mask.masked_fill(~kept, -torch.inf).masked_fill(~kept[:, None], 0.0).to(x.dtype)
-        attended, _ = attention(
-            hidden_states=plain.input_layernorm(h)[None],
-            position_embeddings=tuple(part[None, begin:end] for part in angles),
-            attention_mask=mask[None, None],
-        )
-        a = h + attended[0]
+        attended = masked_attention(layer, h, kept, [part[begin:end] for part in angles])
+        a = h + attended
         update = plain.mlp(plain.post_attention_layernorm(a))
         w = w[:, None]
         taken = torch.where(vision[:, None], a + w * update, a + update)
@@ -131,42 +121,16 @@ def test_a_layer_computes_its_definition(ratio):
 
 
 def test_gradients():
-    layer, x, tokens, angles = one_layer(dtype=torch.float64)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-
-    class Run(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = layer
-
-        def forward(self, x):
-            return call(self.inner, x, tokens, angles)[0]
-
-    def run(x, *parameters):
-        named = {f"inner.{n}": p for n, p in zip(names, parameters, strict=True)}
-        return torch.func.functional_call(Run(), named, (x,))
-
-    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *parameters), fast_mode=True)
+    check_gradients(*one_layer(dtype=torch.float64))
 
 
 def test_a_layer_never_waits_for_the_device():
-    layer, x, tokens, angles = one_layer()
-    with host_reads() as reads:
-        call(layer, x, tokens, angles)[0].sum().backward()
-    assert reads == []
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        call(layer, fake.from_tensor(x), tokens, angles)[0].sum()
+    check_never_waits_for_the_device(*one_layer())
 
 
 @pytest.mark.slow
 def test_a_layer_is_one_graph():
-    torch._dynamo.reset()
-    layer, x, tokens, angles = one_layer()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    got = compiled(layer, x, tokens, angles)
-    torch.testing.assert_close(got, call(layer, x, tokens, angles))
-    got[0].sum().backward()
-    torch._dynamo.reset()
+    check_is_one_graph(*one_layer())
 
 
 def test_the_logit_is_ranked_in_float32_where_the_weight_ties():

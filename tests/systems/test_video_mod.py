@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     DynamicCache,
     LlavaNextVideoConfig,
@@ -21,19 +20,22 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import mor
-from mor.models.attention import AttentionContext
 from mor.modules.packing import pack
 from mor.schedules import Schedule, constant, token_removals
 from mor.systems import VideoMoD
 from mor.systems.vision_tokens import FrameSizes, VisionTokens
-from tests.support.host_reads import host_reads
 from tests.systems.small_llava import (
     IMAGE,
     PAD,
     TEXT,
     VIDEO,
     PlainLayer,
+    call,
+    check_gradients,
+    check_is_one_graph,
+    check_never_waits_for_the_device,
     left_padded,
+    masked_attention,
     text_config,
     vision_config,
 )
@@ -135,15 +137,9 @@ def one_layer(ratio=0.5, dtype=torch.float32):
     return layer, x, tokens, tuple(part[0].to(dtype) for part in angles)
 
 
-def call(layer, x, tokens, angles):
-    return layer.run(x, tokens, angles, AttentionContext(tokens.batch.packing))
-
-
 def reference(layer, x, tokens, angles):
     """Sequence by sequence and frame by frame, with a mask in place of a gather."""
     plain, outs = layer.layer, []
-    attention = copy.deepcopy(plain.self_attn)
-    attention.config._attn_implementation = "eager"
     for begin, end in pairwise(tokens.batch.packing.cu_seqlens.tolist()):
         h, vision = x[begin:end], tokens.is_vision[begin:end]
         mu = h @ layer.router.weight[0]
@@ -151,14 +147,8 @@ def reference(layer, x, tokens, angles):
         for frame in (places[i : i + 4] for i in range(0, len(places), 4)):
             best = sorted(frame, key=lambda i: (-mu[i].item(), i))
             kept[best[: max(1, int(layer.ratio * 4))]] = True
-        mask = torch.full((end - begin, end - begin), -torch.inf).triu(1)
-        mask = mask.masked_fill(~kept, -torch.inf).masked_fill(~kept[:, None], 0.0).to(x.dtype)
-        attended, _ = attention(
-            hidden_states=plain.input_layernorm(h)[None],
-            position_embeddings=tuple(part[None, begin:end] for part in angles),
-            attention_mask=mask[None, None],
-        )
-        f = attended[0] + plain.mlp(plain.post_attention_layernorm(h + attended[0]))
+        attended = masked_attention(layer, h, kept, [part[begin:end] for part in angles])
+        f = attended + plain.mlp(plain.post_attention_layernorm(h + attended))
         weight = torch.where(vision, mu, 1)[:, None]
         outs.append(torch.where(kept[:, None], h + weight * f, h))
     return torch.cat(outs)
@@ -181,42 +171,16 @@ def test_every_frame_keeps_its_share_whatever_the_others_score():
 
 
 def test_gradients():
-    layer, x, tokens, angles = one_layer(dtype=torch.float64)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-
-    class Run(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = layer
-
-        def forward(self, x):
-            return call(self.inner, x, tokens, angles)[0]
-
-    def run(x, *parameters):
-        named = {f"inner.{n}": p for n, p in zip(names, parameters, strict=True)}
-        return torch.func.functional_call(Run(), named, (x,))
-
-    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *parameters), fast_mode=True)
+    check_gradients(*one_layer(dtype=torch.float64))
 
 
 def test_a_layer_never_waits_for_the_device():
-    layer, x, tokens, angles = one_layer()
-    with host_reads() as reads:
-        call(layer, x, tokens, angles)[0].sum().backward()
-    assert reads == []
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        call(layer, fake.from_tensor(x), tokens, angles)[0].sum()
+    check_never_waits_for_the_device(*one_layer())
 
 
 @pytest.mark.slow
 def test_a_layer_is_one_graph():
-    torch._dynamo.reset()
-    layer, x, tokens, angles = one_layer()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    got = compiled(layer, x, tokens, angles)
-    torch.testing.assert_close(got, call(layer, x, tokens, angles))
-    got[0].sum().backward()
-    torch._dynamo.reset()
+    check_is_one_graph(*one_layer())
 
 
 # Streams
