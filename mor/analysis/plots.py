@@ -205,7 +205,7 @@ def plot_loss_against_cost(
 
     Args:
         curves: for each model's name its points (training FLOPs, training seconds, loss in nats per
-            token), as `mor.training.race.curve_of` gives them.
+            token), as `mor.training.race_results.curve_of` gives them.
         path: the file; its ending chooses the format.
         note: a sentence under the panels; what was held equal, say.
         title: heading.
