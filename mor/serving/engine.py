@@ -88,7 +88,8 @@ class Engine:
         ...     num_hidden_layers=5, num_attention_heads=1, num_key_value_heads=1)
         >>> model = MoRForCausalLM(MoRConfig(base_config=base)).eval()
         >>> engine = Engine(model, kv_memory="1MiB", policy="lock-step")
-        >>> outputs = engine.generate([[1, 2, 3], [4]], SamplingParams(max_tokens=5))
+        >>> five = SamplingParams(max_tokens=5, ignore_eos=True)
+        >>> outputs = engine.generate([[1, 2, 3], [4]], five)
         >>> [len(output.token_ids) for output in outputs]
         [5, 5]
     """
