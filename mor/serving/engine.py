@@ -8,7 +8,7 @@ used by one thread at a time; `mor.serving.loop` serves many callers.
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from mor.serving.requests import ModelLimits, Request, RequestError, SamplingPar
 from mor.serving.sampling import Sampler, token_logprobs
 from mor.serving.vocabulary import Vocabulary
 
-__all__ = ["CHUNK", "Engine", "PassReport", "chosen_policy"]
+__all__ = ["CHUNK", "Engine", "PassReport", "policy_options"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -134,12 +134,10 @@ class Engine:
             kv_strategy=packed.kv_strategy if packed.num_steps > 1 else "recursion",
             max_rows=max_rows,
             chunk=chunk,
-            policy=chosen_policy(packed, policy),
-            block_seconds=self.curves.get("block", ()),
-            ends_seconds=self.curves.get("ends", ()),
             prefix_cache=prefix_cache,
             window=packed.window,
         )
+        self.scheduler_options |= policy_options(packed, policy, self.curves)
         self.scheduler = Scheduler(**self.scheduler_options)
         self._sampler = Sampler(self.limits.vocab_size)
         self._grammars: Any = None
@@ -473,22 +471,38 @@ class Engine:
         self._prompt_scored.pop(id, None)
 
 
-def chosen_policy(packed: PackedModel, policy: str | float) -> str | float:
-    """The policy that the scheduler of a model runs, where the user asked for `policy`.
+def policy_options(
+    packed: PackedModel,
+    policy: str | float,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+) -> dict[str, Any]:
+    """Options of the scheduler that follow from the policy, in an engine and in a simulation.
+
+    Args:
+        packed: the model.
+        policy: what the user asked for; see `Engine`.
+        curves: measured (rows, seconds), which only "auto" uses: with it they also bound the rows
+            of prompts beside sequences that decode.
+
+    Returns:
+        `policy`, `block_seconds` and `ends_seconds` of `mor._host.Scheduler`.
 
     Raises:
         ValueError: a model whose recursions cannot share a pass, with a policy that mixes them.
     """
-    if not packed.mixes_recursions:
-        if policy not in ("auto", "lock-step"):
-            raise ValueError(
-                "policy: expected 'lock-step' for a relaxed model, whose recursions have "
-                f"weights of their own, got {policy!r}"
-            )
-        return "lock-step"
-    if packed.num_steps == 1 and policy == "auto":
-        return "lock-step"  # one recursion: nothing to pool
-    return policy
+    if not packed.mixes_recursions and policy not in ("auto", "lock-step"):
+        raise ValueError(
+            "policy: expected 'lock-step' for a relaxed model, whose recursions have weights of "
+            f"their own, got {policy!r}"
+        )
+    used = curves if policy == "auto" else {}
+    # One recursion leaves nothing to pool.
+    pools = packed.mixes_recursions and packed.num_steps > 1
+    return {
+        "policy": "lock-step" if policy == "auto" and not pools else policy,
+        "block_seconds": used.get("block", ()),
+        "ends_seconds": used.get("ends", ()),
+    }
 
 
 def _logit(probability: float | None) -> float:

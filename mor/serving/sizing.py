@@ -17,7 +17,7 @@ from mor._host import Plan
 from mor.analysis.costs import active_shares
 from mor.models import MoRConfig
 from mor.serving.curves import measure_curves
-from mor.serving.engine import CHUNK, Engine, chosen_policy
+from mor.serving.engine import CHUNK, Engine, policy_options
 from mor.serving.simulator import simulate
 
 __all__ = [
@@ -193,9 +193,7 @@ def size_server(
         )
     options: dict[str, Any] = engine.scheduler_options | {
         "max_rows": rows,
-        "policy": chosen_policy(engine.packed, policy),
-        "block_seconds": timing.curves["block"],
-        "ends_seconds": timing.curves["ends"],
+        **policy_options(engine.packed, policy, timing.curves),
         "seed": seed,
         "pass_seconds": timing.seconds,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 from typer.testing import CliRunner
 
 from mor import MoRConfig, MoRForCausalLM
@@ -49,6 +49,27 @@ def test_one_row_at_a_time_is_computed_by_hand(folder):
     # Blocks of 16 tokens for two recursions, and one of the ends.
     assert found.kv_bytes == 3 * engine.pool.block_bytes
     assert (found.replicas, found.preemptions) == (None, 0)
+
+
+@pytest.mark.parametrize("policy", ["auto", "lock-step", 0.5])
+def test_a_simulation_had_curves_that_its_engine_has_not(folder, monkeypatch, policy):
+    """They bound the prompts beside sequences that decode, so lock-step seemed slower."""
+    given: list[dict] = []
+
+    def simulate(*arguments, **options):
+        given.append(options)
+        return real(*arguments, **options)
+
+    real = sizing.simulate
+    monkeypatch.setattr(sizing, "simulate", simulate)
+    engine = sizing.sizing_engine(folder, 2, timing=FLAT)
+    sizing.size_server(engine, FLAT, Load(4, 2, (0, 0, 1, 0)), 2, policy=policy)
+    model = MoRForCausalLM(AutoConfig.from_pretrained(folder)).eval()
+    served = Engine(model, kv_memory="256KiB", max_rows=2, policy=policy).scheduler_options
+    for options in given:
+        assert options["policy"] == served["policy"]
+        for name in ("block_seconds", "ends_seconds"):
+            assert bool(options[name]) == bool(served[name]) == (policy == "auto")
 
 
 def test_replicas_are_as_many_as_keep_each_below_four_fifths(folder):
