@@ -18,6 +18,7 @@ from mor.analysis.costs import active_shares
 from mor.models import MoRConfig
 from mor.serving.curves import measure_curves
 from mor.serving.engine import CHUNK, Engine, policy_options
+from mor.serving.forward import PackedModel
 from mor.serving.simulator import simulate
 
 __all__ = [
@@ -61,7 +62,8 @@ class Timing:
         device: "cpu" or "cuda".
         dtype: of the model, as "float32".
         curves: (rows, seconds) by name, of rows without context; see `measure_curves`.
-        key_seconds: seconds of attention for each key that a row sees, by name.
+        key_seconds: seconds of attention for each key that a row sees, by name; of a pass some of
+            whose layers have a window, for the mean over its layers.
     """
 
     device: str
@@ -79,9 +81,11 @@ class Timing:
         curves = measure()
         far = measure(context=context)
         key_seconds = {}
+        outside = max(0, context - (packed.window or context))
+        shares = _windowed_shares(packed)
         for name, curve in curves.items():
             more = sum(b - a for (_, a), (_, b) in zip(curve, far[name], strict=True))
-            keys = sum(rows for rows, _ in curve) * (context - 1)
+            keys = sum(rows for rows, _ in curve) * (context - 1 - shares[name] * outside)
             key_seconds[name] = max(0.0, more / keys) if keys else 0.0
         dtype = str(packed.dtype).removeprefix("torch.")
         return cls(packed.device.type, dtype, curves, key_seconds)
@@ -111,20 +115,27 @@ class Timing:
             ) from error
         return timing
 
-    def seconds(self, plan: Plan) -> float:
-        """Of a pass, with attention over its rows' context."""
-        keys = int(plan.context_lens.sum())
+    def seconds(self, plan: Plan, windowed: Mapping[str, float]) -> float:
+        """Of a pass, with attention over what its rows see.
+
+        Args:
+            plan: of the pass.
+            windowed: share of the layers with a window, by name of a curve.
+        """
         if plan.kind == "idle":
             return 0.0
+        context, outside = int(plan.context_lens.sum()), int(plan.context_starts.sum())
+        keys = {name: context - share * outside for name, share in windowed.items()}
         if plan.kind == "exit":  # rows without logits cost next to nothing
             rows = max(1, plan.num_logit_rows)
             return max(0.0, self._at("ends", rows, keys) - self._at("enter", rows, keys))
         return self._at(plan.kind, plan.num_rows, keys)
 
-    def _at(self, name: str, rows: int, keys: int) -> float:
+    def _at(self, name: str, rows: int, keys: Mapping[str, float]) -> float:
         counts, seconds = zip(*self.curves[name], strict=True)
         beyond = max(1.0, rows / counts[-1])  # more rows take longer in proportion
-        return float(np.interp(rows, counts, seconds)) * beyond + keys * self.key_seconds[name]
+        passed = float(np.interp(rows, counts, seconds)) * beyond
+        return passed + keys[name] * self.key_seconds[name]
 
 
 @dataclass(frozen=True)
@@ -195,7 +206,7 @@ def size_server(
         "max_rows": rows,
         **policy_options(engine.packed, policy, timing.curves),
         "seed": seed,
-        "pass_seconds": timing.seconds,
+        "pass_seconds": partial(timing.seconds, windowed=_windowed_shares(engine.packed)),
     }
     needed = _most_blocks(options, length)
     if not limited:
@@ -228,11 +239,23 @@ def size_server(
     )
 
 
+def _windowed_shares(packed: PackedModel) -> dict[str, float]:
+    """Share of the layers with a window, by name of a curve."""
+    first, last = (layer is not None and layer.windowed for layer in (packed.first, packed.last))
+    block = [layer.windowed for layer in packed.block]
+    return {"block": sum(block) / len(block), "enter": float(first), "ends": (first + last) / 2}
+
+
 def _most_blocks(options: Mapping[str, Any], length: int) -> int:
-    """Blocks of a request whose every token takes every recursion."""
+    """Blocks of a request whose every token takes every recursion, which the scheduler demands.
+
+    Blocks whose keys are all outside of a window count: the engine keeps them, for layers without
+    window and for prefixes. The last token that is sampled is never computed.
+    """
     size, ends = options["block_size"], options["ends_block_tokens"]
     groups = 1 if options["kv_strategy"] == "shared" else options["num_recursions"]
-    return groups * math.ceil(length / size) + (math.ceil(length / ends) if ends else 0)
+    computed = length - 1
+    return groups * math.ceil(computed / size) + (math.ceil(computed / ends) if ends else 0)
 
 
 def expected_depths(config: PreTrainedConfig) -> tuple[float, ...]:

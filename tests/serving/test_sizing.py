@@ -2,12 +2,12 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from typer.testing import CliRunner
 
 from mor import MoRConfig, MoRForCausalLM
@@ -16,10 +16,11 @@ from mor.serving import Engine, SamplingParams, sizing
 from mor.serving.curves import measure_curves
 from mor.serving.sizing import Load, Timing
 
-BASE = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=8,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+BASE = LlamaConfig(**SHAPE)
 #: A block pass takes 1 s, an enter pass 0.25 s, an exit pass 0.75 s; each key adds 0.001 s.
 FLAT = Timing(
     "cpu", "float32",
@@ -99,6 +100,48 @@ def test_scarce_memory_costs_preemptions_and_throughput(folder):
         sizing.size_server(free, FLAT, Load(40, 40, load.depths), 8)
 
 
+class Peak(Engine):
+    """Keeps the most blocks that were in use at once."""
+
+    blocks = 0
+
+    def _prepare_blocks(self, plan):
+        stats = self.scheduler.stats()
+        self.blocks = max(self.blocks, stats.blocks - stats.blocks_free)
+        super()._prepare_blocks(plan)
+
+
+def windowed_folder(folder: Path) -> Path:
+    """Of a dense model all of whose layers see the last 8 tokens."""
+    MistralConfig(**SHAPE, sliding_window=8).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_keys_and_values_outside_of_a_window_were_thought_freed(tmp_path):
+    """The engine keeps them; what is predicted is what it has in use, to the block."""
+    folder = windowed_folder(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    options = {"max_rows": 4, "policy": "lock-step", "prefix_cache": False, "chunk": 128}
+    engine = Peak(model, kv_memory="1MiB", **options)
+    prompts = torch.randint(1, 64, (4 * 4 + 40, 40)).tolist()
+    engine.generate(prompts, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    sizing_only = sizing.sizing_engine(folder, 4, timing=FLAT)
+    load = Load(40, 20, (0, 1))
+    found = sizing.size_server(sizing_only, FLAT, load, 4, policy="lock-step")
+    assert found.kv_bytes == engine.blocks * engine.pool.block_bytes
+    # 59 tokens in 6 layers, in blocks of 16; and in the two of the ends, in blocks of 48.
+    assert engine.blocks == 4 * (4 + 2)
+
+
+def test_attention_took_time_for_keys_outside_of_a_window(tmp_path):
+    timing = replace(FLAT, key_seconds={"block": 0.001, "enter": 0.001, "ends": 0.002})
+    engine = sizing.sizing_engine(windowed_folder(tmp_path), 1, timing=timing)
+    found = sizing.size_server(engine, timing, Load(40, 2, (0, 1)), 1, policy="lock-step")
+    # Enter, block and exit of the second token, each with 8 keys.
+    assert found.inter_token[0] == pytest.approx(0.25 + 1.0 + 0.75 + 3 * 0.001 * 8)
+
+
 @pytest.mark.parametrize(
     ("config", "depths"),
     [
@@ -122,7 +165,7 @@ def test_counts_of_tokens_make_shares():
 
 
 def test_curves_are_measured_with_context_in_and_out_of_a_window():
-    mistral = MistralConfig(**{**BASE.to_dict(), "sliding_window": 8, "model_type": "mistral"})
+    mistral = MistralConfig(**SHAPE, sliding_window=8)
     for base in (BASE, mistral):
         model = MoRForCausalLM(MoRConfig(base_config=base, num_recursions=3)).eval()
         engine = Engine(model, kv_memory="64KiB", policy="lock-step", max_rows=3, chunk=10)
