@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from mor.cli.serve import policy_of
-from mor.cli.shell import ModelFolder, one_sentence
+from mor.cli.shell import ModelFolder, given_names, one_sentence
 
 __all__ = ["analyze"]
 
 
+#: Options that say how a model is served.
+_OF_SERVING = ("dtype", "depths", "rows", "rate", "policy", "kv_memory", "device", "timing")
+
+
 def analyze(
+    ctx: typer.Context,
     model: ModelFolder,
     serving: Annotated[
         bool, typer.Option("--serving", help="Predict what mor serve reaches, by simulation.")
@@ -54,6 +59,10 @@ def analyze(
 ) -> None:
     """Show what a model costs and, with --serving, how many requests a server of it answers."""
     with one_sentence():
+        given = given_names(ctx)
+        if not serving and (idle := [name for name in _OF_SERVING if name in given]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ValueError(f"{flags}: expected --serving beside it, got none")
         counts = None if depths is None else _numbers("depths", depths, float)
         sizes = _numbers("rows", rows, int)
         if min(sizes) < 1:

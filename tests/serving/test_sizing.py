@@ -229,6 +229,17 @@ def test_a_wrong_option_is_one_sentence(folder, tmp_path, options, words):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--dtype float32", "--depths 0,1,1,1", "--rows 2", "--rate 5", "--policy lock-step",
+     "--kv-memory 1GiB", "--device cpu", "--timing timing.json"],
+)  # fmt: skip
+def test_an_option_of_serving_was_swallowed_without_it(folder, option):
+    code, _, error = run(folder, *option.split())
+    assert code == 2
+    assert error == f"mor: {option.split()[0]}: expected --serving beside it, got none\n"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_prediction_is_near_what_the_engine_takes(monkeypatch):
