@@ -91,6 +91,10 @@ def analyze(
             from mor.serving import sizing
 
             times = None if timing is None else sizing.Timing.read(timing)
+            if times is not None and "device" in given and device != times.device:
+                raise ValueError(
+                    f"--device: expected {times.device}, on which {timing} was timed, got {device}"
+                )
             engine = sizing.sizing_engine(
                 folder, max(sizes), dtype=dtype, device=device, kv_memory=kv_memory, timing=times
             )
@@ -135,7 +139,7 @@ def _show(found: dict[str, Any], asked: float | None) -> None:
     load, times = found["load"], found["timing"]
     shares = ", ".join(f"{share:.0%} at {depth}" for depth, share in enumerate(load["depths"]))
     typer.echo(
-        f"A server on {times['device']}, {times['dtype']}: prompts of {load['prompt_tokens']} "
+        f"A server on {_place(times)}, {times['dtype']}: prompts of {load['prompt_tokens']} "
         f"tokens, answers of {load['new_tokens']}, depths {shares}"
     )
     limited, with_rate = found["kv_memory"] is not None, asked is not None
@@ -161,6 +165,12 @@ def _show(found: dict[str, Any], asked: float | None) -> None:
     console.width = max(console.width, 120)  # what is wider than the terminal goes on below
     console.print(table)
     typer.echo("Limits in tokens and requests; times, at the load in requests/s, in ms.")
+
+
+def _place(times: dict[str, Any]) -> str:
+    if times["device"] != "cpu":
+        return str(times["device"])
+    return f"{times['threads']} thread{'s' * (times['threads'] > 1)} of a CPU"
 
 
 def _short(number: float) -> str:

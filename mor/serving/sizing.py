@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from mor._host import Plan
 from mor.analysis.costs import active_shares
 from mor.models import MoRConfig
-from mor.serving.curves import measure_curves
 from mor.serving.engine import CHUNK, Engine, policy_options
-from mor.serving.forward import PackedModel
 from mor.serving.simulator import simulate
+from mor.serving.timing import DTYPES, Timing, windowed_shares
 
 __all__ = [
     "Load",
@@ -33,10 +31,6 @@ __all__ = [
 
 #: Share of a server's throughput that it is loaded with: above it requests soon queue for long.
 UTILISATION = 0.8
-_CURVES = ("block", "enter", "ends")
-_DTYPES = ("float32", "bfloat16", "float16")
-#: Keys of the rows whose attention is measured.
-_CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -52,90 +46,6 @@ class Load:
     prompt_tokens: int
     new_tokens: int
     depths: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long passes of a model take on a machine.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        dtype: of the model, as "float32".
-        curves: (rows, seconds) by name, of rows without context; see `measure_curves`.
-        key_seconds: seconds of attention for each key that a row sees, by name; of a pass some of
-            whose layers have a window, for the mean over its layers.
-    """
-
-    device: str
-    dtype: str
-    curves: dict[str, list[tuple[float, float]]]
-    key_seconds: dict[str, float]
-
-    @classmethod
-    def measure(cls, engine: Engine) -> "Timing":
-        """Measures an idle engine, whose cached prefixes are lost."""
-        packed = engine.packed
-        rows = engine.scheduler.num_slots
-        measure = partial(measure_curves, packed, engine.pool, engine.states, rows, kinds=_CURVES)
-        context = min(_CONTEXT, packed.max_length)
-        curves = measure()
-        far = measure(context=context)
-        key_seconds = {}
-        outside = max(0, context - (packed.window or context))
-        shares = _windowed_shares(packed)
-        for name, curve in curves.items():
-            more = sum(b - a for (_, a), (_, b) in zip(curve, far[name], strict=True))
-            keys = sum(rows for rows, _ in curve) * (context - 1 - shares[name] * outside)
-            key_seconds[name] = max(0.0, more / keys) if keys else 0.0
-        dtype = str(packed.dtype).removeprefix("torch.")
-        return cls(packed.device.type, dtype, curves, key_seconds)
-
-    @classmethod
-    def read(cls, path: Path) -> "Timing":
-        """Reads what `mor analyze --serving --json` printed, on whatever machine.
-
-        Raises:
-            ValueError: another file.
-        """
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))["timing"]
-            curves, seconds = (
-                {name: found[key][name] for name in _CURVES} for key in ("curves", "key_seconds")
-            )
-            pairs = {
-                name: [(float(rows), float(second)) for rows, second in curve]
-                for name, curve in curves.items()
-            }
-            timing = cls(found["device"], found["dtype"], pairs, seconds)
-            if timing.device not in CHUNK or timing.dtype not in _DTYPES or not all(pairs.values()):
-                raise ValueError
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: expected what mor analyze --serving --json printed, got another file"
-            ) from error
-        return timing
-
-    def seconds(self, plan: Plan, windowed: Mapping[str, float]) -> float:
-        """Of a pass, with attention over what its rows see.
-
-        Args:
-            plan: of the pass.
-            windowed: share of the layers with a window, by name of a curve.
-        """
-        if plan.kind == "idle":
-            return 0.0
-        context, outside = int(plan.context_lens.sum()), int(plan.context_starts.sum())
-        keys = {name: context - share * outside for name, share in windowed.items()}
-        if plan.kind == "exit":  # rows without logits cost next to nothing
-            rows = max(1, plan.num_logit_rows)
-            return max(0.0, self._at("ends", rows, keys) - self._at("enter", rows, keys))
-        return self._at(plan.kind, plan.num_rows, keys)
-
-    def _at(self, name: str, rows: int, keys: Mapping[str, float]) -> float:
-        counts, seconds = zip(*self.curves[name], strict=True)
-        beyond = max(1.0, rows / counts[-1])  # more rows take longer in proportion
-        passed = float(np.interp(rows, counts, seconds)) * beyond
-        return passed + keys[name] * self.key_seconds[name]
 
 
 @dataclass(frozen=True)
@@ -194,8 +104,9 @@ def size_server(
         seed: of arrivals and depths.
 
     Raises:
-        ValueError: a load that does not fit the model, or the memory.
+        ValueError: a load that does not fit the model, or the memory; times of another model.
     """
+    timing.check_model(engine.packed)
     length = load.prompt_tokens + load.new_tokens
     if length > engine.limits.context_length:
         raise ValueError(
@@ -206,7 +117,7 @@ def size_server(
         "max_rows": rows,
         **policy_options(engine.packed, policy, timing.curves),
         "seed": seed,
-        "pass_seconds": partial(timing.seconds, windowed=_windowed_shares(engine.packed)),
+        "pass_seconds": partial(timing.seconds, windowed=windowed_shares(engine.packed)),
     }
     needed = _most_blocks(options, length)
     if not limited:
@@ -237,13 +148,6 @@ def size_server(
         inter_token=loaded.inter_token,
         replicas=replicas,
     )
-
-
-def _windowed_shares(packed: PackedModel) -> dict[str, float]:
-    """Share of the layers with a window, by name of a curve."""
-    first, last = (layer is not None and layer.windowed for layer in (packed.first, packed.last))
-    block = [layer.windowed for layer in packed.block]
-    return {"block": sum(block) / len(block), "enter": float(first), "ends": (first + last) / 2}
 
 
 def _most_blocks(options: Mapping[str, Any], length: int) -> int:
@@ -306,7 +210,7 @@ def sizing_engine(
             and its dtype is the timing's.
 
     Raises:
-        ValueError: a configuration that cannot be read or served.
+        ValueError: a configuration that cannot be read or served, times of another dtype.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -315,12 +219,14 @@ def sizing_engine(
         raise ValueError(f"cannot read the configuration in {folder}: {error}") from error
     if "mor_swap" in raw:
         raise ValueError(f"expected a MoR or a dense model, got a swapped one in {folder}")
+    if timing is not None:
+        if dtype not in ("auto", timing.dtype):
+            raise ValueError(f"dtype: expected {timing.dtype}, of which the times are, got {dtype}")
+        dtype = timing.dtype
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    if timing is not None:
-        dtype = timing.dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected auto or one of {', '.join(DTYPES)}, got {dtype}")
     with torch.device(device if timing is None else "meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     return Engine(

@@ -14,16 +14,26 @@ from mor import MoRConfig, MoRForCausalLM
 from mor.cli import app
 from mor.serving import Engine, SamplingParams, sizing
 from mor.serving.curves import measure_curves
+from mor.serving.forward import PackedModel
 from mor.serving.sizing import Load, Timing
+from mor.serving.timing import model_shape
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 8,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
 BASE = LlamaConfig(**SHAPE)
+
+
+def shape_of(config) -> dict:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model_shape(PackedModel(model.eval()))
+
+
 #: A block pass takes 1 s, an enter pass 0.25 s, an exit pass 0.75 s; each key adds 0.001 s.
 FLAT = Timing(
-    "cpu", "float32",
+    shape_of(MoRConfig(base_config=BASE, num_recursions=3)), "cpu", "float32", 1,
     {name: [(1, s), (1000, s)] for name, s in (("block", 1.0), ("enter", 0.25), ("ends", 1.0))},
     {"block": 0.001, "enter": 0.0, "ends": 0.0},
 )  # fmt: skip
@@ -111,32 +121,33 @@ class Peak(Engine):
         super()._prepare_blocks(plan)
 
 
-def windowed_folder(folder: Path) -> Path:
-    """Of a dense model all of whose layers see the last 8 tokens."""
-    MistralConfig(**SHAPE, sliding_window=8).save_pretrained(folder)
-    return folder
+#: A dense model all of whose layers see the last 8 tokens.
+WINDOWED = MistralConfig(**SHAPE, sliding_window=8)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_keys_and_values_outside_of_a_window_were_thought_freed(tmp_path):
     """The engine keeps them; what is predicted is what it has in use, to the block."""
-    folder = windowed_folder(tmp_path)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    WINDOWED.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(WINDOWED).eval()
     options = {"max_rows": 4, "policy": "lock-step", "prefix_cache": False, "chunk": 128}
     engine = Peak(model, kv_memory="1MiB", **options)
     prompts = torch.randint(1, 64, (4 * 4 + 40, 40)).tolist()
     engine.generate(prompts, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
-    sizing_only = sizing.sizing_engine(folder, 4, timing=FLAT)
+    timing = replace(FLAT, model=shape_of(WINDOWED))
+    sizing_only = sizing.sizing_engine(tmp_path, 4, timing=timing)
     load = Load(40, 20, (0, 1))
-    found = sizing.size_server(sizing_only, FLAT, load, 4, policy="lock-step")
+    found = sizing.size_server(sizing_only, timing, load, 4, policy="lock-step")
     assert found.kv_bytes == engine.blocks * engine.pool.block_bytes
     # 59 tokens in 6 layers, in blocks of 16; and in the two of the ends, in blocks of 48.
     assert engine.blocks == 4 * (4 + 2)
 
 
 def test_attention_took_time_for_keys_outside_of_a_window(tmp_path):
-    timing = replace(FLAT, key_seconds={"block": 0.001, "enter": 0.001, "ends": 0.002})
-    engine = sizing.sizing_engine(windowed_folder(tmp_path), 1, timing=timing)
+    WINDOWED.save_pretrained(tmp_path)
+    seconds = {"block": 0.001, "enter": 0.001, "ends": 0.002}
+    timing = replace(FLAT, model=shape_of(WINDOWED), key_seconds=seconds)
+    engine = sizing.sizing_engine(tmp_path, 1, timing=timing)
     found = sizing.size_server(engine, timing, Load(40, 2, (0, 1)), 1, policy="lock-step")
     # Enter, block and exit of the second token, each with 8 keys.
     assert found.inter_token[0] == pytest.approx(0.25 + 1.0 + 0.75 + 3 * 0.001 * 8)
@@ -165,8 +176,7 @@ def test_counts_of_tokens_make_shares():
 
 
 def test_curves_are_measured_with_context_in_and_out_of_a_window():
-    mistral = MistralConfig(**SHAPE, sliding_window=8)
-    for base in (BASE, mistral):
+    for base in (BASE, WINDOWED):
         model = MoRForCausalLM(MoRConfig(base_config=base, num_recursions=3)).eval()
         engine = Engine(model, kv_memory="64KiB", policy="lock-step", max_rows=3, chunk=10)
         timing = Timing.measure(engine)
@@ -189,6 +199,8 @@ def test_the_command_measures_once_and_predicts_from_that(folder, tmp_path, monk
     assert code == 0
     found = json.loads(output)
     assert found["timing"]["dtype"] == "float32"
+    assert found["timing"]["model"] == FLAT.model
+    assert found["timing"]["threads"] == torch.get_num_threads()
     assert found["servers"][0]["tokens_per_second"] > 0
     saved = tmp_path / "timing.json"
     saved.write_text(output)
@@ -227,6 +239,27 @@ def test_a_wrong_option_is_one_sentence(folder, tmp_path, options, words):
     assert code == 2
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("timing", "options", "words"),
+    [
+        (replace(FLAT, model=FLAT.model | {"hidden_size": 64, "router": "token"}), [],
+         "timing: expected times of this model, with hidden_size 32, router expert, got those of "
+         "one with hidden_size 64, router token"),
+        (FLAT, ["--dtype", "bfloat16"], "dtype: expected float32, of which the times are"),
+        (FLAT, ["--device", "cuda"], "--device: expected cpu, on which"),
+        ({name: value for name, value in asdict(FLAT).items() if name != "model"}, [],
+         "expected what mor analyze --serving --json printed"),
+    ],
+    ids=["model", "dtype", "device", "nameless"],
+)  # fmt: skip
+def test_times_of_another_model_were_taken(folder, tmp_path, timing, options, words):
+    path = tmp_path / "timing.json"
+    path.write_text(json.dumps({"timing": timing if isinstance(timing, dict) else asdict(timing)}))
+    code, _, error = run(folder, "--serving", "--timing", path, *options)
+    assert code == 2
+    assert words in error
 
 
 @pytest.mark.parametrize(
