@@ -73,13 +73,12 @@ def analyze(
             raise ValueError(f"--device: expected cpu or cuda, got {device}")
         by_policy = policy_of(policy)
 
-        from transformers import AutoConfig
-
         from mor.analysis import costs
+        from mor.models.swap.saved_model import unchanged_config
         from mor.training.generate import find_model
 
         folder = find_model(model)
-        config = AutoConfig.from_pretrained(folder)
+        config = unchanged_config(folder)
         length = prompt_tokens + new_tokens
         found: dict[str, Any] = {
             "model": str(model),

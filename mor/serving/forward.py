@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mor.models.attention import windows
 from mor.models.configuration_mor import ARCHITECTURES, MoRConfig
+from mor.models.derived_class import Derived
+from mor.models.swap.settings import caller_of
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.routers import apply_gate
 from mor.modules.token_choice import TokenChoice
@@ -508,10 +510,12 @@ def _rotate(weights: LayerWeights, x: Tensor, angles: _Angles) -> Tensor:
 def _check_model(model: Any) -> None:
     config = getattr(model, "config", None)
     name, kind = type(model).__name__, getattr(config, "model_type", None)
-    if hasattr(config, "mor_swap"):
+    if isinstance(model, Derived):
+        settings = getattr(config, "mor_swap", None)
         raise ValueError(
-            f"PackedModel: a swapped model ({name}) is not supported: convert the dense model with "
-            "MoRForCausalLM.from_dense"
+            f"PackedModel: expected a MoR or a dense model, got a {name} that "
+            f"{caller_of(settings) if settings else 'an apply_ function'} changed, which only its "
+            "own generate runs; served is what MoRForCausalLM.from_dense makes of the dense model"
         )
     supported = (MoRConfig.model_type, *ARCHITECTURES, "smollm3")
     if kind not in supported or not hasattr(model, "lm_head") or not hasattr(model, "model"):

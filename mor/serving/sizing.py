@@ -1,6 +1,5 @@
 """How a deployment is sized: what a server of a model reaches, predicted before it serves."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mor.analysis.costs import active_shares
 from mor.models import MoRConfig
+from mor.models.swap.saved_model import unchanged_config
 from mor.serving.engine import CHUNK, Engine, policy_options
 from mor.serving.simulator import simulate
 from mor.serving.timing import DTYPES, Timing, windowed_shares
@@ -212,13 +212,7 @@ def sizing_engine(
     Raises:
         ValueError: a configuration that cannot be read or served, times of another dtype.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # JSON, configuration: whatever the damage raises
-        raise ValueError(f"cannot read the configuration in {folder}: {error}") from error
-    if "mor_swap" in raw:
-        raise ValueError(f"expected a MoR or a dense model, got a swapped one in {folder}")
+    config = unchanged_config(folder)
     if timing is not None:
         if dtype not in ("auto", timing.dtype):
             raise ValueError(f"dtype: expected {timing.dtype}, of which the times are, got {dtype}")

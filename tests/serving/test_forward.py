@@ -429,13 +429,15 @@ def with_adapters():
     ("make", "words"),
     [
         (lambda: small(eval_routing="topk"), "eval_routing"),
-        (lambda: mor.swap(small_llama(), (1, 7), num_recursions=3), "swapped"),
+        (lambda: mor.swap(small_llama(), (1, 7), num_recursions=3), "that swap changed"),
+        (lambda: mor.apply_mod(small_llama()), "that apply_mod changed"),
+        (lambda: mor.apply_dynamoe(small_llama(), 2), "served is what MoRForCausalLM.from_dense"),
         (lambda: torch.nn.Linear(2, 2), "causal language model"),
         (lambda: small().model, "causal language model"),
         (with_dynamic_rope, "dynamic"),
         (with_adapters, "merge"),
     ],
-    ids=["topk", "swapped", "linear", "headless", "rope", "adapters"],
+    ids=["topk", "swapped", "mod", "dynamoe", "linear", "headless", "rope", "adapters"],
 )
 def test_what_cannot_be_served_is_refused(make, words):
     with pytest.raises(ValueError, match=words):

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 from typer.testing import CliRunner
 
-from mor import MoRConfig, MoRForCausalLM
+from mor import MoRConfig, MoRForCausalLM, swap
 from mor.cli import app
 from mor.serving import Engine, SamplingParams, sizing
 from mor.serving.curves import measure_curves
@@ -260,6 +266,17 @@ def test_times_of_another_model_were_taken(folder, tmp_path, timing, options, wo
     code, _, error = run(folder, "--serving", "--timing", path, *options)
     assert code == 2
     assert words in error
+
+
+@pytest.mark.parametrize("options", [[], ["--serving"]], ids=["costs", "serving"])
+def test_a_swapped_model_was_of_an_unknown_architecture(tmp_path, options):
+    swap(LlamaForCausalLM(BASE), (1, 7), num_recursions=3).save_pretrained(tmp_path)
+    code, _, error = run(tmp_path, *options)
+    assert code == 2
+    assert error == (
+        f"mor: expected a MoR or a dense model, got one that swap changed in {tmp_path}; analyzed "
+        "and served is what mor convert makes of the dense model\n"
+    )
 
 
 @pytest.mark.parametrize(

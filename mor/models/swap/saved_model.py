@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mor.models.arguments import refuse_generation_options
 from mor.models.derived_class import Derived
+from mor.models.swap.settings import caller_of
 
-__all__ = ["SavedWithSettings", "saved_config"]
+__all__ = ["SavedWithSettings", "saved_config", "unchanged_config"]
 
 #: In the saved configuration, so that Auto classes refuse what they would load as a dense model.
 _SAVED_MODEL_TYPE = "mor_swap"
@@ -97,3 +98,23 @@ def saved_config(path: str | Path, **kwargs: Any) -> Any:
         raise ValueError(f"load_swapped: {path} holds no swapped model (no mor_swap in its config)")
     kind = values.pop(_DENSE_MODEL_TYPE, values["model_type"])
     return CONFIG_MAPPING[kind].from_dict({**values, "model_type": kind})
+
+
+def unchanged_config(folder: Path) -> Any:
+    """The configuration of a saved MoR or dense model.
+
+    Raises:
+        ValueError: of a model that `swap` or an `apply_` function changed, or no configuration.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        changed = values.get("mor_swap")
+        config = None if changed else AutoConfig.from_pretrained(folder)
+    except Exception as error:  # JSON, configuration: whatever the damage raises
+        raise ValueError(f"cannot read the configuration in {folder}: {error}") from error
+    if changed:
+        raise ValueError(
+            f"expected a MoR or a dense model, got one that {caller_of(changed)} changed in "
+            f"{folder}; analyzed and served is what mor convert makes of the dense model"
+        )
+    return config
