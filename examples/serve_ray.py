@@ -63,11 +63,12 @@ class ReplicaHeader:
 def deployment(args: argparse.Namespace) -> Any:
     """What Ray runs: the application, built in each replica."""
     folder, kv_memory = args.model.resolve(), args.kv_memory
+    device = "cuda" if args.gpus else "cpu"
 
     def build() -> FastAPI:
         model, tokenizer = load_model(folder)
         app = create_app(
-            Engine(model, tokenizer, kv_memory=kv_memory),
+            Engine(model.to(device), tokenizer, kv_memory=kv_memory),
             name=folder.name,
             max_requests=MOST_REQUESTS,
         )
