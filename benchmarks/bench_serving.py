@@ -18,6 +18,7 @@ Models have the shape of SmolLM2-135M and a router that draws depths by a given 
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -128,7 +129,7 @@ def throughput(args: argparse.Namespace) -> None:
         laws = ["uniform", *map(str, range(1, recursions + 1))]
         for law in laws[:1] if args.smoke else laws:
             what = {"row": "throughput", "model": f"MoR-{recursions}", "depths": law}
-            what |= {"batch": batch, "dtype": dtype_name(dtype)}
+            what |= {"batch": batch, "dtype": dtype_name(dtype), "tokens": tokens}
             if not wanted(what):
                 continue
             engine = mor_engine(base, recursions, law, dtype, max_rows=batch)
@@ -149,6 +150,7 @@ def generate(args: argparse.Namespace) -> None:
     base = dense_config(3, args.smoke)
     for batch, dtype in product((2,) if args.smoke else (1, 32), DTYPES):
         what = {"row": "generate", "model": "Llama", "batch": batch, "dtype": dtype_name(dtype)}
+        what["tokens"] = tokens
         if not wanted(what):
             continue
         dense = dense_model(base, dtype)
@@ -167,7 +169,7 @@ def policy(args: argparse.Namespace) -> None:
     sizes, batches = ((512,), (2,)) if args.smoke else ((49152, 4096), (4, 8, 16, 32))
     for size, law, batch, dtype in product(sizes, ("uniform", "shallow"), batches, DTYPES):
         what = {"row": "policy", "vocabulary": size, "depths": law, "batch": batch}
-        what["dtype"] = dtype_name(dtype)
+        what |= {"dtype": dtype_name(dtype), "tokens": tokens}
         if not wanted(what):
             continue
         base = dense_config(3, args.smoke)
@@ -247,7 +249,7 @@ def chunked(args: argparse.Namespace) -> None:
     base = dense_config(3, args.smoke)
     for name, dtype in product(("Llama", "MoR-3"), DTYPES):
         what = {"row": "chunked", "model": name, "prompt": length, "batch": batch}
-        what["dtype"] = dtype_name(dtype)
+        what |= {"dtype": dtype_name(dtype), "tokens": tokens}
         if not wanted(what):
             continue
         engine = engine_of(name, base, dtype)
@@ -258,13 +260,24 @@ def chunked(args: argparse.Namespace) -> None:
             row["p99 of alone"] = row["p99 ms"] / row["alone p99 ms"]
 
 
-if __name__ == "__main__":
-    args = parse_args(
-        __doc__,
-        lambda parser: parser.add_argument(
-            "--tokens", type=int, default=64, help="new tokens of a sequence (default 64)"
-        ),
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="new tokens of a sequence (default 64)"
     )
+    parser.add_argument(
+        "--thread-time",
+        action="store_true",
+        help="the CPU time of one thread, instead of the clock: for a machine with other work",
+    )
+
+
+if __name__ == "__main__":
+    args = parse_args(__doc__, add_options)
+    if args.thread_time:
+        if args.device != "cpu":
+            sys.exit(f"--thread-time: expected --device cpu, got {args.device}")
+        torch.set_num_threads(1)
+        time.perf_counter = time.thread_time  # by which the engine, too, takes its times
     for rows in (throughput, generate, policy, prefix, chunked):
         rows(args)
     report("serving")

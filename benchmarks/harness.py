@@ -199,12 +199,14 @@ def _profile(ours: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
 
 def report(name: str) -> None:
     """Prints the lines as an aligned table; writes them with --json."""
-    print(f"{name}: {machine()}")
+    found = machine()
+    if getattr(_options, "thread_time", False):
+        found["clock"] = "thread time"
+    print(f"{name}: {found}")
     print_table(_options.rows)
     if _options.left_out:
         print(f"{name}: {len(_options.left_out)} lines left out after {_options.limit:.0f} s")
     if path := _options.json:
-        found = machine()
         path = RESULTS / folder_name(found) / f"{name}.json" if path == RESULTS else path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": found, "rows": _options.rows}, indent=1) + "\n")

@@ -47,5 +47,5 @@ def folder_name(found: dict[str, Any]) -> str:
     else:
         cpu = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", " ", found["cpu"]).strip()
         threads = f"{found['threads']}thread" + "s" * (found["threads"] > 1)
-        words = f"{cpu} {found['instruction_set']} {threads}"
+        words = f"{cpu} {found['instruction_set']} {threads} {found.get('clock', '')}"
     return re.sub(r"[^a-z0-9_]+", "-", words.lower()).strip("-")

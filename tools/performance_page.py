@@ -56,7 +56,8 @@ class Machine:
             return str(self.facts["gpu"])
         cpu = re.sub(r"\((R|TM)\)| Processor| CPU|@.*", "", self.facts["cpu"]).strip()
         threads = self.facts["threads"]
-        return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
+        clock = f", {self.facts['clock']}" if "clock" in self.facts else ""
+        return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}{clock}"
 
 
 def read_machines(results: Path = RESULTS) -> list[Machine]:
@@ -107,6 +108,7 @@ def operator_table(ratio: str) -> Callable[[list[Machine]], str]:
     """A table of one ratio of every operator, as the range over its sizes on each machine."""
 
     def table(machines: list[Machine]) -> str:
+        machines = [machine for machine in machines if any(map(is_operator, machine.tables))]
         lines: dict[tuple[str, str], dict[str, list[float]]] = {}
         for machine in machines:
             for name, rows in machine.tables.items():
