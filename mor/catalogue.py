@@ -65,12 +65,12 @@ SYSTEMS = (
     ),
     System(
         "token merging: ToMe, tomesd, CA-ToMe",
-        ["2210.09461", "2303.17604"],
+        ["2210.09461", "2303.17604", "2501.00946"],
         "mor.modules.TokenMerging",
         "mor.apply_token_merging",
         ["tests/systems/test_token_merging.py", "tests/systems/test_merged_diffusion.py"],
         ["examples/sister/token_merging.py"],
-        ["docs/token_merging.png"],
+        ["docs/pictures/token_merging.png"],
     ),
 )
 

@@ -28,6 +28,12 @@ def test_every_system_has_a_row():
     assert {f"mor.{name}" for name in calls} == {system.call for system in SYSTEMS}
 
 
+def test_a_method_named_in_a_row_had_no_paper():
+    """CA-ToMe's stood in docstrings alone."""
+    for system in SYSTEMS:
+        assert len(system.papers) == len(system.name.split(","))
+
+
 def test_readme_has_the_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert as_markdown() in readme, "python -c 'import mor.catalogue as c; print(c.as_markdown())'"
