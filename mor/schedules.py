@@ -1,4 +1,7 @@
-"""Schedules over layers: the share of the tokens each layer keeps, or how many it merges."""
+"""Schedules over layers: the share of the tokens kept, the tokens merged, or the experts of each.
+
+Over 300 lines: one value, and every way to make it that papers publish.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,17 +11,31 @@ from pathlib import Path
 from mor._extras import extra
 
 __all__ = [
+    "EXPERT_SCHEDULES",
     "Schedule",
     "constant",
     "cosine",
+    "expert_schedule",
     "interleave",
     "linear",
     "shifted_cosine",
     "token_removals",
 ]
 
-RATIO, COUNT = "share of the tokens", "tokens merged"
+RATIO, COUNT, EXPERTS = "share of the tokens", "tokens merged", "experts"
 _DPI = 150
+
+#: From the place of a layer, 0 at the first to 1 at the last, to a share of the range [low, high].
+_EXPERT_SHAPES: dict[str, Callable[[float], float]] = {
+    "descending": lambda t: 1 - t,
+    "ascending": lambda t: t,
+    "pyramid": lambda t: 1 - abs(2 * t - 1),
+    "valley": lambda t: abs(2 * t - 1),
+    "wave": lambda t: (1 + math.sin(2 * math.pi * t)) / 2,
+    "uniform": lambda t: 0.5,
+}
+
+EXPERT_SCHEDULES = tuple(_EXPERT_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,14 @@ class Schedule:
     """One value for every layer, first to last. A list of ratios is a schedule: `Schedule(list)`.
 
     Attributes:
-        values: one for each layer; ratios lie in (0, 1], counts are at least 0.
+        values: one for each layer; ratios lie in (0, 1], tokens merged are at least 0, experts at
+            least 1.
         name: how the values were made.
-        unit: "share of the tokens" for ratios, "tokens merged" for counts.
+        unit: "share of the tokens" for ratios, "tokens merged" or "experts" for counts.
 
     Raises:
-        ValueError: no values, a ratio outside (0, 1], a negative count or an unknown unit.
+        ValueError: no values, a ratio outside (0, 1], a count that is too small or no integer, an
+            unknown unit.
 
     Example:
         >>> print(shifted_cosine(8, average=0.5))
@@ -55,16 +74,20 @@ class Schedule:
         object.__setattr__(self, "values", tuple(self.values))
         if not self.values:
             raise ValueError("Schedule: values: expected one for each layer, got none")
-        if self.unit not in (RATIO, COUNT):
-            raise ValueError(f"Schedule: unit: expected {RATIO!r} or {COUNT!r}, got {self.unit!r}")
+        if self.unit not in (RATIO, COUNT, EXPERTS):
+            raise ValueError(
+                f"Schedule: unit: expected {RATIO!r}, {COUNT!r} or {EXPERTS!r}, got {self.unit!r}"
+            )
+        least = int(self.unit == EXPERTS)
         for layer, value in enumerate(self.values):
             if self.unit == RATIO and not 0 < value <= 1:
                 raise ValueError(
                     f"Schedule: values: expected ratios in (0, 1], got {value} for layer {layer}"
                 )
-            if self.unit == COUNT and not (value >= 0 and value == int(value)):
+            if self.unit != RATIO and not (value >= least and value == int(value)):
                 raise ValueError(
-                    f"Schedule: values: expected integers from 0, got {value} for layer {layer}"
+                    f"Schedule: values: expected integers from {least}, got {value} for layer "
+                    f"{layer}"
                 )
 
     def __len__(self) -> int:
@@ -78,7 +101,7 @@ class Schedule:
 
     @property
     def budget(self) -> float:
-        """Sum over the layers: in full layers for ratios, in tokens for counts."""
+        """Sum over the layers: in full layers for ratios, else in tokens merged or in experts."""
         return math.fsum(self.values)
 
     @property
@@ -216,6 +239,73 @@ def token_removals(num_layers: int, r: int, inflect: float = 0.0) -> Schedule:
         lambda layer: int(first + slope * layer),
         COUNT,
     )
+
+
+def expert_schedule(
+    kind: str, num_layers: int, low: int = 1, high: int = 8, *, total: int | None = None
+) -> Schedule:
+    """Number of experts of each layer: `max(1, round(low + (high - low) * f(t)))`.
+
+    t runs from 0 at the first layer to 1 at the last, and f(t) is `1 - t` (descending), `t`
+    (ascending), `1 - |2t - 1|` (pyramid), `|2t - 1|` (valley), `(1 + sin(2 pi t)) / 2` (wave) or
+    `1/2` (uniform). The formulas are ours: the paper names descending, ascending, pyramid, wave and
+    uniform schedules and one more, and we have not seen how it defines them.
+
+    Args:
+        kind: one of `EXPERT_SCHEDULES`.
+        num_layers: the number L. The only layer of a network of one is the first.
+        low: fewest experts, at least 1.
+        high: most experts, at least `low`.
+        total: experts of all layers together. Given, the layers share them in the proportions of
+            low + (high - low) * f(t), each at least 1, so that schedules can be compared at equal
+            size.
+
+    Raises:
+        ValueError: an unknown kind, no layer, a range that is none, fewer experts than layers.
+
+    Reference: DynaMoE (arXiv 2603.01697), layer-wise expert schedules.
+
+    Example:
+        >>> expert_schedule("descending", 4, 1, 7).values
+        (7, 5, 3, 1)
+        >>> expert_schedule("uniform", 4, total=18).values
+        (5, 5, 4, 4)
+    """
+    if kind not in _EXPERT_SHAPES:
+        raise ValueError(f"expert_schedule: kind: expected one of {EXPERT_SCHEDULES}, got {kind!r}")
+    if num_layers < 1:
+        raise ValueError(f"expert_schedule: num_layers: expected at least 1, got {num_layers}")
+    if not 1 <= low <= high:
+        raise ValueError(
+            f"expert_schedule: low, high: expected 1 <= low <= high, got {low} and {high}"
+        )
+    places = [layer / max(num_layers - 1, 1) for layer in range(num_layers)]
+    wanted = [low + (high - low) * _EXPERT_SHAPES[kind](t) for t in places]
+    if total is None:
+        counts = [max(1, math.floor(value + 0.5)) for value in wanted]
+        return Schedule(tuple(counts), f"{kind}({low}, {high})", EXPERTS)
+    if total < num_layers:
+        raise ValueError(
+            "expert_schedule: total: expected at least one expert for each of the "
+            f"{num_layers} layers, got {total}"
+        )
+    counts = _shared(total, wanted)
+    return Schedule(tuple(counts), f"{kind}({low}, {high}, total={total})", EXPERTS)
+
+
+def _shared(total: int, wanted: Sequence[float]) -> list[int]:
+    """Integers of at least 1 with this sum, in about these proportions."""
+    # One for every layer; of the rest each gets its share, and the largest remainders one more.
+    rest = total - len(wanted)
+    weights = [max(total * value / sum(wanted) - 1, 0.0) for value in wanted]
+    weights = weights if sum(weights) else [1.0] * len(wanted)
+    shares = [rest * weight / sum(weights) for weight in weights]
+    # Shares that differ by rounding alone are equal; of equal remainders the earlier layer's wins.
+    counts = [math.floor(share + 1e-9) for share in shares]
+    order = sorted(range(len(wanted)), key=lambda i: -round(shares[i] - counts[i], 9))
+    for i in order[: rest - sum(counts)]:
+        counts[i] += 1
+    return [1 + count for count in counts]
 
 
 def _of_layers(

@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mor.modules import EXPERT_SCHEDULES, GATES, DynaMoE, expert_schedule
+from mor.modules import GATES, DynaMoE
+from mor.schedules import EXPERT_SCHEDULES, expert_schedule
 
 WIDTH, NUM_LAYERS, NUM_EXPERTS = 64, 4, 8
 
@@ -102,7 +103,7 @@ def main() -> None:
     print("\n| schedule | test accuracy, % | experts a token takes, mean | experts of each layer |")
     print("| --- | --- | --- | --- |")
     for kind in EXPERT_SCHEDULES:
-        counts = expert_schedule(kind, NUM_LAYERS, 1, 7, total=16)
+        counts = expert_schedule(kind, NUM_LAYERS, 1, 7, total=16).values
         runs = [train(counts, seed, options.steps, gate="row_quantile") for seed in seeds]
         schedules[kind] = runs
         print(row(kind, runs, " ".join(map(str, counts))))

@@ -3,7 +3,6 @@
 from mor.modules.dynamoe import DynaMoE, ExpertRouting
 from mor.modules.expert_choice import ExpertChoice
 from mor.modules.expert_gates import GATES, ExpertGate
-from mor.modules.expert_schedules import EXPERT_SCHEDULES, expert_schedule
 from mor.modules.experts import Experts
 from mor.modules.metrics import RoutingMetrics
 from mor.modules.mixture_of_depths import MixtureOfDepths
@@ -13,6 +12,7 @@ from mor.modules.recursion import RecursionOutput, RecursionStep
 from mor.modules.routers import Router, RouterScore
 from mor.modules.token_choice import TokenChoice
 from mor.modules.token_merging import MergedTokens, TokenMerging
+from mor.schedules import EXPERT_SCHEDULES, expert_schedule
 
 __all__ = [
     "EXPERT_SCHEDULES",

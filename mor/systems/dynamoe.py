@@ -14,6 +14,7 @@ from mor.models.router_losses import TellsLostLosses, hand_over, take_back, tell
 from mor.models.targets import batch_share, num_targets
 from mor.modules.dynamoe import DynaMoE, expert_balancing_loss
 from mor.modules.recursion import LastRouting
+from mor.schedules import EXPERTS, Schedule
 from mor.systems.applied import applied, record
 
 __all__ = ["apply_dynamoe"]
@@ -23,7 +24,7 @@ INITIALISATIONS = ("dense", "fresh")
 
 def apply_dynamoe(
     model: PreTrainedModel,
-    num_experts: int | Sequence[int],
+    num_experts: int | Sequence[int] | Schedule,
     *,
     init: str = "dense",
     balancing_coefficient: float = 0.01,
@@ -34,7 +35,7 @@ def apply_dynamoe(
     Args:
         model: a causal language model whose MLPs are gated, as Llama's: `gate_proj`, `up_proj` (or
             both as `gate_up_proj`) and `down_proj`; it stays in the mode it is in.
-        num_experts: of every layer, or one number for each, as `mor.modules.expert_schedule` gives.
+        num_experts: of every layer, or one for each, as `mor.schedules.expert_schedule`.
         init: "dense": every expert begins as the layer's MLP, and the model computes what it did,
             whichever experts a token takes. "fresh": from scratch, as Transformers would.
         balancing_coefficient: weight in `output.loss`, in training, of the layers' mean
@@ -84,8 +85,14 @@ def apply_dynamoe(
             f"apply_dynamoe: expected a model that mor has not changed, got one after {was}; "
             "mor.remove(model) takes off what apply_* put on"
         )
+    if isinstance(num_experts, Schedule) and num_experts.unit != EXPERTS:
+        raise ValueError(
+            f"apply_dynamoe: num_experts: expected a schedule of {EXPERTS}, got {num_experts.name} "
+            f"of the {num_experts.unit}"
+        )
     layers = _layers(model)
-    counts = [num_experts] * len(layers) if isinstance(num_experts, int) else list(num_experts)
+    given: Any = num_experts
+    counts = [given] * len(layers) if isinstance(given, int) else list(given)
     if len(counts) != len(layers):
         raise ValueError(
             f"apply_dynamoe: num_experts: expected one number for each of the {len(layers)} layers,"

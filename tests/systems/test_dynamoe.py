@@ -92,9 +92,9 @@ def test_removal_gives_the_dense_model_back() -> None:
 
 
 def test_schedule_gives_each_layer_its_number() -> None:
-    counts = mor.modules.expert_schedule("descending", 3, 1, 8)
+    counts = mor.schedules.expert_schedule("descending", 3, 1, 8)
     model = small_moe(counts)
-    assert tuple(layer.mlp.num_experts for layer in model.model.layers) == counts
+    assert tuple(layer.mlp.num_experts for layer in model.model.layers) == counts.values
     model(TOKENS)
     for layer in model.model.layers:
         assert layer.mlp.num_active_experts.shape == TOKENS.shape
@@ -243,6 +243,10 @@ def test_peft_trains_adapters_on_it() -> None:
         ({"init": "upcycled"}, "apply_dynamoe: init: expected one of .*, got 'upcycled'"),
         ({"balancing_coefficient": -1}, "balancing_coefficient: expected .* at least 0, got -1"),
         ({"num_experts": (4, 4)}, "expected one number for each of the 3 layers, got 2"),
+        (
+            {"num_experts": mor.schedules.constant(3, 0.5)},
+            r"num_experts: expected a schedule of experts, got constant\(0\.5\) of the share",
+        ),
         ({"gate": "top"}, "gate: expected one of .*, got 'top'"),
     ],
 )
