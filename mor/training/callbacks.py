@@ -1,6 +1,7 @@
 """Callbacks that bring routing to any `transformers.Trainer`; `MoRTrainer` does the same itself."""
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,17 +22,19 @@ def routing_line(model: nn.Module, device: torch.device) -> dict[str, float]:
     """The routing metrics of all processes since the last call; empty without a router.
 
     Args:
-        model: whose modules have `RoutingMetrics` as `metrics` (several routers: the last counts).
+        model: whose modules have `RoutingMetrics` as `metrics`. Of several routed layers the mean
+            is logged, each metric over the layers that have it.
         device: where the process group, if any, communicates.
     """
-    values: dict[str, float] = {}
+    values: dict[str, list[float]] = {}
     for module in model.modules():
         metrics = getattr(module, "metrics", None)
         if isinstance(metrics, RoutingMetrics):
             metrics.sum_over_processes(device)
-            values |= metrics.compute()
+            for name, value in metrics.compute().items():
+                values.setdefault(name, []).append(value)
             metrics.reset()
-    return values
+    return {name: fmean(found) for name, found in values.items()}
 
 
 class LogRouting(TrainerCallback):

@@ -12,6 +12,7 @@ from mor.models.swap import SWAPPABLE
 from mor.models.swap.routed_layers import RoutedLayers
 from mor.modules import RouterScore
 from mor.schedules import Schedule, constant
+from mor.training.callbacks import routing_line
 from tests.models.conftest import check_causal_evaluation, small_llama
 from tests.models.conftest import exactness as exactness  # a fixture
 from tests.models.test_generation import generate_greedily, padded, prompts
@@ -289,3 +290,16 @@ def test_models_that_it_does_not_take():
         mor.remove(small_llama())
     with pytest.raises(ValueError, match="apply_mod: expected past_key_values = Dyn"):
         mod_llama().eval()(prompts(1, 4), past_key_values=DynamicCache())
+
+
+def test_logs_had_the_metrics_of_the_last_routed_layer_alone():
+    model = mod_llama(Schedule([1.0, 0.5, 1.0, 0.25, 1.0, 1.0, 0.125, 1.0])).train()
+    tokens = prompts(2, 16)
+    model(tokens)
+    each = [block.recursion.metrics.compute() for block in blocks(model)]
+    assert [metrics["selected_share_1"] for metrics in each] == [0.5, 0.25, 0.125]
+    logged = routing_line(model, torch.device("cpu"))
+    assert logged.keys() == each[0].keys()
+    for name, value in logged.items():
+        assert value == pytest.approx(sum(metrics[name] for metrics in each) / 3)
+    assert routing_line(model, torch.device("cpu")) == {}  # the next line counts anew
