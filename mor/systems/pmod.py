@@ -7,10 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mor.schedules import RATIO, Schedule, shifted_cosine
-from mor.systems import vision_model
 from mor.systems.pmod_layer import PMoD
 from mor.systems.vision_layer import VisionLayer
-from mor.systems.vision_model import VisionModel, check_vision_model, put_in
+from mor.systems.vision_model import VisionModel, check_vision_model, put_in, vision_class
 from mor.systems.vision_tokens import VisionCall
 
 __all__ = ["apply_pmod", "class_for"]
@@ -67,8 +66,8 @@ def apply_pmod(
 
 
 def class_for(config: Any) -> Any:
-    """The class of a saved model's configuration."""
-    return vision_model.class_for(_PModModel, config)
+    """The class of a saved model's configuration, for `mor.load_swapped`."""
+    return vision_class(_PModModel, config)
 
 
 class _PModModel(VisionModel):

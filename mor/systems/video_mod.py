@@ -8,11 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mor.schedules import Schedule
-from mor.systems import vision_model
 from mor.systems.ratios import layer_ratios
 from mor.systems.video_mod_layer import VideoMoD
 from mor.systems.vision_layer import VisionLayer
-from mor.systems.vision_model import VisionModel, check_vision_model, put_in
+from mor.systems.vision_model import VisionModel, check_vision_model, put_in, vision_class
 from mor.systems.vision_tokens import FrameSizes, VisionCall, VisionTokens
 
 __all__ = ["apply_video_mod", "class_for"]
@@ -60,8 +59,8 @@ def apply_video_mod(
 
 
 def class_for(config: Any) -> Any:
-    """The class of a saved model's configuration."""
-    return vision_model.class_for(_VideoModel, config)
+    """The class of a saved model's configuration, for `mor.load_swapped`."""
+    return vision_class(_VideoModel, config)
 
 
 class _VideoModel(VisionModel):

@@ -16,7 +16,7 @@ from mor.models.swap.swapped_model import check_cache_and_mask
 from mor.systems.vision_layer import VisionLayer
 from mor.systems.vision_tokens import VisionCall
 
-__all__ = ["VisionModel", "check_vision_model", "class_for", "put_in", "take_off"]
+__all__ = ["VisionModel", "check_vision_model", "put_in", "take_off", "vision_class"]
 
 #: Language models whose layers are `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
@@ -145,6 +145,6 @@ def take_off(model: Any) -> None:
     del model.config.mor_swap
 
 
-def class_for(mixin: type[VisionModel], config: Any) -> Any:
+def vision_class(mixin: type[VisionModel], config: Any) -> Any:
     """The class of a saved model's configuration."""
     return derived_class(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])

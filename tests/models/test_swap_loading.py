@@ -1,5 +1,7 @@
 """A swapped model keeps its mode and dtype, and comes back with all it was saved with."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -168,3 +170,14 @@ def test_a_training_run_of_a_swapped_model_goes_on(tmp_path):
     trainer.save_model(tmp_path / "final")
     loaded = mor.load_swapped(tmp_path / "final")
     torch.testing.assert_close(logits(loaded), logits(trainer.model.eval()))
+
+
+@pytest.mark.parametrize("system", ["vision_model", "../pmod", "pmod.os", "nothing", 3])
+def test_a_configuration_named_modules_that_the_loader_had_a_list_of(tmp_path, system):
+    """Any system of mor loads without being known to the loader, and nothing else is imported."""
+    mor.swap(small_llama(), (1, 7), num_recursions=3).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["mor_swap"]["system"] = system
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="load_swapped: expected a model that a system of mor"):
+        mor.load_swapped(tmp_path)

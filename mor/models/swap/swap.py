@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mor.models.swap.saved_model import saved_config
 from mor.models.swap.settings import span_of
 from mor.models.swap.swapped_model import install, swapped_class
 from mor.modules.routers import RouterScore
+from mor.version import __version__
 
 __all__ = ["SWAPPABLE", "check_swappable", "load_swapped", "put_in", "swap"]
 
@@ -31,9 +33,6 @@ SWAPPABLE = (
     "smollm3",
     "starcoder2",
 )
-
-#: Where the classes of models are found that other systems changed: above this package.
-_SYSTEMS = {"pmod": "mor.systems.pmod", "video_mod": "mor.systems.video_mod"}
 
 _REASONS = {
     "gemma3_text": "its layers are of two attention types, which one block cannot mix; "
@@ -137,7 +136,7 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         **kwargs: those of `from_pretrained` (dtype, device_map, quantization_config, ...).
 
     Raises:
-        ValueError: a model that was not swapped.
+        ValueError: a model that was not swapped, or by a system that this version does not have.
         OSError: no model there.
     """
     try:
@@ -147,9 +146,24 @@ def load_swapped(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"load_swapped: no model in {path}: expected a folder that save_pretrained wrote, or "
             "a name on the hub"
         ) from error
-    system = _SYSTEMS.get(config.mor_swap.get("system"))
-    if system is None:
-        kind = swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    else:
-        kind = importlib.import_module(system).class_for(config)
-    return kind.from_pretrained(path, config=config, **kwargs)
+    return _class_for(config).from_pretrained(path, config=config, **kwargs)
+
+
+def _class_for(config: Any) -> Any:
+    """The class of a saved model: of this package, or of the module that its settings name.
+
+    A system in `mor.systems.NAME` saves NAME, and has a function `class_for`: this package knows
+    none of them, and a configuration can name no module outside of `mor.systems`.
+    """
+    system = config.mor_swap.get("system")
+    if system in (None, "mod"):
+        return swapped_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    name = f"mor.systems.{system}"
+    known = isinstance(system, str) and system.isidentifier() and find_spec(name) is not None
+    make = getattr(importlib.import_module(name), "class_for", None) if known else None
+    if make is None:
+        raise ValueError(
+            f"load_swapped: expected a model that a system of mor {__version__} changed, got one "
+            f"of {system!r}"
+        )
+    return make(config)
