@@ -18,7 +18,6 @@ Models have the shape of SmolLM2-135M and a router that draws depths by a given 
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -260,24 +259,13 @@ def chunked(args: argparse.Namespace) -> None:
             row["p99 of alone"] = row["p99 ms"] / row["alone p99 ms"]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="new tokens of a sequence (default 64)"
-    )
-    parser.add_argument(
-        "--thread-time",
-        action="store_true",
-        help="the CPU time of one thread, instead of the clock: for a machine with other work",
-    )
-
-
 if __name__ == "__main__":
-    args = parse_args(__doc__, add_options)
-    if args.thread_time:
-        if args.device != "cpu":
-            sys.exit(f"--thread-time: expected --device cpu, got {args.device}")
-        torch.set_num_threads(1)
-        time.perf_counter = time.thread_time  # by which the engine, too, takes its times
+    args = parse_args(
+        __doc__,
+        lambda parser: parser.add_argument(
+            "--tokens", type=int, default=64, help="new tokens of a sequence (default 64)"
+        ),
+    )
     for rows in (throughput, generate, policy, prefix, chunked):
         rows(args)
     report("serving")
