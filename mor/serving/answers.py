@@ -95,7 +95,7 @@ def _raise_error(outputs: Sequence[Delta]) -> None:
 
 @dataclass
 class _Answer:
-    """What both kinds of completion have in common.
+    """Common base of both kinds of completion.
 
     Attributes:
         model: that is served.
@@ -111,7 +111,7 @@ class _Answer:
     _names: ClassVar[tuple[str, str, str]]
 
     def _head(self, chunk: bool, usage: bool) -> dict[str, Any]:
-        """What every body begins with. Chunks tell that usage will come, if it was asked for."""
+        """Fields that begin every body. Chunks tell that usage will come, if it was asked for."""
         prefix, whole, part = self._names
         return {
             "id": f"{prefix}-{self.id}",

@@ -1,4 +1,4 @@
-"""How long passes take by their rows: what the scheduler decides by, and what simulates it."""
+"""Curves of the seconds of a pass by its rows, which the scheduler and its simulator use."""
 
 import time
 from collections.abc import Callable, Sequence

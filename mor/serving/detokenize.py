@@ -2,7 +2,7 @@
 
 `tokenizers.DecodeStream` does the first half but for three cases, which is why it is not used: it
 holds back an endless run of invalid bytes for ever, it repeats a prompt that ends within a
-character, and what it holds at the end cannot be read. The joined pieces equal the text decoded at
+character, and what it holds at the end cannot be read. The joined texts equal the text decoded at
 once.
 """
 

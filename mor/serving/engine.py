@@ -38,7 +38,7 @@ CHUNK = {"cpu": 128, "cuda": 2048}
 
 @dataclass(frozen=True)
 class PassReport:
-    """What the last step was.
+    """Report on the last step.
 
     Attributes:
         kind: "enter", "block", "exit" or "idle".
@@ -381,7 +381,7 @@ class Engine:
                     other.cached_tokens = start
 
     def _timed(self, run: Callable[..., Any], *args: Any) -> Any:
-        """A pass, whose seconds are not the host's. It ends with what is read of it."""
+        """Run a pass, whose seconds are not the host's, until its result can be read."""
         begin = time.perf_counter()
         result = run(*args, self.states, self.pool)
         if isinstance(result, Tensor) and result.is_cuda:

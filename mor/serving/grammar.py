@@ -53,7 +53,7 @@ class Matcher:
         return np.pad(mask, (0, self._vocab_size - len(mask))).astype(np.bool_)
 
     def accept(self, token_id: int) -> None:
-        """Go on by a token.
+        """Advance by a token.
 
         Args:
             token_id: one of those allowed.

@@ -222,7 +222,7 @@ def _put_all(news: "list[tuple[_Stream, Delta]]") -> None:
 
 
 class _Stream:
-    """What a reader has not read yet. All but `unfinished` belongs to the reader's event loop."""
+    """Deltas not read yet. All but `unfinished` belongs to the reader's event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
         self.loop = loop

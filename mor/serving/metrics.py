@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus: the scheduler's counters, and histograms over requests."""
+"""Metrics for Prometheus (`/metrics`): the scheduler's counters, histograms over requests."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""What comes back from the engine: deltas while a continuation runs, and the whole of it."""
+"""Outputs of the engine: deltas while a continuation runs, and the whole of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What is new in one continuation of a request.
+    """New tokens, and more, of one continuation of a request.
 
     Attributes:
         request_id: the engine's number of the request.

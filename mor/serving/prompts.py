@@ -1,4 +1,4 @@
-"""What a server does with a tokenizer: prompts, chats, `/tokenize`, `/tokenizer_info`."""
+"""A server's uses of a tokenizer: prompts, chats, `/tokenize`, `/tokenizer_info`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

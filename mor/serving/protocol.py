@@ -60,7 +60,7 @@ _DEFAULTS: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """What one HTTP request may ask for.
+    """Limits of one HTTP request.
 
     Attributes:
         body_bytes: size of a body; more is 413.

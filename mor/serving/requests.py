@@ -1,4 +1,4 @@
-"""What a caller asks for: sampling parameters and requests.
+"""Sampling parameters and requests.
 
 Every value is checked before the engine sees it: ranges when `SamplingParams` is made, what depends
 on the model (vocabulary, context, recursions) in `Request.make`. The engine checks nothing again.
@@ -94,7 +94,7 @@ class Grammar:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    r"""How a request's tokens are chosen and when they end.
+    r"""Options of one request: the choice of its tokens, and their end.
 
     Args:
         max_tokens: tokens to generate; None generates until the context is full. 0 generates
@@ -214,7 +214,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What a model and its tokenizer can serve.
+    """Limits of what a model and its tokenizer can serve.
 
     Attributes:
         vocab_size: tokens that can be sampled. Rows of the head beyond it are padding.

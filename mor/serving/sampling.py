@@ -118,7 +118,7 @@ class Sampler:
 
 
 def _slabs(rows: list[int], logits: Tensor) -> list[list[int]]:
-    """Cut rows into as many as are worked on at once."""
+    """Split rows into groups that are sampled at once."""
     size = max(1, _SLAB // logits.shape[1]) if logits.device.type == "cpu" else len(rows)
     return [rows[start : start + size] for start in range(0, len(rows), max(1, size))]
 

@@ -1,4 +1,4 @@
-"""What sampling remembers of a continuation: its tokens, its random numbers, its grammar."""
+"""State of sampling in a continuation: its tokens, its random numbers, its grammar."""
 
 import hashlib
 import struct
@@ -26,7 +26,7 @@ class GrammarMatcher(Protocol):
         ...
 
     def accept(self, token_id: int) -> None:
-        """Go on by a token."""
+        """Advance by a token."""
         ...
 
 
@@ -82,7 +82,7 @@ class _Seen:
 
 
 class SamplingState:
-    """What sampling remembers of one continuation.
+    """State of sampling in one continuation.
 
     Args:
         params: its parameters.

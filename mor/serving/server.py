@@ -411,7 +411,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _body_of(kind: Any) -> dict[str, Any]:
-    """What OpenAPI says of a body that `parse_body` reads."""
+    """OpenAPI's description of a body that `parse_body` reads."""
     schema = kind.model_json_schema()
     known = schema.pop("$defs", {})
 

@@ -16,7 +16,7 @@ __all__ = ["Prediction", "simulate"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `simulate` foresees; times are in seconds.
+    """Prediction of `simulate`; times are in seconds.
 
     Attributes:
         seconds: from the first arrival to the last token.

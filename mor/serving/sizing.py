@@ -1,4 +1,4 @@
-"""How a deployment is sized: what a server of a model reaches, predicted before it serves."""
+"""Sizing of a deployment: the throughput and latency of a server, predicted before it runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True)
 class ServerSize:
-    """What one server reaches; times are in seconds.
+    """Predicted throughput, latency and memory of one server; times are in seconds.
 
     Attributes:
         rows: sequences that run at once.
@@ -75,7 +75,7 @@ class ServerSize:
     replicas: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields by name, for JSON."""
         return asdict(self)
 
 

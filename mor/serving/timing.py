@@ -25,7 +25,7 @@ _CONTEXT = 512
 
 @dataclass(frozen=True)
 class Timing:
-    """How long passes of a model take on a machine.
+    """Measured seconds of the passes of a model on a machine.
 
     Attributes:
         model: that was measured; see `model_shape`.
@@ -111,7 +111,7 @@ class Timing:
             )
 
     def seconds(self, plan: Plan, windowed: Mapping[str, float]) -> float:
-        """Of a pass, with attention over what its rows see.
+        """Seconds of a pass, with attention over the keys that its rows see.
 
         Args:
             plan: of the pass.
@@ -134,7 +134,7 @@ class Timing:
 
 
 def model_shape(packed: PackedModel) -> dict[str, Any]:
-    """What the times of a model's passes depend on, in the words of its configuration."""
+    """The sizes that times of a model's passes depend on, in the words of its configuration."""
     return {
         "num_hidden_layers": len(packed.block) * packed.num_steps + 2 * packed.has_ends,
         "hidden_size": packed.hidden_size,

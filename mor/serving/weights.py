@@ -127,7 +127,7 @@ class LayerWeights:
     Attributes:
         before_attention, before_mlp: norms of the input of each half.
         after_attention, after_mlp: norms of their output (Gemma), or None.
-        qkv: queries, keys and values in one product; None where some rows need only a part.
+        qkv: queries, keys and values in one product; None where some rows need only some of them.
         q, kv: the same in two products; None where `qkv` is there.
         qk_norm: norm of the heads of queries and keys, its weight [H + Hkv, head_dim]; or None.
         q_norm, k_norm: the same in two; or None.

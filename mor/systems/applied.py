@@ -1,4 +1,4 @@
-"""What `apply_*` functions did to a model, and how to take it off again."""
+"""The record of the `apply_*` functions that changed a model, and its undoing."""
 
 from collections.abc import Callable
 from typing import Any

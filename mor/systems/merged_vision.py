@@ -17,7 +17,7 @@ __all__ = ["VisionMerging", "find_encoder", "merge_encoder"]
 
 @dataclass(frozen=True)
 class Family:
-    """How an encoder is put together: paths of modules, by the name of the encoder's class.
+    """Paths of an encoder's modules, by the name of the encoder's class.
 
     Attributes:
         layers: the list of layers.
@@ -46,7 +46,7 @@ FAMILIES = {
 
 
 class LayerMerging:
-    """What a layer and its attention know about merging: their options and the last call."""
+    """State of merging that a layer and its attention share: options, and the last call."""
 
     def __init__(
         self,

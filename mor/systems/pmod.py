@@ -66,7 +66,7 @@ def apply_pmod(
 
 
 def class_for(config: Any) -> Any:
-    """The class of a saved model's configuration, for `mor.load_swapped`."""
+    """Class of the model that a saved configuration describes, for `mor.load_swapped`."""
     return vision_class(_PModModel, config)
 
 

@@ -1,4 +1,4 @@
-"""Reads what users give for the share of the tokens that layers take."""
+"""Ratios of the tokens that layers take, from a number or a schedule."""
 
 from mor.schedules import RATIO, Schedule, interleave
 

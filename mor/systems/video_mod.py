@@ -59,7 +59,7 @@ def apply_video_mod(
 
 
 def class_for(config: Any) -> Any:
-    """The class of a saved model's configuration, for `mor.load_swapped`."""
+    """Class of the model that a saved configuration describes, for `mor.load_swapped`."""
     return vision_class(_VideoModel, config)
 
 

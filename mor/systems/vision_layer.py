@@ -65,7 +65,7 @@ class VisionLayer(GradientCheckpointingLayer):
         mor_call: VisionCall | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As a decoder layer: [B, S, D] to [B, S, D].
+        """Run the layer, as a decoder layer is called: [B, S, D] to [B, S, D].
 
         Args:
             hidden_states: [B, S, D].
@@ -137,7 +137,7 @@ class VisionLayer(GradientCheckpointingLayer):
     def take(
         kept: Tensor, packing: Packing, tokens: VisionTokens, *parts: Tensor
     ) -> tuple[Tensor, ...]:
-        """Rows `kept` of each part, which is all of it where `tokens.keep` kept everything."""
+        """Rows `kept` of each tensor: all of them where `tokens.keep` kept everything."""
         if packing is tokens.batch.packing:
             return parts
         return tuple(gather_tokens(part, kept) for part in parts)
@@ -150,7 +150,7 @@ class VisionLayer(GradientCheckpointingLayer):
         context: AttentionContext,
         **kwargs: Any,
     ) -> Tensor:
-        """What attention adds to the kept rows [K, D]: [K, D]."""
+        """Attention's addition to the kept rows [K, D]: [K, D]."""
         layer: Any = self.layer
         attended, _ = layer.self_attn(
             hidden_states=layer.input_layernorm(rows).unsqueeze(0),
@@ -163,7 +163,7 @@ class VisionLayer(GradientCheckpointingLayer):
         return out
 
     def feed_forward(self, a: Tensor) -> Tensor:
-        """What the MLP adds to the kept rows [K, D] behind attention: [K, D]."""
+        """The MLP's addition to the kept rows [K, D] behind attention: [K, D]."""
         layer: Any = self.layer
         out: Tensor = layer.mlp(layer.post_attention_layernorm(a))
         return out

@@ -76,7 +76,7 @@ class VisionModel(SavedWithSettings):
 
     @staticmethod
     def layer_class() -> type[VisionLayer]:
-        """Of the routed layers."""
+        """Class of the routed layers."""
         raise NotImplementedError
 
     def make_layer(
@@ -86,7 +86,7 @@ class VisionModel(SavedWithSettings):
         raise NotImplementedError
 
     def vision_call(self, kwargs: dict[str, Any]) -> VisionCall:
-        """What a call of the model with these arguments knows; `input_ids` is among them."""
+        """Describe a call of the model with these arguments; `input_ids` is among them."""
         raise NotImplementedError
 
     def put_back(self, settings: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ def put_in(
 
 
 def take_off(model: Any) -> None:
-    """What `mor.remove` does to such a model."""
+    """Make such a model dense again, for `mor.remove`."""
     decoder = model.model.language_model
     for index, layer in enumerate(decoder.layers):
         if isinstance(layer, VisionLayer):
@@ -146,5 +146,5 @@ def take_off(model: Any) -> None:
 
 
 def vision_class(mixin: type[VisionModel], config: Any) -> Any:
-    """The class of a saved model's configuration."""
+    """Class of the model that a saved configuration describes."""
     return derived_class(mixin, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are vision tokens, and which of them stay in a layer."""
+"""The vision tokens of a batch, and the choice of those that stay in a layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["FrameSizes", "VisionCall", "VisionTokens"]
 
 @dataclass(frozen=True)
 class FrameSizes:
-    """How the video tokens of a prompt divide into frames.
+    """Sizes of the frames of a prompt's video tokens.
 
     Attributes:
         frame: vision tokens of a frame.
@@ -68,7 +68,7 @@ class VisionTokens:
             where: begins the errors.
 
         Raises:
-            ValueError: a sequence with a part of a video, or a video with a part of a frame.
+            ValueError: a sequence with an incomplete video, or a video with an incomplete frame.
         """
         is_video, packing = batch.pack(video), batch.packing
         totals: list[int] = _count(is_video, packing).tolist()
