@@ -78,7 +78,7 @@ def test_bad_schedules():
         (lambda: Schedule([]), "values: expected one for each layer, got none"),
         (lambda: Schedule([1.0, 0.0]), r"ratios in \(0, 1\], got 0.0 for layer 1"),
         (lambda: Schedule([math.nan]), r"ratios in \(0, 1\], got nan for layer 0"),
-        (lambda: Schedule([1.0], unit="share"), "unit: expected 'share of the tokens' or"),
+        (lambda: Schedule([1.0], unit="share"), "unit: expected 'share of the tokens', 'tokens"),
         (lambda: Schedule([1.5], unit="tokens merged"), "integers from 0, got 1.5 for layer 0"),
         (lambda: constant(2, 1.5), r"ratios in \(0, 1\], got 1.5"),
         (lambda: constant(0, 0.5), "got none"),

@@ -270,7 +270,7 @@ def test_times_of_another_model_were_taken(folder, tmp_path, timing, options, wo
 
 @pytest.mark.parametrize("options", [[], ["--serving"]], ids=["costs", "serving"])
 def test_a_swapped_model_was_of_an_unknown_architecture(tmp_path, options):
-    swap(LlamaForCausalLM(BASE), (1, 7), num_recursions=3).save_pretrained(tmp_path)
+    swap(LlamaForCausalLM(LlamaConfig(**SHAPE)), (1, 7), num_recursions=3).save_pretrained(tmp_path)
     code, _, error = run(tmp_path, *options)
     assert code == 2
     assert error == (
