@@ -80,11 +80,13 @@ class Timing:
                 name: [(float(rows), float(second)) for rows, second in curve]
                 for name, curve in curves.items()
             }
-            names = "model", "device", "dtype", "threads"
-            timing = cls(*(found[name] for name in names), pairs, seconds)
-            if timing.device not in CHUNK or timing.dtype not in DTYPES or not all(pairs.values()):
+            model, device, dtype, threads = (
+                found[name] for name in ("model", "device", "dtype", "threads")
+            )
+            timing = cls(model, device, dtype, threads, pairs, seconds)
+            if device not in CHUNK or dtype not in DTYPES or not all(pairs.values()):
                 raise ValueError
-            if not isinstance(timing.model, dict) or not isinstance(timing.threads, int):
+            if not isinstance(model, dict) or not isinstance(threads, int):
                 raise ValueError
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
