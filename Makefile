@@ -33,7 +33,7 @@ help:
 	@echo "make hf-suite     run Hugging Face's own model tests on the MoR models"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
-	@echo "make performance-page  write the tables of docs/performance.md from benchmarks/results"
+	@echo "make performance-page  write the tables of docs/ from benchmarks/results"
 	@echo "make cuda-check   fail if the build has no CUDA operators (it compiles them, warnings as errors, with nvcc)"
 	@echo "make wheel-check  build sdist and wheel, try the wheel in two empty environments"
 	@echo "make clean        delete build results, not .venv"

@@ -5,7 +5,15 @@ import re
 
 import pytest
 
-from tools.performance_page import PAGE, TABLES, Machine, read_machines, render
+from tools.performance_page import (
+    PAGES,
+    TABLES,
+    Machine,
+    Target,
+    read_machines,
+    render,
+    target_table,
+)
 
 PROSE = re.compile(r"<!-- table .*?<!-- end -->", re.DOTALL)
 
@@ -16,18 +24,20 @@ def folder_with(tmp_path, name, facts, rows):
     (tmp_path / name / "gather_tokens.json").write_text(json.dumps(table))
 
 
-def test_page_and_json_files_agree():
-    page = PAGE.read_text()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page_and_json_files_agree(path):
+    page = path.read_text()
     assert render(page, read_machines()) == page, "run make performance-page"
 
 
-def test_every_table_is_on_the_page():
-    assert re.findall(r"<!-- table ([\w ]+) -->", PAGE.read_text()) == [*TABLES]
+def test_every_table_is_on_a_page():
+    text = "".join(path.read_text() for path in PAGES)
+    assert re.findall(r"<!-- table ([\w ]+) -->", text) == [*TABLES]
 
 
 def test_prose_is_short_and_its_figures_stand_in_tables():
     """A new machine lengthens the tables, which nobody reads from end to end, but not the prose."""
-    prose = PROSE.sub("", PAGE.read_text())
+    prose = PROSE.sub("", PAGES[0].read_text())
     assert len(re.findall(r"\S*\w\S*", prose)) <= 600
     assert not re.findall(r"\b\d+\.\d+\b", prose)
 
@@ -63,3 +73,20 @@ def test_a_json_file_outside_a_machines_folder_is_refused(tmp_path):
 def test_an_unknown_table_is_refused():
     with pytest.raises(SystemExit, match="got 'speed'"):
         render("<!-- table speed -->\n<!-- end -->", [Machine("m", {}, [], {})])
+
+
+def test_a_target_has_the_figures_of_its_lines_alone():
+    rows = [
+        {"row": "fast", "n": 1, "x best": 1.5, "host": 0.021},
+        {"row": "fast", "n": 2, "x best": 1.25, "host": 0.03},
+        {"row": "slow", "n": 1, "x best": 0.5},
+    ]
+    machines = [Machine("m", {}, [], {"bench": rows}), Machine("other", {}, [], {})]
+    targets = [
+        Target("speed", "1", "bench", "fast", [("x best", "{:.2f}"), ("host", "{:.1%}")]),
+        Target("rest", "2", "bench", "none", [("x best", "{:.2f}")]),
+    ]
+    assert target_table(targets)(machines).splitlines()[2:] == [
+        '| speed | 1 | 1.25\N{EN DASH}1.50; 2.1%\N{EN DASH}3.0% | `bench`, `"fast"` |',
+        '| rest | 2 | not measured | `bench`, `"none"` |',
+    ]

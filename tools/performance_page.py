@@ -1,31 +1,136 @@
-"""Writes the tables of docs/performance.md from benchmarks/results/MACHINE/OP.json.
+"""Writes the tables of docs/performance.md and others from benchmarks/results/MACHINE/OP.json.
 
-    python tools/performance_page.py          # rewrite the tables; nothing else of the page changes
-    python tools/performance_page.py --check  # fail if the page and the JSON files differ
+    python tools/performance_page.py          # rewrite the tables, nothing else of a page
+    python tools/performance_page.py --check  # fail if a page and the JSON files differ
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; TABLES says what each NAME holds.
-It needs neither torch nor mor, so it runs wherever the JSON files are.
+It needs neither torch nor mor, so it runs wherever the JSON files are. Over 300 lines, a third of
+them the aims that tables of targets quote.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("performance", "serving", "sister-systems")]
 RESULTS = ROOT / "benchmarks" / "results"
 #: What tells apart the lines of one operator that a reader compares; sizes are joined to a range.
 VARIANTS = ("dtype", "pass", "form", "kind")
 #: Benchmarks of whole models, and of a call alone, have tables of their own. train_bf16 is one too.
-MODELS = ("train", "generate", "serving")
+MODELS = ("train", "generate")
 #: Columns of such a table beside the descriptions and the ratios, whose names begin with "x ".
 FIGURES = ("time ratio", "FLOPs ratio", "FLOPs", "time / FLOPs", "ms a token", "tokens/s")
 Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that was aimed at.
+
+    Attributes:
+        what: was measured.
+        aim: in words.
+        benchmark: whose JSON file has it.
+        only: text of its lines, as for --only.
+        figures: columns of these lines, and how a value of each is written.
+    """
+
+    what: str
+    aim: str
+    benchmark: str
+    only: str
+    figures: Sequence[tuple[str, str]]
+
+
+_RATIO = (("x best", "{:.2f}"),)
+_AUTHORS = (("x authors", "{:.2f}"),)
+_OF_BOUND = (*_RATIO, ("x limit bound", "{:.2f} of the bound"))
+_OF_BEST = (("x best", "{:.2f} of the best"), ("predicted", "simulator {:.2f}"))
+_MIXED = "`auto` over the best of lock-step and fixed shares, and the simulator's time over ours; "
+
+SERVING = [
+    *(
+        Target(
+            f"MoR-{recursions} over the dense model in the same engine, 32 sequences, uniform "
+            "depths",
+            "0.95 of the bound",
+            "serving",
+            f"throughput MoR-{recursions} uniform 32 float32",
+            _OF_BOUND,
+        )
+        for recursions in (2, 3, 4)
+    ),
+    Target(
+        "the same, time outside the model and the sampler", "3%", "serving",
+        "throughput", [("host", "{:.1%}")],
+    ),
+    Target(
+        "the dense model over `generate`, 1 sequence", "1", "serving",
+        "generate Llama 1 float32", _RATIO,
+    ),
+    Target(
+        "the dense model over `generate`, 32 sequences", "1.3", "serving",
+        "generate Llama 32 float32", _RATIO,
+    ),
+    Target(
+        f"{_MIXED}4,096 words, 8 sequences, uniform depths", "0.97, 0.9 to 1.1", "serving",
+        "policy 4096 uniform 8 float32", _OF_BEST,
+    ),
+    Target(
+        f"{_MIXED}49,152 words, 16 sequences, 80% shallow", "0.97, 0.9 to 1.1", "serving",
+        "policy 49152 shallow 16 float32", _OF_BEST,
+    ),
+    Target(
+        "first token after a prompt of 1,024 that is cached, over that of one that is not", "15%",
+        "serving", "prefix MoR-3 1024 float32", [("of a miss", "{:.1%}")],
+    ),
+    Target(
+        "99th percentile of the time between tokens while a prompt of 2,048 enters, over that "
+        "while none does", "2", "serving",
+        "chunked MoR-3 2048 8 float32", [("p99 of alone", "{:.2f}")],
+    ),
+    *(
+        Target(
+            "`packed_linear`, 1 to 32 rows, over the faster of PyTorch's linear and oneDNN's "
+            f"prepacked form, {dtype}", "1.3", "packed_linear", dtype, _RATIO,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+]  # fmt: skip
+
+SISTERS = [
+    Target(
+        "ToMe/tomesd call (match, merge, attention on half, unmerge), 1,024 and 4,096 tokens, over "
+        "PyPI's `tomesd` with SDPA", "1.5", "token_merging", "call", _AUTHORS,
+    ),
+    Target("the match alone", "3", "token_merging", "match", _AUTHORS),
+    Target(
+        "ViT-B/16 with ToMe, r = 13, 8 images: images/s of the bound by executed token-layers",
+        "0.9", "token_merging", "ViT-B/16 8 images", [("x limit token-layers", "{:.2f}")],
+    ),
+    Target(
+        "p-MoD layer at the published mean budget: share of the time over that of the FLOPs",
+        "at most 1.15", "vision_layers", "PMoD 0.5375", [("time / FLOPs", "{:.2f}")],
+    ),
+    Target(
+        "VideoLLM-MoD layer at the published ratio: the same", "none", "vision_layers",
+        "VideoMoD 0.2", [("time / FLOPs", "{:.2f}")],
+    ),
+    Target(
+        "`MixtureOfDepths` layer over PyPI's `mixture-of-depth`", "1.5", "mixture_of_depths",
+        "MixtureOfDepths", _AUTHORS,
+    ),
+    Target(
+        "`MixtureOfDepths` layer over a good eager form", "1.2", "mixture_of_depths",
+        "MixtureOfDepths", _RATIO,
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +187,7 @@ def render(page: str, machines: list[Machine]) -> str:
 
     def table(found: re.Match[str]) -> str:
         if found[1] not in TABLES:
-            sys.exit(f"{PAGE.name}: expected a table of {sorted(TABLES)}, got {found[1]!r}")
+            sys.exit(f"expected a table of {sorted(TABLES)}, got {found[1]!r}")
         return f"<!-- table {found[1]} -->\n\n{TABLES[found[1]](machines)}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table ([\w ]+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
@@ -108,7 +213,7 @@ def operator_table(ratio: str) -> Callable[[list[Machine]], str]:
     """A table of one ratio of every operator, as the range over its sizes on each machine."""
 
     def table(machines: list[Machine]) -> str:
-        machines = [machine for machine in machines if any(map(is_operator, machine.tables))]
+        machines = [machine for machine in machines if "clock" not in machine.facts]
         lines: dict[tuple[str, str], dict[str, list[float]]] = {}
         for machine in machines:
             for name, rows in machine.tables.items():
@@ -173,6 +278,41 @@ def model_table(rows: Rows) -> str:
     return markdown(columns, cells)
 
 
+def target_table(targets: Sequence[Target]) -> Callable[[list[Machine]], str]:
+    """A table of what was aimed at and what each machine reached, with the file that has it."""
+
+    def table(machines: list[Machine]) -> str:
+        return markdown(
+            ["what", "aim", "figure", "`bench_NAME.py --only`"],
+            [
+                [
+                    target.what,
+                    target.aim,
+                    "; ".join(figures(target, machine.tables[target.benchmark])),
+                    f'`{target.benchmark}`, `"{target.only}"`',
+                ]
+                for target in targets
+                for machine in machines
+                if target.benchmark in machine.tables
+            ],
+        )
+
+    return table
+
+
+def figures(target: Target, rows: Rows) -> Iterable[str]:
+    """Each figure of a target, as a range over its lines."""
+    for column, form in target.figures:
+        values = sorted(row[column] for row in rows if column in row and target.only in label(row))
+        ends = dict.fromkeys(map(form.format, values[:1] + values[-1:]))
+        yield "\N{EN DASH}".join(ends) or "not measured"
+
+
+def label(row: dict[str, Any]) -> str:
+    """The words of a line, by which --only chooses it."""
+    return " ".join(str(value) for value in row.values() if not isinstance(value, float))
+
+
 TABLES: dict[str, Callable[[list[Machine]], str]] = {
     "machines": machine_table,
     "best": operator_table("x best"),
@@ -180,6 +320,8 @@ TABLES: dict[str, Callable[[list[Machine]], str]] = {
     "limits": operator_table("x limit"),
     "calls": call_table,
     "models": model_tables,
+    "serving": target_table(SERVING),
+    "sisters": target_table(SISTERS),
 }
 
 
@@ -210,12 +352,14 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, fail if they differ")
     args = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    written = render(page, read_machines())
-    if not args.check:
-        PAGE.write_text(written, encoding="utf-8")
-    elif written != page:
-        sys.exit("docs/performance.md differs from benchmarks/results: run make performance-page")
+    machines = read_machines()
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        written = render(page, machines)
+        if not args.check:
+            path.write_text(written, encoding="utf-8")
+        elif written != page:
+            sys.exit(f"{path.name} differs from benchmarks/results: run make performance-page")
 
 
 if __name__ == "__main__":
