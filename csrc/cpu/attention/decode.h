@@ -18,14 +18,14 @@ void attend_rows(const AttentionProblem& p, const AttentionTask& task, Keys& key
   const int64_t heads = task.kv_heads, rows = task.row_end - task.row_begin;
   const int64_t all_rows = rows * heads;
   // Whole vectors are read from the operands; else rows are copied, with zeros at their end.
-  const bool direct = padded == hd;
+  const bool whole = padded == hd;
   using K = typename KeyType<T, E>::Type;
   E* all_q = arena.take<E>(all_rows * kRowStride<E>);
   float* all_out = arena.take<float>(all_rows * padded);
   float* largest = arena.take<float>(all_rows * kLanes);
   float* sum = arena.take<float>(all_rows * kLanes);
-  float* scores = arena.take<float>(kRowsAtOnce * kDirectKeys);
-  T* copies = arena.take<T>(direct ? 0 : 2 * kDirectKeys * padded);
+  float* scores = arena.take<float>(kRowsAtOnce * kDecodeKeys);
+  T* copies = arena.take<T>(whole ? 0 : 2 * kDecodeKeys * padded);
   if (!arena.base) return;
 
   for (int64_t r = 0; r < all_rows; ++r) {
@@ -41,23 +41,24 @@ void attend_rows(const AttentionProblem& p, const AttentionTask& task, Keys& key
   const int64_t vectors = padded / kPerElement<E> / kLanes;
 
   // Block by block of keys, in each head by head, whose rows are neighbours. While a head of one
-  // block is worked on, its share of the rows of the next is fetched, in the order of memory.
-  const auto count_at = [&](int64_t first) { return min(kDirectKeys, keys.end - first); };
+  // block is worked on, its share of the rows of the next is fetched, in the order of memory: one
+  // block ahead.
+  const auto count_at = [&](int64_t first) { return min(kDecodeKeys, keys.end - first); };
   KeyOffsets offsets[2];
   KeyOffsets *here = &offsets[0], *there = &offsets[1];
   KeyPointers<K, T> at, far;
   if (keys.begin < keys.end) keys.find_offsets(keys.begin, count_at(keys.begin), *there);
-  for (int64_t first = keys.begin; first < keys.end; first += kDirectKeys) {
+  for (int64_t first = keys.begin; first < keys.end; first += kDecodeKeys) {
     KeyOffsets* const fetched = there;
     there = here, here = fetched;
-    const int64_t count = count_at(first), next = first + kDirectKeys;
+    const int64_t count = count_at(first), next = first + kDecodeKeys;
     const bool has_next = next < keys.end;  // after the last: rows that are here already
     if (has_next) keys.find_offsets(next, count_at(next), *there);
     keys.fill_block(first, count);
     for (int64_t h = 0; h < heads; ++h) {
       find_pointers(keys, *here, count, task.kv_head + h, at);
       find_pointers(keys, has_next ? *there : *here, count, task.kv_head + h, far);
-      for (int64_t j = 0; !direct && j < round_up(count, kLanes); ++j) {
+      for (int64_t j = 0; !whole && j < round_up(count, kLanes); ++j) {
         T* copy = copies + j * 2 * padded;
         const T* k = pad_row(reinterpret_cast<const T*>(at.k[j]), hd, padded, copy);
         at.k[j] = reinterpret_cast<const K*>(k);
@@ -71,7 +72,7 @@ void attend_rows(const AttentionProblem& p, const AttentionTask& task, Keys& key
         else score_block<kRows, 0>(q, at.k, far.k, count, vectors, scores);
         float factor[kRows];
         for (int64_t r = 0; r < kRows; ++r) {
-          float* row_scores = scores + r * kDirectKeys;
+          float* row_scores = scores + r * kDecodeKeys;
           factor[r] = weigh_scores<E>(row_scores, first, count, scale, keys,
                                       keys.limits.from(first_row + r), largest + (row + r) * kLanes,
                                       sum + (row + r) * kLanes);

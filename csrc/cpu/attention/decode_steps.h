@@ -105,7 +105,7 @@ void score_block(const E* q, const K* const* keys, const K* const* far, int64_t 
         if (vectors & 2) multiply_keys<2>(row, keys + j, n * kLanes, sum), n += 2;
         if (vectors & 1) multiply_keys<1>(row, keys + j, n * kLanes, sum);
       }
-      store(scores + r * kDirectKeys + j, reduce_each(sum));
+      store(scores + r * kDecodeKeys + j, reduce_each(sum));
     }
   }
 }
@@ -186,7 +186,7 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         int32_t weight;
-        std::memcpy(&weight, reinterpret_cast<const BFloat16*>(weights + r * kDirectKeys) + j, 4);
+        std::memcpy(&weight, reinterpret_cast<const BFloat16*>(weights + r * kDecodeKeys) + j, 4);
         const __m512bh both = (__m512bh)_mm512_set1_epi32(weight);
 #pragma GCC unroll 4
         for (int n = 0; n < kCount; ++n)
@@ -214,7 +214,7 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
         for (int n = 0; n < kCount; ++n)
-          sum[r][n] += splat(weights[r * kDirectKeys + j]) * value[n];
+          sum[r][n] += splat(weights[r * kDecodeKeys + j]) * value[n];
       }
     }
   }

@@ -23,7 +23,7 @@ struct KeyOffsets {
 
   // Past the end stand those of the last key, for who reads whole vectors of keys or fetches ahead.
   void repeat_last(int64_t count) {
-    for (int64_t j = count; j < max(kDirectKeys, round_up(count, kLanes)); ++j)
+    for (int64_t j = count; j < max(kDecodeKeys, round_up(count, kLanes)); ++j)
       k[j] = k[count - 1], v[j] = v[count - 1];
   }
 };

@@ -10,7 +10,7 @@ namespace MOR_ISA {
 constexpr int kVectors = 2;
 constexpr int kWidth = kVectors * kLanes;  // lanes of a group
 constexpr int kBlockKeys = 128;
-constexpr int kDirectKeys = 64;  // of a block of the direct way, which prefetches the next one
+constexpr int kDecodeKeys = 64;  // of a block in decoding, which prefetches the next one
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
