@@ -17,8 +17,9 @@ struct AttentionFmaTile {
 
 // depth_attention on tensor cores: 4 warps with 16 of kRows rows each (grad_kv of more than 128
 // head dimensions: twice as many, half the dimensions each, or the sums would not fit in
-// registers); the other operand streams through. Shared memory is bounded as above, so the backward
-// of 256 head dimensions has but one stage.
+// registers); the other operand streams through, 64 rows at a time or, for shared memory is bounded as
+// above, 32 of wide rows (fewer would not fill a warp's tiles; more were not compared, for want of a
+// GPU), and the backward of 256 head dimensions has but one stage.
 template <int HEAD_DIM>
 struct AttentionMmaTile {
   static constexpr int kRows = 64;

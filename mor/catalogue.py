@@ -35,6 +35,7 @@ SYSTEMS = (
         "mor.apply_mod",
         ["tests/systems/test_mod.py", "tests/systems/test_published_mod.py"],
         ["examples/sister/mod.py"],
+        ["docs/pictures/mod.png"],
     ),
     System(
         "p-MoD",

@@ -37,7 +37,7 @@ constexpr int64_t kShortSequence = 32;
 // for those who have many threads; rows of a step of a task of the backward.
 constexpr int64_t kForwardRows = 512, kLeastRows = 128, kEnoughTasks = 16;
 constexpr int64_t kBackwardRows = 256;
-// Up to this many rows the direct way is faster than tiles, of whose lanes most would be idle. It
+// Up to this many rows decode.h is faster than tiles, of whose lanes most would be idle. It
 // also gains from taking several key heads at once, whose rows are neighbours in memory.
 constexpr int64_t kFewRows = 12;
 

@@ -22,10 +22,62 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 
 #include "../checks.h"
+#include "../rows.h"
 
 namespace mor {
+
+// The operands and options of a call.
+struct DepthAttentionInputs {
+  Tensor q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k;
+  std::optional<Tensor> q_depths, k_depths, key_bias;
+  bool causal;
+  double scale;
+  std::optional<int64_t> window;
+
+  // With the layout that kernels need: rows of heads, and vectors, without gaps.
+  DepthAttentionInputs contiguous() const {
+    return {last_contiguous(q),
+            last_contiguous(k),
+            last_contiguous(v),
+            as_contiguous(q_positions),
+            as_contiguous(k_positions),
+            as_contiguous(cu_seqlens_q),
+            as_contiguous(cu_seqlens_k),
+            as_contiguous(q_depths),
+            as_contiguous(k_depths),
+            as_contiguous(key_bias),
+            causal,
+            scale,
+            window};
+  }
+};
+
+// The operators as they are called, of kForward(inputs) and kBackward(grad_out, inputs, out,
+// softmax_lse) of a device.
+template <auto kForward>
+std::tuple<Tensor, Tensor> call_depth_attention(Tensor q, Tensor k, Tensor v, Tensor q_positions,
+                                                Tensor k_positions, Tensor cu_seqlens_q,
+                                                Tensor cu_seqlens_k, std::optional<Tensor> q_depths,
+                                                std::optional<Tensor> k_depths,
+                                                std::optional<Tensor> key_bias, bool causal,
+                                                double scale, std::optional<int64_t> window) {
+  return kForward({q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                   k_depths, key_bias, causal, scale, window});
+}
+template <auto kBackward>
+std::tuple<Tensor, Tensor, Tensor, Tensor> call_depth_attention_backward(
+    Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
+    Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+    std::optional<Tensor> q_depths, std::optional<Tensor> k_depths, std::optional<Tensor> key_bias,
+    bool causal, double scale, std::optional<int64_t> window) {
+  return kBackward(grad_out,
+                   {q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
+                    k_depths, key_bias, causal, scale, window},
+                   out, softmax_lse);
+}
 
 struct DepthAttentionDims {
   int64_t num_queries;    // Nq
@@ -36,12 +88,10 @@ struct DepthAttentionDims {
   int64_t head_dim;       // hd
 };
 
-inline DepthAttentionDims check_depth_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_positions,
-    const Tensor& k_positions, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
-    const std::optional<Tensor>& key_bias, bool causal, const std::optional<int64_t>& window) {
+inline DepthAttentionDims check_depth_attention(const DepthAttentionInputs& inputs) {
   const char* op = "depth_attention";
+  const auto& [q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths,
+               key_bias, causal, scale, window] = inputs;
   check_dim(q, 3, op, "q", "[Nq, H, head_dim]");
   check_dim(k, 3, op, "k", "[Nk, Hkv, head_dim]");
   check_dim(v, 3, op, "v", "[Nk, Hkv, head_dim]");
@@ -95,16 +145,13 @@ inline DepthAttentionDims check_depth_attention(
   return dims;
 }
 
-inline DepthAttentionDims check_depth_attention_backward(
-    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& softmax_lse, const Tensor& q_positions, const Tensor& k_positions,
-    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_depths,
-    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& key_bias, bool causal,
-    const std::optional<int64_t>& window) {
+inline DepthAttentionDims check_depth_attention_backward(const Tensor& grad_out,
+                                                         const DepthAttentionInputs& inputs,
+                                                         const Tensor& out,
+                                                         const Tensor& softmax_lse) {
   const char* op = "depth_attention_backward";
-  const auto dims =
-      check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
-                            k_depths, key_bias, causal, window);
+  const auto dims = check_depth_attention(inputs);
+  const Tensor& q = inputs.q;
   const auto check_like_q = [&](const Tensor& t, const char* name) {
     check_dim(t, 3, op, name, "[Nq, H, head_dim]");
     check_dtype(t, q.scalar_type(), op, name);

@@ -3,7 +3,6 @@
 #include <optional>
 #include <tuple>
 
-#include "../../csrc/rows.h"
 #include "../glue.h"
 #include "depth_attention_backward.cuh"
 #include "depth_attention_forward.cuh"
@@ -11,27 +10,8 @@
 namespace mor {
 namespace {
 
-using std::optional;
-
-// The operands with the layout the kernels need; owns what had to be copied.
-struct Operands {
-  Tensor q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k;
-  optional<Tensor> q_depths, k_depths, key_bias;
-};
-
-Operands kernel_operands(const Tensor& q, const Tensor& k, const Tensor& v,
-                         const Tensor& q_positions, const Tensor& k_positions,
-                         const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                         const optional<Tensor>& q_depths, const optional<Tensor>& k_depths,
-                         const optional<Tensor>& key_bias) {
-  return {last_contiguous(q),          last_contiguous(k),         last_contiguous(v),
-          as_contiguous(q_positions),  as_contiguous(k_positions), as_contiguous(cu_seqlens_q),
-          as_contiguous(cu_seqlens_k), as_contiguous(q_depths),    as_contiguous(k_depths),
-          as_contiguous(key_bias)};
-}
-
 template <class T>
-const T* data(const optional<Tensor>& t) {
+const T* data(const std::optional<Tensor>& t) {
   return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
@@ -50,22 +30,22 @@ bool is_aligned(const Tensor& t) {
 }
 
 template <class T>
-DepthAttention<T> problem(const DepthAttentionDims& dims, const Operands& o, bool causal,
-                          double scale, const optional<int64_t>& window, const Tensor& key_ranges) {
+DepthAttention<T> problem(const DepthAttentionDims& dims, const DepthAttentionInputs& in,
+                          const Tensor& key_ranges) {
   DepthAttention<T> p{};
-  p.q = operand<T>(o.q), p.k = operand<T>(o.k), p.v = operand<T>(o.v);
-  p.q_positions = o.q_positions.const_data_ptr<int64_t>();
-  p.k_positions = o.k_positions.const_data_ptr<int64_t>();
-  p.cu_seqlens_q = o.cu_seqlens_q.const_data_ptr<int32_t>();
-  p.cu_seqlens_k = o.cu_seqlens_k.const_data_ptr<int32_t>();
-  p.q_depths = data<int32_t>(o.q_depths), p.k_depths = data<int32_t>(o.k_depths);
-  p.key_bias = data<acc_t<T>>(o.key_bias);
+  p.q = operand<T>(in.q), p.k = operand<T>(in.k), p.v = operand<T>(in.v);
+  p.q_positions = in.q_positions.const_data_ptr<int64_t>();
+  p.k_positions = in.k_positions.const_data_ptr<int64_t>();
+  p.cu_seqlens_q = in.cu_seqlens_q.const_data_ptr<int32_t>();
+  p.cu_seqlens_k = in.cu_seqlens_k.const_data_ptr<int32_t>();
+  p.q_depths = data<int32_t>(in.q_depths), p.k_depths = data<int32_t>(in.k_depths);
+  p.key_bias = data<acc_t<T>>(in.key_bias);
   p.num_queries = dims.num_queries, p.num_keys = dims.num_keys;
   p.num_sequences = int(dims.num_sequences), p.num_heads = int(dims.num_heads);
   p.num_kv_heads = int(dims.num_kv_heads), p.head_dim = int(dims.head_dim);
-  p.causal = causal, p.scale = acc_t<T>(scale), p.window = window.value_or(0);
+  p.causal = in.causal, p.scale = acc_t<T>(in.scale), p.window = in.window.value_or(0);
   p.key_ranges = static_cast<KeyRange*>(key_ranges.mutable_data_ptr());
-  p.aligned = is_aligned(o.q) && is_aligned(o.k) && is_aligned(o.v);
+  p.aligned = is_aligned(in.q) && is_aligned(in.k) && is_aligned(in.v);
   return p;
 }
 
@@ -73,23 +53,16 @@ ScalarType acc_dtype(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> depth_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor q_positions,
-                                                Tensor k_positions, Tensor cu_seqlens_q,
-                                                Tensor cu_seqlens_k, optional<Tensor> q_depths,
-                                                optional<Tensor> k_depths,
-                                                optional<Tensor> key_bias, bool causal,
-                                                double scale, optional<int64_t> window) {
-  const auto dims =
-      check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
-                            k_depths, key_bias, causal, window);
-  const DeviceGuard guard(q.get_device_index());
-  const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
-                                            cu_seqlens_k, q_depths, k_depths, key_bias);
+std::tuple<Tensor, Tensor> depth_attention_cuda(const DepthAttentionInputs& given) {
+  const auto dims = check_depth_attention(given);
+  const DeviceGuard guard(given.q.get_device_index());
+  const DepthAttentionInputs in = given.contiguous();
+  const Tensor& q = in.q;
   Tensor out = new_tensor(q, {dims.num_queries, dims.num_heads, dims.head_dim});
   Tensor lse = new_tensor(q, {dims.num_heads, dims.num_queries}, acc_dtype(q));
   const Tensor key_ranges = new_tensor(q, {dims.num_queries, 2}, ScalarType::Int);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
-    auto p = problem<T>(dims, operands, causal, scale, window, key_ranges);
+    auto p = problem<T>(dims, in, key_ranges);
     p.out = static_cast<T*>(out.mutable_data_ptr());
     p.lse = static_cast<acc_t<T>*>(lse.mutable_data_ptr());
     check_launch(launch_depth_attention(p, current_stream(q)), "depth_attention");
@@ -98,23 +71,19 @@ std::tuple<Tensor, Tensor> depth_attention_cuda(Tensor q, Tensor k, Tensor v, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
-    Tensor grad_out_in, Tensor q, Tensor k, Tensor v, Tensor out_in, Tensor lse_in,
-    Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-    optional<Tensor> q_depths, optional<Tensor> k_depths, optional<Tensor> key_bias, bool causal,
-    double scale, optional<int64_t> window) {
-  const auto dims = check_depth_attention_backward(
-      grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k,
-      q_depths, k_depths, key_bias, causal, window);
-  const DeviceGuard guard(q.get_device_index());
-  const Operands operands = kernel_operands(q, k, v, q_positions, k_positions, cu_seqlens_q,
-                                            cu_seqlens_k, q_depths, k_depths, key_bias);
+    const Tensor& grad_out_in, const DepthAttentionInputs& given, const Tensor& out_in,
+    const Tensor& lse_in) {
+  const auto dims = check_depth_attention_backward(grad_out_in, given, out_in, lse_in);
+  const DeviceGuard guard(given.q.get_device_index());
+  const DepthAttentionInputs in = given.contiguous();
+  const Tensor& q = in.q;
   const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
   const Tensor lse = as_contiguous(lse_in);
   const ScalarType acc = acc_dtype(q);
   const auto scratch = [&](int64_t rows, int64_t columns) {
     return new_tensor(q, {rows, columns}, acc);
   };
-  const bool bias = key_bias.has_value();
+  const bool bias = in.key_bias.has_value();
   Tensor grad_q = new_tensor(q, {dims.num_queries, dims.num_heads, dims.head_dim});
   Tensor grad_k = new_tensor(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
   Tensor grad_v = new_tensor(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
@@ -124,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
   const Tensor key_ranges = new_tensor(q, {dims.num_queries, 2}, ScalarType::Int);
   dispatch_floating_cuda(q.scalar_type(), [&]<class T>(T) {
     using Acc = acc_t<T>;
-    auto p = problem<T>(dims, operands, causal, scale, window, key_ranges);
+    auto p = problem<T>(dims, in, key_ranges);
     p.grad_out = operand<T>(grad_out), p.forward_out = operand<T>(out);
     p.aligned = p.aligned && is_aligned(grad_out);
     p.lse = static_cast<Acc*>(const_cast<void*>(lse.const_data_ptr()));
@@ -143,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cuda(
 }  // namespace mor
 
 STABLE_TORCH_LIBRARY_IMPL(mor, MOR_DEVICE_KEY, m) {
-  m.impl("depth_attention", TORCH_BOX(&mor::depth_attention_cuda));
-  m.impl("depth_attention_backward", TORCH_BOX(&mor::depth_attention_backward_cuda));
+  m.impl("depth_attention", TORCH_BOX(&mor::call_depth_attention<mor::depth_attention_cuda>));
+  m.impl("depth_attention_backward",
+         TORCH_BOX(&mor::call_depth_attention_backward<mor::depth_attention_backward_cuda>));
 }

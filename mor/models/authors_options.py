@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from mor.models.schedule import SHARINGS
+
 __all__ = ["is_authors_checkpoint", "mor_options", "read_options"]
 
 _EXAMPLE = "https://github.com/raymin0223/mixture_of_recursions, conf/pretrain"
@@ -148,7 +150,6 @@ def _as_float(text: str) -> float | None:
 _GATINGS = {"weighted": "weighted", "additive": "additive"}
 # Their wide_mlp is as wide as their mlp.
 _ROUTERS = {"linear": "linear", "mlp": "mlp", "wide_mlp": "mlp"}
-_SHARINGS = {name: name for name in ("cycle", "sequence", "middle_cycle", "middle_sequence")}
 
 
 def mor_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -189,7 +190,7 @@ def mor_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
         strategy = "hybrid" if kv_sharing.flag("update_cache") else "shared"
     common = {
         "num_recursions": recursions,
-        "sharing": recursive.choice("sharing", _SHARINGS, None),
+        "sharing": recursive.choice("sharing", {name: name for name in SHARINGS}, None),
         "kv_strategy": strategy,
         "router": None,
     }

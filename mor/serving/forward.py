@@ -425,7 +425,7 @@ class PackedModel:
         encoded = config.encoded_depths if self.recursive else []
         encoding = inner.recursion_encoding if self.recursive else None
         # Where the ends are used once: not of the cycles, and not of two dense layers or fewer.
-        self.has_ends = config.sharing.startswith("middle") if self.recursive else depth > 2
+        self.has_ends = config.schedule.num_ends == 1 if self.recursive else depth > 2
         self.mixes_recursions = not (relaxed and self.num_steps > 1)
         if getattr(inner.rotary_emb, "layer_types", None) is None:
             kinds: list[str | None] = [None] * len(inner.layers)

@@ -1,5 +1,6 @@
 """Plugin of pytest (-p): tests/ops on the CUDA operators, threads in the order MOR_SIMT_ORDER."""
 
+import collections
 import ctypes
 import os
 
@@ -14,7 +15,20 @@ ctypes.CDLL(os.environ["MOR_OPS_LIBRARY"]).simt_set_order(
 TOO_LARGE = ("prefill", "threads-ties-half-both-by-score")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, help="of each test's cases, at least one")
+
+
+# After what -k and -m select.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    large = [i for i in items if any(f"[{case}-torch." in i.name for case in TOO_LARGE)]
-    config.hook.pytest_deselected(items=large)
-    items[:] = [i for i in items if i not in large]
+    seen: collections.Counter[str] = collections.Counter()
+    kept, left = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        large = any(f"[{case}-torch." in item.name for case in TOO_LARGE)
+        chosen = not large and seen[test] % config.getoption("--one-in") == 0
+        seen[test] += not large
+        (kept if chosen else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept

@@ -86,15 +86,15 @@ void differentiate_scores(const float* scores, const float* dp, int64_t count, f
 // the lanes). Lanes before the keys have weights of zero: each part of the keys begins at the first
 // group that sees, by position, one of them.
 template <class E>
-void add_key_sums(const KeyBlock<E>& block, const KeyList& keys, int64_t first_key,
-                  const RowLimits& limits, LaneRange seeing, int64_t padded, const E* weights,
-                  const E* rows, float* tile, float* sums) {
+void add_key_sums(const KeyBlock<E>& block, const ListedKeys& keys, int64_t first_key,
+                  LaneRange seeing, int64_t padded, const E* weights, const E* rows, float* tile,
+                  float* sums) {
   constexpr int64_t kKeysUnit = 16;  // of a tile of AMX
   static_assert(kBlockKeys % kKeysUnit == 0 && kKeysUnit % kTileRows == 0);
   for (int64_t lane = seeing.begin, key = 0; key < block.count; lane += kWidth) {
     int64_t end = block.count;  // of the last group: all that are left
     if (lane + kWidth < seeing.end)
-      end = min(end, round_up(limits.limit[lane + kWidth - 1] - block.first, kKeysUnit));
+      end = min(end, round_up(keys.limits.limit[lane + kWidth - 1] - block.first, kKeysUnit));
     if (end <= key) continue;
     const int64_t depth = (seeing.end - lane) / kPerElement<E>, skipped = lane / kPerElement<E>;
     const E *part_weights = weights + key * kLaneStride<E> + skipped,
@@ -189,7 +189,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   E* grad_rows = arena.take<E>(kBackwardRows / kPerElement<E> * kKeyStride);
   float* dq = arena.take<float>(kBackwardRows * padded);
   const RowGradients rows{arena.take<float>(kBackwardRows), arena.take<float>(kBackwardRows)};
-  const RowLimits limits = take_limits(arena, p, kBackwardRows);
+  ListedKeys keys(p, task.sequence, kBackwardRows, arena);
   float* scores = arena.take<float>(kBlockKeys * kWidth);
   float* dp = arena.take<float>(kBlockKeys * kWidth);
   ScoreGradients<E> gradients{arena.take<E>(kBlockKeys * kLaneStride<E>),
@@ -200,10 +200,7 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
   block.v_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
   block.k_keys = kPairs ? arena.take<E>(kKeysElements<E>) : block.k_rows;
-  float* bias = arena.take<float>(kBlockKeys);
   float* bias_sums = arena.take<float>(p.key_bias ? kBlockKeys * kLanes : 0);
-  int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
-  int32_t* list = arena.take<int32_t>(p.q_depths ? sequence_keys : 0);
   if (!scratch) return arena.used;
 
   std::memset(sums.k, 0, sequence_keys * padded * sizeof(float));
@@ -215,25 +212,22 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
   for (; step.row_begin < task.row_end; step.row_begin = step.row_end) {
     step.row_end = min(step.row_begin + kBackwardRows, task.row_end);
     const int64_t lanes = round_up(step.row_end - step.row_begin, kWidth);
-    const KeyList keys = list_keys(p, step, list);
-    block.bias = p.key_bias ? bias : nullptr;
-    block.depths = keys.mask_depths ? key_depths : nullptr;
+    keys.list_for(step);
     pack_lanes<T>(p.q, p, step, padded, q_lanes);
     pack_lanes<T>(p.grad_out, p, step, padded, grad_lanes);
     pack_rows<T>(p.q, p, step, padded, q_rows);
     pack_rows<T>(p.grad_out, p, step, padded, grad_rows);
     fill_row_gradients<T>(p, step, padded, grad_lanes, block.k_rows, scores, rows);
-    fill_limits(p, step, keys, limits);
     std::memset(dq, 0, lanes * padded * sizeof(float));
 
-    for (block.first = 0; block.first < keys.count; block.first += kBlockKeys) {
-      block.count = min(kBlockKeys, keys.count - block.first);
-      const LaneRange seeing = lanes_that_see(limits, lanes, block.first, block.count);
+    for (block.first = 0; block.first < keys.end; block.first += kBlockKeys) {
+      block.count = min(kBlockKeys, keys.end - block.first);
+      const LaneRange seeing = lanes_that_see(keys.limits, lanes, block.first, block.count);
       if (seeing.begin == seeing.end) continue;
-      pack_keys<T>(p, task.kv_head, keys, padded, block);
+      pack_keys<T>(keys, task.kv_head, p.dims.head_dim, padded, block);
       if (p.key_bias) std::memset(bias_sums, 0, block.count * kLanes * sizeof(float));
       for (int64_t lane = seeing.begin; lane < seeing.end; lane += kWidth) {
-        const RowLimits seen = limits.from(lane);
+        const RowLimits seen = keys.limits.from(lane);
         const int64_t count = min(block.count, seen.limit[kWidth - 1] - block.first);
         multiply<E, kVectors, kRowStride<E>, 1, kWidth, kWidth, Into::kOverwrite>(
             count, depth, block.k_rows, q_lanes + lane * depth, scores);
@@ -254,10 +248,8 @@ int64_t backward_tiles(const AttentionProblem& p, const AttentionTask& task,
               padded, count, block.k_keys, gradients.ds + lane, dq + lane * padded);
         }
       }
-      add_key_sums(block, keys, first_key, limits, seeing, padded, gradients.p, grad_rows, tile,
-                   sums.v);
-      add_key_sums(block, keys, first_key, limits, seeing, padded, gradients.ds, q_rows, tile,
-                   sums.k);
+      add_key_sums(block, keys, first_key, seeing, padded, gradients.p, grad_rows, tile, sums.v);
+      add_key_sums(block, keys, first_key, seeing, padded, gradients.ds, q_rows, tile, sums.k);
       for (int64_t j = 0; p.key_bias && j < block.count; ++j) {
         sums.bias[keys.row(block.first + j) - first_key] +=
             reduce_add(load(bias_sums + j * kLanes));

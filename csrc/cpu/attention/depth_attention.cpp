@@ -11,54 +11,30 @@
 #include "csrc/cpu/attention/float64.h"
 #include "csrc/cpu/memory/arena.h"
 #include "csrc/cpu/memory/output_cache.h"
-#include "csrc/rows.h"
 
 namespace mor {
 namespace {
 
-using std::optional;
-
 AttentionOperand operand(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
-// The operands with the layout the kernels need; owns what had to be copied.
-struct Operands {
-  Tensor q, k, v, q_positions, k_positions, cu_q, cu_k;
-  optional<Tensor> q_depths, k_depths, key_bias;
-
-  Operands(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& q_positions_in,
-           const Tensor& k_positions_in, const Tensor& cu_q_in, const Tensor& cu_k_in,
-           const optional<Tensor>& q_depths_in, const optional<Tensor>& k_depths_in,
-           const optional<Tensor>& key_bias_in)
-      : q(last_contiguous(q_in)),
-        k(last_contiguous(k_in)),
-        v(last_contiguous(v_in)),
-        q_positions(as_contiguous(q_positions_in)),
-        k_positions(as_contiguous(k_positions_in)),
-        cu_q(as_contiguous(cu_q_in)),
-        cu_k(as_contiguous(cu_k_in)),
-        q_depths(as_contiguous(q_depths_in)),
-        k_depths(as_contiguous(k_depths_in)),
-        key_bias(as_contiguous(key_bias_in)) {}
-
-  AttentionProblem problem(const DepthAttentionDims& dims, bool causal, double scale,
-                           const optional<int64_t>& window) const {
-    AttentionProblem p{};
-    p.dims = dims;
-    p.dtype = q.scalar_type();
-    p.group = dims.num_heads / dims.num_kv_heads;
-    p.q = operand(q), p.k = operand(k), p.v = operand(v);
-    p.q_positions = q_positions.const_data_ptr<int64_t>();
-    p.k_positions = k_positions.const_data_ptr<int64_t>();
-    p.cu_q = cu_q.const_data_ptr<int32_t>(), p.cu_k = cu_k.const_data_ptr<int32_t>();
-    if (q_depths.has_value()) {
-      p.q_depths = q_depths->const_data_ptr<int32_t>();
-      p.k_depths = k_depths->const_data_ptr<int32_t>();
-    }
-    if (key_bias.has_value()) p.key_bias = key_bias->const_data_ptr();
-    p.causal = causal, p.scale = scale, p.window = window.value_or(0);
-    return p;
+AttentionProblem problem(const DepthAttentionDims& dims, const DepthAttentionInputs& in) {
+  AttentionProblem p{};
+  p.dims = dims;
+  p.dtype = in.q.scalar_type();
+  p.group = dims.num_heads / dims.num_kv_heads;
+  p.q = operand(in.q), p.k = operand(in.k), p.v = operand(in.v);
+  p.q_positions = in.q_positions.const_data_ptr<int64_t>();
+  p.k_positions = in.k_positions.const_data_ptr<int64_t>();
+  p.cu_q = in.cu_seqlens_q.const_data_ptr<int32_t>();
+  p.cu_k = in.cu_seqlens_k.const_data_ptr<int32_t>();
+  if (in.q_depths.has_value()) {
+    p.q_depths = in.q_depths->const_data_ptr<int32_t>();
+    p.k_depths = in.k_depths->const_data_ptr<int32_t>();
   }
-};
+  if (in.key_bias.has_value()) p.key_bias = in.key_bias->const_data_ptr();
+  p.causal = in.causal, p.scale = in.scale, p.window = in.window.value_or(0);
+  return p;
+}
 
 void check_positions(const int64_t* positions, const int32_t* cu, int64_t num_sequences,
                      const char* name) {
@@ -71,9 +47,9 @@ void check_positions(const int64_t* positions, const int32_t* cu, int64_t num_se
   }
 }
 
-void check_values(const AttentionProblem& p, const Operands& operands) {
-  check_cu_seqlens_values(operands.cu_q, p.dims.num_queries, "depth_attention", "cu_seqlens_q");
-  check_cu_seqlens_values(operands.cu_k, p.dims.num_keys, "depth_attention", "cu_seqlens_k");
+void check_values(const AttentionProblem& p, const DepthAttentionInputs& in) {
+  check_cu_seqlens_values(in.cu_seqlens_q, p.dims.num_queries, "depth_attention", "cu_seqlens_q");
+  check_cu_seqlens_values(in.cu_seqlens_k, p.dims.num_keys, "depth_attention", "cu_seqlens_k");
   check_positions(p.q_positions, p.cu_q, p.dims.num_sequences, "q_positions");
   check_positions(p.k_positions, p.cu_k, p.dims.num_sequences, "k_positions");
 }
@@ -229,19 +205,12 @@ void scalar_backward(const AttentionProblem& p) {
   }
 }
 
-std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor q_positions,
-                                               Tensor k_positions, Tensor cu_seqlens_q,
-                                               Tensor cu_seqlens_k, optional<Tensor> q_depths,
-                                               optional<Tensor> k_depths, optional<Tensor> key_bias,
-                                               bool causal, double scale,
-                                               optional<int64_t> window) {
-  const auto dims =
-      check_depth_attention(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
-                            k_depths, key_bias, causal, window);
-  const Operands operands(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
-                          k_depths, key_bias);
-  AttentionProblem p = operands.problem(dims, causal, scale, window);
-  check_values(p, operands);
+std::tuple<Tensor, Tensor> depth_attention_cpu(const DepthAttentionInputs& given) {
+  const auto dims = check_depth_attention(given);
+  const DepthAttentionInputs in = given.contiguous();
+  const Tensor& q = in.q;
+  AttentionProblem p = problem(dims, in);
+  check_values(p, in);
   const bool is_double = q.scalar_type() == ScalarType::Double;
   Tensor out = new_result(q, {dims.num_queries, dims.num_heads, dims.head_dim});
   Tensor lse = new_tensor(q, {dims.num_heads, dims.num_queries},
@@ -253,17 +222,13 @@ std::tuple<Tensor, Tensor> depth_attention_cpu(Tensor q, Tensor k, Tensor v, Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
-    Tensor grad_out_in, Tensor q, Tensor k, Tensor v, Tensor out_in, Tensor lse_in,
-    Tensor q_positions, Tensor k_positions, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-    optional<Tensor> q_depths, optional<Tensor> k_depths, optional<Tensor> key_bias, bool causal,
-    double scale, optional<int64_t> window) {
-  const auto dims = check_depth_attention_backward(
-      grad_out_in, q, k, v, out_in, lse_in, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k,
-      q_depths, k_depths, key_bias, causal, window);
-  const Operands operands(q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths,
-                          k_depths, key_bias);
-  AttentionProblem p = operands.problem(dims, causal, scale, window);
-  check_values(p, operands);
+    const Tensor& grad_out_in, const DepthAttentionInputs& given, const Tensor& out_in,
+    const Tensor& lse_in) {
+  const auto dims = check_depth_attention_backward(grad_out_in, given, out_in, lse_in);
+  const DepthAttentionInputs in = given.contiguous();
+  const Tensor& q = in.q;
+  AttentionProblem p = problem(dims, in);
+  check_values(p, in);
   const Tensor grad_out = last_contiguous(grad_out_in), out = last_contiguous(out_in);
   const Tensor lse = as_contiguous(lse_in);
   p.grad_out = operand(grad_out), p.out = operand(out);
@@ -272,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
   Tensor grad_k = new_result(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
   Tensor grad_v = new_result(q, {dims.num_keys, dims.num_kv_heads, dims.head_dim});
   Tensor grad_key_bias =
-      new_tensor(q, {key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
+      new_tensor(q, {in.key_bias.has_value() ? dims.num_keys : 0}, lse.scalar_type());
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr(), p.grad_key_bias = grad_key_bias.mutable_data_ptr();
   if (q.scalar_type() == ScalarType::Double) scalar_backward(p);
@@ -284,6 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_attention_backward_cpu(
 }  // namespace mor
 
 STABLE_TORCH_LIBRARY_IMPL(mor, CPU, m) {
-  m.impl("depth_attention", TORCH_BOX(&mor::depth_attention_cpu));
-  m.impl("depth_attention_backward", TORCH_BOX(&mor::depth_attention_backward_cpu));
+  m.impl("depth_attention", TORCH_BOX(&mor::call_depth_attention<mor::depth_attention_cpu>));
+  m.impl("depth_attention_backward",
+         TORCH_BOX(&mor::call_depth_attention_backward<mor::depth_attention_backward_cpu>));
 }

@@ -7,52 +7,43 @@
 namespace mor {
 namespace MOR_ISA {
 
-#if defined(__AVX512BF16__)
-using BFloat16Element = uint32_t;
-#else
-using BFloat16Element = float;
-#endif
-
 template <class T, class E>
 int64_t forward(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
-  if (task.row_end - task.row_begin <= kFewRows) return forward_rows<T, E>(p, task, scratch);
-  return forward_tiles<T, E>(p, task, scratch);
+  const int64_t rows = task.row_end - task.row_begin, hd = p.dims.head_dim;
+  Arena arena{scratch};
+  ListedKeys keys(p, task.sequence, rows, arena);
+  if (scratch) keys.list_for(task);
+  const auto write = [&](int64_t r, float* line, float base, float sum) {
+    AttentionTask head = task;
+    head.kv_head += r / rows;
+    const RowIndex at = row_index(p, head, task.row_begin + r % rows);
+    if (sum == 0) std::memset(line, 0, hd * sizeof(float));  // sees nothing; may be 0 * inf
+    store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd,
+              sum != 0 ? 1 / sum : 1);
+    static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] = log_sum(base, sum);
+  };
+  if (rows <= kFewRows) attend_rows<T, E>(p, task, keys, arena, write);
+  else attend_tiles<T, E>(p, task, keys, arena, write);
+  return arena.used;
 }
 
 int64_t attention_forward(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
-  switch (p.dtype) {
-    case ScalarType::BFloat16:
-      return forward<BFloat16, BFloat16Element>(p, task, scratch);
-    case ScalarType::Half:
-      return forward<Half, float>(p, task, scratch);
-    default:
-      return forward<float, float>(p, task, scratch);
-  }
+  return dispatch_elements(p.dtype,
+                           [&]<class T, class E>() { return forward<T, E>(p, task, scratch); });
 }
 
 int64_t attention_backward(const AttentionProblem& p, const AttentionTask& task,
                            const KeyGradients& sums, char* scratch) {
-  switch (p.dtype) {
-    case ScalarType::BFloat16:
-      return backward_tiles<BFloat16, BFloat16Element>(p, task, sums, scratch);
-    case ScalarType::Half:
-      return backward_tiles<Half, float>(p, task, sums, scratch);
-    default:
-      return backward_tiles<float, float>(p, task, sums, scratch);
-  }
+  return dispatch_elements(
+      p.dtype, [&]<class T, class E>() { return backward_tiles<T, E>(p, task, sums, scratch); });
 }
 
 void attention_sum_keys(const AttentionProblem& p, int64_t sequence, int64_t kv_head,
                         const KeyGradients& sums, int64_t count, int64_t stride,
                         int64_t bias_stride) {
-  switch (p.dtype) {
-    case ScalarType::BFloat16:
-      return sum_key_gradients<BFloat16>(p, sequence, kv_head, sums, count, stride, bias_stride);
-    case ScalarType::Half:
-      return sum_key_gradients<Half>(p, sequence, kv_head, sums, count, stride, bias_stride);
-    default:
-      return sum_key_gradients<float>(p, sequence, kv_head, sums, count, stride, bias_stride);
-  }
+  dispatch_elements(p.dtype, [&]<class T, class E>() {
+    sum_key_gradients<T>(p, sequence, kv_head, sums, count, stride, bias_stride);
+  });
 }
 
 }  // namespace MOR_ISA

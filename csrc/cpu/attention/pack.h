@@ -1,10 +1,10 @@
-// Packed operands of depth_attention's tiles. Included by depth_attention.simd.cpp only.
+// Packed operands of attention's tiles. Included by the kernels of csrc/cpu/attention only.
 //
 // A tile's rows (query, head) lie in vector lanes, query-major, kWidth lanes to a group. Elements
 // E: simd/gemm.h.
 #pragma once
 
-#include "csrc/cpu/attention/visibility.h"
+#include "csrc/cpu/attention/keys.h"
 #include "csrc/cpu/simd/exp.h"
 #include "csrc/cpu/simd/gemm.h"
 #include "csrc/cpu/simd/transpose.h"
@@ -13,7 +13,27 @@ namespace mor {
 namespace MOR_ISA {
 
 constexpr int kMaxHeadDim = 256;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin_inff();
+constexpr float kLn2 = 0.693147181f, kInfinity = __builtin_inff();
+
+#if defined(__AVX512BF16__)
+using BFloat16Element = uint32_t;
+#else
+using BFloat16Element = float;
+#endif
+
+// Calls body<T, E>() with the type of the operands and that of their packed elements; float64 has
+// kernels of its own (float64.h).
+template <class Body>
+auto dispatch_elements(ScalarType dtype, Body&& body) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return body.template operator()<BFloat16, BFloat16Element>();
+    case ScalarType::Half:
+      return body.template operator()<Half, float>();
+    default:
+      return body.template operator()<float, float>();
+  }
+}
 
 // Values of the reduction in one E.
 template <class E>
@@ -151,10 +171,10 @@ void unpack_lanes(const float* group, int64_t count, int64_t padded, Write&& wri
 // not needed, or none.
 template <class E>
 struct KeyBlock {
-  int64_t first, count;  // in the task's list
+  int64_t first, count;  // by the numbers of their source
   E *k_rows, *v_rows, *k_keys, *v_keys;
-  float* bias;  // times log2(e)
-  int32_t* depths;
+  const float* bias;  // times log2(e)
+  const int32_t* depths;
 };
 
 // Rows of a block's keys for a reduction along the keys.
@@ -183,22 +203,22 @@ inline void pack_along_keys(const BFloat16* const* rows, int64_t count, int64_t 
 }
 #endif
 
-template <class T, class E>
-void pack_keys(const AttentionProblem& p, int64_t head, const KeyList& keys, int64_t padded,
-               const KeyBlock<E>& block) {
-  const int64_t hd = p.dims.head_dim;
-  const T *k[kBlockKeys], *v[kBlockKeys];
+// Packs the keys `first` .. `first + count - 1` that the block names.
+template <class T, class E, class Keys>
+void pack_keys(Keys& keys, int64_t head, int64_t head_dim, int64_t padded, KeyBlock<E>& block) {
+  KeyOffsets offsets;
+  KeyPointers<T, T> rows;
+  keys.find_offsets(block.first, block.count, offsets);
+  find_pointers(keys, offsets, block.count, head, rows);
+  keys.fill_block(block.first, block.count);
+  block.bias = keys.bias, block.depths = keys.depths;
   for (int64_t j = 0; j < block.count; ++j) {
-    const int64_t row = keys.row(block.first + j);
-    k[j] = p.k.at<T>(row, head), v[j] = p.v.at<T>(row, head);
-    copy_row(k[j], hd, padded, block.k_rows + j * kRowStride<E>);
-    if (block.v_rows) copy_row(v[j], hd, padded, block.v_rows + j * kRowStride<E>);
-    if (block.bias) block.bias[j] = static_cast<const float*>(p.key_bias)[row] * kLog2e;
-    if (block.depths) block.depths[j] = p.k_depths[row];
+    copy_row(rows.k[j], head_dim, padded, block.k_rows + j * kRowStride<E>);
+    if (block.v_rows) copy_row(rows.v[j], head_dim, padded, block.v_rows + j * kRowStride<E>);
   }
   if (block.k_keys && block.k_keys != block.k_rows)
-    pack_along_keys(k, block.count, hd, padded, block.k_keys);
-  if (block.v_keys) pack_along_keys(v, block.count, hd, padded, block.v_keys);
+    pack_along_keys(rows.k, block.count, head_dim, padded, block.k_keys);
+  if (block.v_keys) pack_along_keys(rows.v, block.count, head_dim, padded, block.v_keys);
 }
 
 }  // namespace MOR_ISA

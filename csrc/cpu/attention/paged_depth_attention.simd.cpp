@@ -1,32 +1,31 @@
 #include "csrc/cpu/attention/paged_depth_attention.simd.h"
 
-#include "csrc/cpu/attention/paged_decode.h"
-#include "csrc/cpu/attention/paged_tiles.h"
+#include "csrc/cpu/attention/decode.h"
+#include "csrc/cpu/attention/paged_keys.h"
+#include "csrc/cpu/attention/tiles.h"
 
 namespace mor {
 namespace MOR_ISA {
 
-#if defined(__AVX512BF16__)
-using BFloat16Element = uint32_t;
-#else
-using BFloat16Element = float;
-#endif
-
 template <class T, class E>
 int64_t part(const PagedProblem& p, const PagedTask& task, float* to, char* scratch) {
-  const bool few = task.rows.row_end - task.rows.row_begin <= kFewRows;
-  return few ? part_rows<T, E>(p, task, to, scratch) : part_tiles<T, E>(p, task, to, scratch);
+  const int64_t hd = p.queries.dims.head_dim;
+  Arena arena{scratch};
+  PagedKeys keys(p, task, arena);
+  const auto write = [&](int64_t r, const float* line, float base, float sum) {
+    float* row = to + r * part_stride(hd);
+    std::memcpy(row, line, hd * sizeof(float));
+    row[part_stride(hd) - 2] = base, row[part_stride(hd) - 1] = sum;
+  };
+  if (task.rows.row_end - task.rows.row_begin <= kFewRows)
+    attend_rows<T, E>(p.queries, task.rows, keys, arena, write);
+  else attend_tiles<T, E>(p.queries, task.rows, keys, arena, write);
+  return arena.used;
 }
 
 int64_t paged_part(const PagedProblem& p, const PagedTask& task, float* to, char* scratch) {
-  switch (p.queries.dtype) {
-    case ScalarType::BFloat16:
-      return part<BFloat16, BFloat16Element>(p, task, to, scratch);
-    case ScalarType::Half:
-      return part<Half, float>(p, task, to, scratch);
-    default:
-      return part<float, float>(p, task, to, scratch);
-  }
+  return dispatch_elements(p.queries.dtype,
+                           [&]<class T, class E>() { return part<T, E>(p, task, to, scratch); });
 }
 
 template <class T>
@@ -62,14 +61,7 @@ void merge(const PagedProblem& p, const AttentionTask& task, const float* parts,
 
 void paged_merge(const PagedProblem& p, const AttentionTask& rows, const float* parts,
                  int64_t count) {
-  switch (p.queries.dtype) {
-    case ScalarType::BFloat16:
-      return merge<BFloat16>(p, rows, parts, count);
-    case ScalarType::Half:
-      return merge<Half>(p, rows, parts, count);
-    default:
-      return merge<float>(p, rows, parts, count);
-  }
+  dispatch_elements(p.queries.dtype, [&]<class T, class E>() { merge<T>(p, rows, parts, count); });
 }
 
 }  // namespace MOR_ISA

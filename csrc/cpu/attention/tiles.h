@@ -1,5 +1,4 @@
-// Forward of depth_attention by tiles, softmax online in float32. Included by
-// depth_attention.simd.cpp only.
+// Attention by tiles, softmax online in float32. Included by the kernels of csrc/cpu/attention only.
 //
 // Everything is transposed: scores [key][lane], out [d][lane], so that the softmax of a row is
 // arithmetic between whole vectors and K and V are only ever broadcast; pairs of V in bfloat16 are
@@ -92,22 +91,6 @@ bool softmax_step(const float* scores, int64_t count, float scale, const RowSums
   return shrinks;
 }
 
-// Divides by the sums and turns the lanes of a group, whose first row is `row`, back to rows.
-template <class T>
-void write_rows(const AttentionProblem& p, const AttentionTask& task, int64_t row, int64_t count,
-                const RowSums& rows, int64_t padded, const float* out) {
-  const int64_t hd = p.dims.head_dim;
-  unpack_lanes(out, count, padded, [&](int64_t lane, float* line) {
-    const RowIndex at = row_index(p, task, row + lane);
-    const float sum = rows.sum[lane];
-    if (sum == 0) std::memset(line, 0, hd * sizeof(float));  // sees nothing; out may be 0 * inf
-    store_row(line, hd, static_cast<T*>(p.out_data) + (at.query * p.dims.num_heads + at.head) * hd,
-              sum != 0 ? 1 / sum : 1);
-    static_cast<float*>(p.lse)[at.head * p.dims.num_queries + at.query] =
-        log_sum(rows.base[lane], sum);
-  });
-}
-
 // One packed block of keys added to the sums of the lanes that see some of them. q and out are
 // those of all lanes, `padded` dimensions each; scores, weights and factor are scratch of kWidth
 // lanes.
@@ -150,50 +133,44 @@ template <class E>
   }
 }
 
-template <class T, class E>
-int64_t forward_tiles(const AttentionProblem& p, const AttentionTask& task, char* scratch) {
-  const int64_t padded = round_up(p.dims.head_dim, 16), depth = padded / kPerElement<E>;
-  const int64_t rows = task.row_end - task.row_begin, groups = round_up(rows, kWidth) / kWidth;
-  Arena arena{scratch};
-  E* q = arena.take<E>(groups * depth * kWidth);
-  float* out = arena.take<float>(groups * padded * kWidth);
-  const RowSums sums{arena.take<float>(groups * kWidth), arena.take<float>(groups * kWidth)};
-  const RowLimits limits = take_limits(arena, p, groups * kWidth);
+// As attend_rows of decode.h, of one key head.
+template <class T, class E, class Keys, class Write>
+void attend_tiles(const AttentionProblem& p, const AttentionTask& task, Keys& keys, Arena& arena,
+                  Write&& write) {
+  const int64_t hd = p.dims.head_dim, padded = round_up(hd, 16), depth = padded / kPerElement<E>;
+  const int64_t rows = task.row_end - task.row_begin, lanes = round_up(rows, kWidth);
+  E* q = arena.take<E>(lanes * depth);
+  float* out = arena.take<float>(lanes * padded);
+  const RowSums sums{arena.take<float>(lanes), arena.take<float>(lanes)};
   float* scores = arena.take<float>(kBlockKeys * kWidth);
   E* weights = arena.take<E>(kBlockKeys / kPerElement<E> * kWidth);
   float* factor = arena.take<float>(kWidth);
   KeyBlock<E> block{};
   block.k_rows = arena.take<E>(kBlockKeys * kRowStride<E>);
   block.v_keys = arena.take<E>(kKeysElements<E>);
-  float* bias = arena.take<float>(kBlockKeys);
-  int32_t* key_depths = arena.take<int32_t>(kBlockKeys);
-  const int64_t sequence_keys = p.cu_k[task.sequence + 1] - p.cu_k[task.sequence];
-  int32_t* list = arena.take<int32_t>(p.q_depths ? sequence_keys : 0);
-  if (!scratch) return arena.used;
+  if (!arena.base) return;
 
-  const KeyList keys = list_keys(p, task, list);
-  if (p.key_bias) block.bias = bias;
-  if (keys.mask_depths) block.depths = key_depths;
   pack_lanes<T>(p.q, p, task, padded, q);
-  fill_limits(p, task, keys, limits);
-  for (int64_t row = 0; row < groups * kWidth; ++row) sums.base[row] = -kInfinity;
-  std::memset(sums.sum, 0, groups * kWidth * sizeof(float));
-  std::memset(out, 0, groups * padded * kWidth * sizeof(float));
+  for (int64_t lane = 0; lane < lanes; ++lane) sums.base[lane] = -kInfinity;
+  std::memset(sums.sum, 0, lanes * sizeof(float));
+  std::memset(out, 0, lanes * padded * sizeof(float));
   const float log2_scale = static_cast<float>(p.scale * 1.4426950408889634);
   const Tiles tiles;
 
-  for (; block.first < keys.count; block.first += kBlockKeys) {
-    block.count = min(kBlockKeys, keys.count - block.first);
-    const LaneRange seeing = lanes_that_see(limits, groups * kWidth, block.first, block.count);
+  for (block.first = keys.begin; block.first < keys.end; block.first += kBlockKeys) {
+    block.count = min(kBlockKeys, keys.end - block.first);
+    const LaneRange seeing = lanes_that_see(keys.limits, lanes, block.first, block.count);
     if (seeing.begin == seeing.end) continue;
-    pack_keys<T>(p, task.kv_head, keys, padded, block);
-    attend_block(block, limits, sums, seeing, padded, log2_scale, q, scores, weights, factor, out);
+    pack_keys<T>(keys, task.kv_head, hd, padded, block);
+    attend_block(block, keys.limits, sums, seeing, padded, log2_scale, q, scores, weights, factor,
+                 out);
   }
-  for (int64_t lane = 0; lane < rows; lane += kWidth) {
-    write_rows<T>(p, task, task.row_begin + lane, min(kWidth, rows - lane),
-                  {sums.base + lane, sums.sum + lane}, padded, out + lane * padded);
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    unpack_lanes(out + first * padded, min(kWidth, rows - first), padded,
+                 [&](int64_t lane, float* line) {
+                   write(first + lane, line, sums.base[first + lane], sums.sum[first + lane]);
+                 });
   }
-  return arena.used;
 }
 
 }  // namespace MOR_ISA

@@ -1,4 +1,4 @@
-// Which keys the rows of depth_attention's tasks see. Included by depth_attention.simd.cpp only.
+// Which keys the rows of attention's tasks see. Included by the kernels of csrc/cpu/attention only.
 #pragma once
 
 #include "csrc/cpu/attention/depth_attention.simd.h"
@@ -10,7 +10,7 @@ namespace MOR_ISA {
 constexpr int kVectors = 2;
 constexpr int kWidth = kVectors * kLanes;  // lanes of a group
 constexpr int kBlockKeys = 128;
-constexpr int kDirectKeys = 64;  // of a block of the direct way, which prefetches the next one
+constexpr int kDecodeKeys = 64;  // of a block in decoding, which prefetches the next one
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -110,18 +110,18 @@ inline KeyList list_keys(const AttentionProblem& p, const AttentionTask& task, i
   return {keys.begin, count, list, shallowest < most};
 }
 
-// What a group of lanes may see: keys of the list by position, from `first` (null: without a
-// window, all) up to `limit`, and its query's depth.
+// What lanes may see: keys by position, from `first` (null: all) up to `limit`, and the depth of the
+// query of each.
 struct RowLimits {
-  int32_t *first, *limit, *depth;  // [kWidth]
+  int32_t *first, *limit, *depth;  // [lanes]
 
   RowLimits from(int64_t lane) const {
     return {first ? first + lane : nullptr, limit + lane, depth + lane};
   }
 };
 
-inline RowLimits take_limits(Arena& arena, const AttentionProblem& p, int64_t lanes) {
-  int32_t* first = p.window == 0 ? nullptr : arena.take<int32_t>(lanes);
+inline RowLimits take_limits(Arena& arena, bool with_first, int64_t lanes) {
+  int32_t* first = with_first ? arena.take<int32_t>(lanes) : nullptr;
   int32_t* limit = arena.take<int32_t>(lanes);
   return {first, limit, arena.take<int32_t>(lanes)};
 }

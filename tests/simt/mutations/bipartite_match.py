@@ -20,7 +20,6 @@ MUTATIONS = [
         "p.num_b, d, p.width);\n",
         "test_bipartite_match and ragged",
         build="race",
-        sample=True,
     ),
     match(
         "no barrier before a tile is overwritten",

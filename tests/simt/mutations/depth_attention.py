@@ -182,7 +182,7 @@ MUTATIONS = [
         "sums_bias[half];", "bias"),
     Mutation(
         "alignment of the keys decides nothing", "attention/depth_attention.cu",
-        "is_aligned(o.q) && is_aligned(o.k)", "is_aligned(o.q)",
+        "is_aligned(in.q) && is_aligned(in.k)", "is_aligned(in.q)",
         "test_depth_attention", build="asan"),
     Mutation(
         "room for the bias gradient of one head", "attention/depth_attention.cu",

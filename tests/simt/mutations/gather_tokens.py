@@ -10,7 +10,6 @@ MUTATIONS = [
         "for (; c < chunks; c += 32) out[c] = in[c];",
         "for (; c < chunks; c += 64) out[c] = in[c];",
         "test_gather_tokens and D65",
-        sample=True,
     ),
     Mutation(
         "four chunks in flight run past the row",

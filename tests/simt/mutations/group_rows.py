@@ -11,7 +11,6 @@ MUTATIONS = [
         "",
         "chunks-300",
         build="race",
-        sample=True,
     ),
     Mutation(
         "no barrier after the keys are written",

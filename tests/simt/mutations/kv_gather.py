@@ -34,7 +34,6 @@ MUTATIONS = [
         "args.cu_seqlens[middle + 1] <= row",
         "args.cu_seqlens[middle + 1] < row",
         "test_kv_gather",
-        sample=True,
     ),
     Mutation(
         "every entry has the blocks of the first",

@@ -27,7 +27,6 @@ MUTATIONS = [
         "merge_paged_groups(sums, s);",
         "few-queries-any",
         build="race",
-        sample=True,
     ),
     paged(
         "a row sees what its block sees",

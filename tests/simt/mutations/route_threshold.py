@@ -6,9 +6,13 @@ THRESHOLD = "routing/route_threshold.cuh"
 
 
 def threshold(
-    name: str, old: str, new: str, tests: str, build: str = "plain", sample: bool = False
+    name: str,
+    old: str,
+    new: str,
+    tests: str,
+    build: str = "plain",
 ) -> Mutation:
-    return Mutation(name, THRESHOLD, old, new, tests, build, dtype="float32", sample=sample)
+    return Mutation(name, THRESHOLD, old, new, tests, build, dtype="float32")
 
 
 MUTATIONS = [
@@ -32,7 +36,6 @@ MUTATIONS = [
         "  atomicAdd(&shared.total, total);\n",
         "random and ragged",
         build="race",
-        sample=True,
     ),
     threshold(
         "no barrier before the digit is read",

@@ -19,7 +19,6 @@ MUTATIONS = [
         "is_first || v > acc[k]",
         "v > acc[k]",
         "test_segment_reduce and D17 and amax",
-        sample=True,
     ),
     reduce("a NaN is no maximum", " || v != v ? v", " ? v", "special_values"),
     reduce("weights are ignored", "acc[k] += weight * v;", "acc[k] += v;", "segment_reduce"),

@@ -1,12 +1,68 @@
-// paged_depth_attention for few rows on many keys, as in decoding: head_dim lies in vector lanes, K
-// and V are read where they are, each row once for all the query heads that share it. Included by
-// paged_depth_attention.simd.cpp only.
+// The steps of decode.h on one block of keys: scores, weights, sums of weighted values.
 #pragma once
 
-#include "csrc/cpu/attention/paged_keys.h"
+#include "csrc/cpu/attention/pack.h"
 
 namespace mor {
 namespace MOR_ISA {
+
+constexpr int kRowsAtOnce = 4;
+
+// What K is read as: pairs, or its own dtype.
+template <class T, class E>
+struct KeyType {
+  using Type = T;
+};
+template <class T>
+struct KeyType<T, uint32_t> {
+  using Type = uint32_t;
+};
+
+template <class T>
+const T* pad_row(const T* row, int64_t head_dim, int64_t padded, T* to) {
+  std::memcpy(static_cast<void*>(to), row, head_dim * sizeof(T));
+  std::memset(static_cast<void*>(to + head_dim), 0, (padded - head_dim) * sizeof(T));
+  return to;
+}
+
+// Index of lane `lane` of two joined vectors a and b: bit `bit` of the lane chooses the vector;
+// `flip` takes the lane without or with that bit from it.
+template <int kBit, bool kFlip>
+struct LaneOrder {
+  alignas(64) int32_t index[kLanes];
+  constexpr LaneOrder() : index{} {
+    for (int lane = 0; lane < kLanes; ++lane)
+      index[lane] = (lane & kBit ? kLanes : 0) + (kFlip ? lane ^ kBit : lane);
+  }
+};
+template <int kBit, bool kFlip>
+inline constexpr LaneOrder<kBit, kFlip> kLaneOrder;
+
+// Lane l of the result is the sum of the lanes of v[l]; destroys v.
+template <int kBit = kLanes / 2>
+inline VecF reduce_each(VecF (&v)[kLanes]) {
+  VecI straight, flipped;
+  std::memcpy(&straight, kLaneOrder<kBit, false>.index, sizeof straight);
+  std::memcpy(&flipped, kLaneOrder<kBit, true>.index, sizeof flipped);
+#pragma GCC unroll 8
+  for (int i = 0; i < kBit; ++i) {
+    v[i] = __builtin_shuffle(v[i], v[i + kBit], straight) +
+           __builtin_shuffle(v[i], v[i + kBit], flipped);
+  }
+  if constexpr (kBit > 1) return reduce_each<kBit / 2>(v);
+  else return v[0];
+}
+
+// sum[i] += products of kCount vectors of the row q and of key i.
+template <int kCount, class E, class K>
+inline void multiply_keys(const E* q, const K* const* keys, int64_t offset, VecF (&sum)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kCount; ++n)
+      sum[i] = multiply_add(sum[i], q + offset + n * kLanes, keys[i] + offset + n * kLanes);
+  }
+}
 
 // Into the second cache: of all prefetches the one that keeps most lines under way. A few at a
 // time, between arithmetic: many at once would stand in the way of everything else.
@@ -49,27 +105,36 @@ void score_block(const E* q, const K* const* keys, const K* const* far, int64_t 
         if (vectors & 2) multiply_keys<2>(row, keys + j, n * kLanes, sum), n += 2;
         if (vectors & 1) multiply_keys<1>(row, keys + j, n * kLanes, sum);
       }
-      store(scores + r * kDirectKeys + j, reduce_each(sum));
+      store(scores + r * kDecodeKeys + j, reduce_each(sum));
     }
   }
 }
 
-// One row's scores [count] to weights, online; `largest` (in units of log2) and `sum` have
-// kLanes equal and kLanes partial values. Returns the factor of the older sums.
-template <class E>
+// One row's scores of the keys first .. first + count - 1 to weights, online; `largest` (in units of
+// log2) and `sum` have kLanes equal and kLanes partial values. Returns the factor of the older sums.
+template <class E, class Keys>
 inline float weigh_scores(float* scores, int64_t first, int64_t count, float scale,
-                          const Visible& seen, float* largest, float* sum) {
+                          const Keys& keys, const RowLimits& row, float* largest, float* sum) {
   constexpr int kDegree = kPerElement<E> == 2 ? 4 : 6;
-  const bool all = seen.first <= first && first + count <= seen.limit && count % kLanes == 0;
+  const int32_t first_seen = row.first ? *row.first : 0, limit = *row.limit;
+  const bool plain = first_seen <= first && first + count <= limit && count % kLanes == 0 &&
+                     !keys.bias && !keys.depths;
   VecI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   VecF most = splat(-kInfinity);
   for (int64_t j = 0; j < count; j += kLanes) {
     VecF x = load(scores + j) * splat(scale);
-    if (!all) {
+    if (!plain) {
       const VecI key = lane + static_cast<int32_t>(first + j);
-      const VecI last = VecI{} + static_cast<int32_t>(min(seen.limit, first + count));
-      x = (key >= VecI{} + seen.first) & (key < last) ? x : splat(-kInfinity);
+      const VecI last = VecI{} + static_cast<int32_t>(min(limit, first + count));
+      VecI visible = (key >= VecI{} + first_seen) & (key < last);
+      if (keys.depths) {
+        VecI depths;
+        std::memcpy(&depths, keys.depths + j, sizeof depths);
+        visible &= depths >= VecI{} + *row.depth;
+      }
+      if (keys.bias) x += load(keys.bias + j);
+      x = visible ? x : splat(-kInfinity);
     }
     store(scores + j, x);
     most = x > most ? x : most;
@@ -121,7 +186,7 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         int32_t weight;
-        std::memcpy(&weight, reinterpret_cast<const BFloat16*>(weights + r * kDirectKeys) + j, 4);
+        std::memcpy(&weight, reinterpret_cast<const BFloat16*>(weights + r * kDecodeKeys) + j, 4);
         const __m512bh both = (__m512bh)_mm512_set1_epi32(weight);
 #pragma GCC unroll 4
         for (int n = 0; n < kCount; ++n)
@@ -149,7 +214,7 @@ void weigh_block(const float* weights, const float* factor, const V* const* valu
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
         for (int n = 0; n < kCount; ++n)
-          sum[r][n] += splat(weights[r * kDirectKeys + j]) * value[n];
+          sum[r][n] += splat(weights[r * kDecodeKeys + j]) * value[n];
       }
     }
   }
@@ -183,98 +248,6 @@ inline void turn_sums<uint32_t>(float* sums, int64_t padded) {
   }
 }
 #endif
-
-template <class T, class E>
-int64_t part_rows(const PagedProblem& p, const PagedTask& task, float* part, char* scratch) {
-  const AttentionTask& at = task.rows;
-  const int64_t hd = p.queries.dims.head_dim, padded = round_up(hd, 16 * kPerElement<E>);
-  const int64_t heads = at.kv_heads, rows = at.row_end - at.row_begin, all_rows = rows * heads;
-  // Whole vectors are read from the caches; else rows are copied, with zeros at their end.
-  const bool direct = padded == hd;
-  using K = typename KeyType<T, E>::Type;
-  Arena arena{scratch};
-  E* all_q = arena.take<E>(all_rows * kRowStride<E>);
-  float* all_out = arena.take<float>(all_rows * padded);
-  float* largest = arena.take<float>(all_rows * kLanes);
-  float* sum = arena.take<float>(all_rows * kLanes);
-  Visible* visible = arena.take<Visible>(rows);
-  float* scores = arena.take<float>(kRowsAtOnce * kDirectKeys);
-  T* copies = arena.take<T>(direct ? 0 : 2 * kDirectKeys * padded);
-  if (!scratch) return arena.used;
-
-  for (int64_t r = 0; r < all_rows; ++r) {
-    AttentionTask head = at;
-    head.kv_head += r / rows;
-    const RowIndex from = row_index(p.queries, head, at.row_begin + r % rows);
-    const T* q = p.queries.q.at<T>(from.query, from.head);
-    copy_row(q, hd, padded, all_q + r * kRowStride<E>);
-    store(largest + r * kLanes, splat(-kInfinity));
-  }
-  for (int64_t r = 0; r < rows; ++r) visible[r] = visible_to(p, at, r);
-  std::memset(sum, 0, all_rows * kLanes * sizeof(float));
-  std::memset(all_out, 0, all_rows * padded * sizeof(float));
-  const float scale = static_cast<float>(p.queries.scale * 1.4426950408889634);
-  const int64_t vectors = padded / kPerElement<E> / kLanes;
-
-  // Block by block of keys, in each head by head, whose rows are neighbours. While a head of one
-  // block is worked on, its share of the rows of the next is fetched, in the order of memory.
-  const int64_t num_keys = task.key_end - task.key_begin;
-  const auto count_at = [&](int64_t first) { return min(kDirectKeys, num_keys - first); };
-  KeyOffsets offsets[2];
-  KeyPointers<K, T> keys, far;
-  if (num_keys > 0) find_offsets(p, at.sequence, task.key_begin, count_at(0), offsets[0]);
-  for (int64_t first = 0; first < num_keys; first += kDirectKeys) {
-    const KeyOffsets& here = offsets[first / kDirectKeys % 2];
-    KeyOffsets& there = offsets[1 - first / kDirectKeys % 2];
-    const int64_t next = first + kDirectKeys < num_keys ? first + kDirectKeys : first;
-    if (next != first) find_offsets(p, at.sequence, task.key_begin + next, count_at(next), there);
-    const int64_t count = count_at(first);
-    for (int64_t h = 0; h < heads; ++h) {
-      find_pointers(p, here, count, at.kv_head + h, keys);
-      find_pointers(p, next != first ? there : here, count, at.kv_head + h, far);
-      for (int64_t j = 0; !direct && j < round_up(count, kLanes); ++j) {
-        T* copy = copies + j * 2 * padded;
-        const T* k = pad_row(reinterpret_cast<const T*>(keys.k[j]), hd, padded, copy);
-        keys.k[j] = reinterpret_cast<const K*>(k);
-        keys.v[j] = pad_row(keys.v[j], hd, padded, copy + padded);
-      }
-      const auto some_rows = [&]<int kRows>(int64_t first_row) {
-        const int64_t row = h * rows + first_row;
-        const E* q = all_q + row * kRowStride<E>;
-        if (vectors == 2) score_block<kRows, 2>(q, keys.k, far.k, count, vectors, scores);
-        else if (vectors == 4) score_block<kRows, 4>(q, keys.k, far.k, count, vectors, scores);
-        else score_block<kRows, 0>(q, keys.k, far.k, count, vectors, scores);
-        float factor[kRows];
-        for (int64_t r = 0; r < kRows; ++r) {
-          float* row_scores = scores + r * kDirectKeys;
-          factor[r] = weigh_scores<E>(row_scores, task.key_begin + first, count, scale,
-                                      visible[first_row + r], largest + (row + r) * kLanes,
-                                      sum + (row + r) * kLanes);
-          round_weights<E>(row_scores, count);
-        }
-        float* out = all_out + row * padded;
-        constexpr int kLeast = kPerElement<E>;
-        int64_t d = 0;
-        for (; d + 4 * kLanes <= padded; d += 4 * kLanes)
-          weigh_block<E, kRows, 4>(scores, factor, keys.v, far.v, d, count, padded, out);
-        for (; d < padded; d += kLeast * kLanes)
-          weigh_block<E, kRows, kLeast>(scores, factor, keys.v, far.v, d, count, padded, out);
-      };
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) some_rows.template operator()<4>(r);
-      if (rows - r == 3) some_rows.template operator()<3>(r);
-      if (rows - r == 2) some_rows.template operator()<2>(r);
-      if (rows - r == 1) some_rows.template operator()<1>(r);
-    }
-  }
-  for (int64_t r = 0; r < all_rows; ++r, part += part_stride(hd)) {
-    turn_sums<E>(all_out + r * padded, padded);
-    std::memcpy(part, all_out + r * padded, hd * sizeof(float));
-    float* end = part + part_stride(hd) - 2;
-    end[0] = largest[r * kLanes], end[1] = reduce_add(load(sum + r * kLanes));
-  }
-  return arena.used;
-}
 
 }  // namespace MOR_ISA
 }  // namespace mor
