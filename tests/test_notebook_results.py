@@ -65,7 +65,7 @@ def test_conversion_notebook_recovers_what_the_conversion_lost(report_of, tmp_pa
         "curves": curves, "dense_curve": dense_curve, "dense": dense_perplexity,
         "candidates": list(candidates), "routing": routing,
         }""",
-        budget=0.15,
+        budget=0.4,
     )
     assert report["identity_error"] < 1e-3
     assert report["load_error"] == 0

@@ -8,6 +8,8 @@ only if it may be committed: no error, no warning, no path of the machine. `prob
 and the tests apply it to what is committed.
 """
 
+import base64
+import io
 import os
 import re
 import sys
@@ -64,11 +66,24 @@ def execute(notebook: Any, folder: Path, **environment: str) -> None:
 
 
 def clean(notebook: Any) -> None:
-    """Takes off what says more of a run than of its result: progress bars and versions."""
+    """Takes off what says more of a run than of its result, and makes figures small."""
     notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _with_few_colours(output.data["image/png"])
+
+
+def _with_few_colours(png: str) -> str:
+    """A figure, base64 as in a notebook, with at most 128 colours: a third of the bytes."""
+    from PIL import Image  # matplotlib needs it, too
+
+    small = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
 
 
 def _is_progress(output: Any) -> bool:
@@ -92,7 +107,7 @@ def problems(notebook: Any) -> list[str]:
         for output in cell.get("outputs", ()):
             if output.output_type == "error":
                 found.append(f"{cell.id}: ends in {output.ename}")
-            elif output.get("name") == "stderr":
+            elif output.get("name") == "stderr" or "WARNING" in output.get("text", ""):
                 found.append(f"{cell.id}: a warning: {output.text.strip()[:200]}")
             elif _is_progress(output):
                 found.append(f"{cell.id}: a progress bar")
