@@ -162,7 +162,7 @@ def test_sister_notebook_takes_every_system_off_again(report_of):
         "vision_shares": vision_shares.tolist(), "text": took[:, ~is_vision].min().item(),
         "experts": experts, "active": [x.max().item() for x in active],
         }""",
-        budget=0.1,
+        budget=0.15,
     )
     assert len(report["summary"]) == 4
     for name, (share, error) in report["summary"].items():
@@ -174,7 +174,7 @@ def test_sister_notebook_takes_every_system_off_again(report_of):
     kept, accuracy = zip(*report["found"], strict=True)
     assert list(kept) == sorted(kept, reverse=True)
     assert kept[0] == 1
-    assert accuracy[0] > 0.3
+    assert accuracy[0] > 0.2
     ratios = [int(ratio * 36) / 36 for ratio in shifted_cosine(8)]
     assert report["vision_shares"] == pytest.approx(ratios)
     assert report["text"] == 1
