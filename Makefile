@@ -13,7 +13,7 @@ built := $(VENV)/.built
 workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test \
+.PHONY: help demo test test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test notebooks \
   hf-suite bench-smoke bench-check performance-page cuda-check wheel-check clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make typecheck    mypy --strict"
 	@echo "make docs         build the documentation site into build/site, without a network"
 	@echo "make docs-test    run the examples in docstrings, README and docs"
+	@echo "make notebooks    execute the notebooks and write them with their outputs (minutes)"
 	@echo "make hf-suite     run Hugging Face's own model tests on the MoR models"
 	@echo "make bench-smoke  run each benchmark at its smallest size"
 	@echo "make bench-check  fail if an operator is slower than its floor, on an idle machine (minutes)"
@@ -95,6 +96,9 @@ typecheck: $(built)
 docs-test: $(built)
 	$(bin)/python -m pytest -q --doctest-modules mor
 	$(bin)/python tools/run_examples.py README.md $(wildcard docs/*.md docs/*/*.md)
+
+notebooks: $(built)
+	$(bin)/python tools/run_notebooks.py
 
 # A warning (a link that leads nowhere, a page in no table of contents) is an error.
 docs: $(built)

@@ -1,25 +1,20 @@
 """The notebooks: clean as committed, and the first one shows what it promises when it is run."""
 
-import json
 import math
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from mor.analysis.depth_page import COLOURS
+from tests.support.notebooks import FOLDER, executed, outputs, read
+from tools.run_notebooks import problems
 
 pytestmark = pytest.mark.xdist_group("notebooks")
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FIRST = ROOT / "notebooks" / "first_mor.ipynb"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
-# What the reader has seen, gathered in the notebook's own process after its last cell.
-REPORT = """
-import json
-print(json.dumps({
+# What the reader has seen.
+REPORT = """{
     "losses": [column("lm_loss")[1], column("eval_loss")[1]],
     "dense_losses": [line["loss"] for line in dense_history if "loss" in line],
     "shares": [line["eval_selected_share_1"] for line in history if "eval_loss" in line],
@@ -28,25 +23,31 @@ print(json.dumps({
     "costs": [cost(mor_config) / cost(dense_config) for cost in costs.values()],
     "parameters": [dense.num_parameters(), converted.num_parameters(), swapped.num_parameters()],
     "perplexities": [*perplexities.values(), *swapped_perplexities],
-}))
-"""
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
+}"""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_valid_and_committed_without_outputs(path):
+def test_notebook_is_committed_with_its_outputs_and_nothing_else(path):
+    """Executed in order, without errors, warnings, progress bars or paths of a machine."""
     notebook = read(path)
     nbformat.validate(notebook)
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert notebook.metadata.language_info == {"name": "python"}  # no version of a machine
-    for cell in notebook.cells:
-        assert set(cell.metadata) <= {"tags"}, cell.id
-        if cell.cell_type == "code":
-            assert cell.outputs == [], cell.id
-            assert cell.execution_count is None, cell.id
+    assert problems(notebook) == []
+
+
+def test_problems_are_found():
+    notebook = read(FOLDER / "operators.ipynb")
+    cell = next(cell for cell in notebook.cells if cell.get("outputs"))
+    cell.execution_count = 99
+    cell.metadata["collapsed"] = True
+    cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="UserWarning: old"))
+    cell.outputs.append(nbformat.v4.new_output("error", ename="KeyError", evalue="", traceback=[]))
+    cell.outputs.append(nbformat.v4.new_output("stream", text="saved to /home/someone/model"))
+    page = {"text/html": "<div><progress value='3'></progress></div>"}
+    cell.outputs.append(nbformat.v4.new_output("display_data", data=page))
+    notebook.metadata.language_info["version"] = "3.11.9"
+    found = "\n".join(problems(notebook))
+    for word in ("in order", "editor", "UserWarning", "KeyError", "/home/", "progress", "version"):
+        assert word in found
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,28 +60,14 @@ def test_links_of_notebook_lead_somewhere(path):
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The first notebook after a run of seconds, in an empty folder, and its report."""
-    notebook = read(FIRST)
-    (budget,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    assert re.match(r"BUDGET = 1\.0\b", budget.source)
-    budget.source = "import torch\ntorch.set_num_threads(1)\nBUDGET = 0.03"
-    notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
+def first(tmp_path_factory):
+    """The first notebook after a run of seconds, its report, and the folder that it ran in."""
     folder = tmp_path_factory.mktemp("notebook")
-    # A kernel named python3 without a specification of its own is this interpreter's.
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
-    (report,) = notebook.cells.pop().outputs
-    return notebook, json.loads(report.text), folder
+    return *executed(FOLDER / "first_mor.ipynb", folder, REPORT, budget=0.03), folder
 
 
-def outputs(notebook, cell_id):
-    (cell,) = (cell for cell in notebook.cells if cell.id == cell_id)
-    return cell.outputs
-
-
-def test_models_of_the_notebook_learn(executed):
-    _, report, _ = executed
+def test_models_of_the_notebook_learn(first):
+    _, report, _ = first
     for losses in (*report["losses"], report["dense_losses"]):
         assert losses[0] > losses[-1] + 0.2
         assert losses[0] < math.log(2048) + 0.5
@@ -89,30 +76,30 @@ def test_models_of_the_notebook_learn(executed):
     assert trained < swapped
 
 
-def test_depths_of_the_notebook_are_recursions(executed):
-    _, report, _ = executed
+def test_depths_of_the_notebook_are_recursions(first):
+    _, report, _ = first
     assert report["depths"]
     assert set(report["depths"]) <= set(range(1, report["recursions"] + 1))
     assert set(report["swapped_depths"]) <= {1, 2}
     assert set(report["shares"]) == {1}  # the first recursion takes every token
 
 
-def test_swapped_model_of_the_notebook_loads_with_the_same_logits(executed):
-    _, report, folder = executed
+def test_swapped_model_of_the_notebook_loads_with_the_same_logits(first):
+    _, report, folder = first
     assert report["difference"] == 0
     for name in ("swapped", "mor"):
         assert (folder / "runs" / "first_mor" / name / "model" / "model.safetensors").exists()
 
 
-def test_recursive_models_of_the_notebook_cost_less(executed):
-    _, report, _ = executed
+def test_recursive_models_of_the_notebook_cost_less(first):
+    _, report, _ = first
     assert all(0.3 < ratio < 0.9 for ratio in report["costs"])
     dense, converted, swapped = report["parameters"]
     assert converted < swapped < dense
 
 
-def test_notebook_shows_figures_and_the_coloured_text(executed):
-    notebook, _, _ = executed
+def test_notebook_shows_figures_and_the_coloured_text(first):
+    notebook, _, _ = first
     for cell_id in ("plot", "router-scores"):
         assert any("image/png" in output.get("data", {}) for output in outputs(notebook, cell_id))
     (page,) = (output.data["text/html"] for output in outputs(notebook, "depths"))
@@ -120,14 +107,9 @@ def test_notebook_shows_figures_and_the_coloured_text(executed):
     assert COLOURS[1][0] in page
 
 
-def test_notebook_prints_no_warnings_and_no_machine_paths(executed):
-    notebook, _, folder = executed
+def test_notebook_prints_no_warnings_and_no_machine_paths(first):
+    notebook, _, folder = first
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
-            if output.output_type == "stream":
-                # tqdm asks for ipywidgets, which the notebook names and the tests do without.
-                if output.name == "stderr":
-                    assert "IProgress not found" in output.text, output.text
-                else:
-                    assert str(folder) not in output.text
-                    assert str(ROOT) not in output.text
+            assert output.get("name") != "stderr", output.text
+            assert str(folder) not in output.get("text", "")
