@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.reproduce.design import LOSS
 from benchmarks.reproduce.intervals import interval
 from benchmarks.reproduce.page import value_of
 
@@ -38,7 +39,7 @@ def _losses(runs: Sequence[Mapping[str, Any]]) -> Figure:
     names = [result["name"] for result in runs[0]["results"]]
     figure = Figure(figsize=(8, 1.4 + 0.35 * len(names)), layout="constrained")
     axes = figure.subplots()
-    kinds = [("validation_loss", "causal", "C0", "C0"), ("topk_loss", "top-k", "none", "C1")]
+    kinds = [(LOSS, "causal", "C0", "C0"), ("topk_loss", "top-k", "none", "C1")]
     for key, label, face, edge in kinds:
         rows = [
             row
@@ -69,7 +70,7 @@ def _isoflop(runs: Sequence[Mapping[str, Any]]) -> Figure:
         for kind in dict.fromkeys(result["name"].split(",")[0] for result in of_size):
             line = [result for result in of_size if result["name"].split(",")[0] == kind]
             losses = [
-                interval([value_of(run, result["name"], "validation_loss") for run in runs]).mean
+                interval([value_of(run, result["name"], LOSS) for run in runs]).mean
                 for result in line
             ]
             axes.plot([result["train_flops"] for result in line], losses, marker="o", label=kind)

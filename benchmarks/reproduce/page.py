@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reproduce.experiments import EXPERIMENTS, Claim, Experiment
+from benchmarks.reproduce.design import LOSS, Claim, Experiment
+from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.intervals import interval, verdict
 
 __all__ = ["PAGE", "RESULTS", "page", "read_runs", "value_of"]
@@ -77,7 +78,7 @@ def _section(experiment: Experiment, runs: Sequence[Run]) -> str:
                 f"{result['train_tokens'] / 1e3:.0f} k",
                 f"{result['train_flops']:.3g}",
                 f"{_mean(runs, name, 'train_seconds'):.0f}",
-                str(interval([value_of(run, name, "validation_loss") for run in runs])),
+                str(interval([value_of(run, name, LOSS) for run in runs])),
                 *(
                     str(interval([value_of(run, name, key) for run in runs]))
                     if key in result["measured"]
@@ -105,10 +106,12 @@ def _section(experiment: Experiment, runs: Sequence[Run]) -> str:
 
 
 def _judged(claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
-    lower = [value_of(run, *claim.lower) for run in runs]
-    higher = [value_of(run, *claim.higher) for run in runs]
-    differences = [a - b for a, b in zip(lower, higher, strict=True)]
-    return str(interval(differences)), verdict(lower, higher)
+    differences = [
+        claim.difference(value_of(run, *claim.lower), value_of(run, *claim.higher)) for run in runs
+    ]
+    unit = 100 if claim.relative else 1
+    found = str(interval([unit * difference for difference in differences]))
+    return found + " %" * claim.relative, verdict(differences)
 
 
 def _mean(runs: Sequence[Run], variant: str, key: str) -> float:
