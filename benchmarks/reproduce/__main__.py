@@ -9,8 +9,9 @@ from pathlib import Path
 
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.figures import draw
-from benchmarks.reproduce.page import page, read_runs
+from benchmarks.reproduce.page import page
 from benchmarks.reproduce.presets import PRESETS
+from benchmarks.reproduce.records import read_runs
 from benchmarks.reproduce.runs import run
 
 
@@ -45,9 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
         path = given.output / f"{name}-seed{seed}.json"
         path.write_text(json.dumps(values, indent=1) + "\n")
         runs = read_runs(given.output)
-        draw(runs[experiment, preset.name], given.output / f"{name}.png")
+        draw(runs[experiment, preset.name], given.output / f"{name}.svg")
         (given.output / "results.md").write_text(page(runs))
-        say(f"Written: {path}, {name}.png, results.md")
+        say(f"Written: {path}, {name}.svg, results.md")
 
 
 if __name__ == "__main__":

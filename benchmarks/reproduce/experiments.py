@@ -14,7 +14,7 @@ from benchmarks.reproduce.measures import (
     measure_routing,
     measure_scaling,
 )
-from benchmarks.reproduce.presets import Preset
+from benchmarks.reproduce.presets import PRESETS, Preset
 
 __all__ = ["EXPERIMENTS"]
 
@@ -150,7 +150,7 @@ _ISOFLOP = Experiment(
             (_isoflop_name("MoR-3", size, 2), LOSS),
             (_isoflop_name(other, size, 2), LOSS),
         )
-        for size in ("s32", "d64", "d96", "d128", "135m", "360m", "730m", "1.7b")
+        for size in (size.name for preset in PRESETS.values() for size in preset.sizes)
         for other in ("recursive-3", "dense")
     ),
 )
@@ -203,8 +203,7 @@ _COST = Experiment(
         "turns. `seconds` is the time in training steps at the median speed of the turns; "
         "`memory_mib` is what a step holds when its forward ends: weights, gradients, AdamW's "
         "moments, and the tensors kept for the backward of one batch. The paper says that MoR-2 "
-        "needs 25% less FLOPs, 19% less time and 25% less memory than the dense model (section "
-        "3.1)."
+        "needs 25% less FLOPs, 19% less time and 25% less memory than the dense model (table 3)."
     ),
     equal="tokens",
     variants=lambda preset: [
@@ -280,7 +279,7 @@ _ROUTER = Experiment(
     title="Router ablations",
     about=(
         "Models of three recursions that differ from the chosen router in one option; all had the "
-        "same training tokens (paper, tables 13 and 14). The chosen expert-choice router is linear "
+        "same training tokens (paper, router ablations). The chosen expert-choice router is linear "
         "with a sigmoid, alpha 0.1 and the auxiliary loss; the chosen token-choice router is "
         "linear with a softmax and the balancing loss. Routing is that of the held-out rows: "
         "`recursions` is the mean of a token, `dead_tokens` the share of positions that never "

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["FEWEST_SEEDS", "Interval", "interval", "verdict"]
+__all__ = ["FEWEST_SEEDS", "VERDICTS", "Interval", "interval", "verdict"]
 
 #: A difference is claimed of no fewer seeds.
 FEWEST_SEEDS = 3
+
+VERDICTS = ("reproduced", "contradicted", "not at this size", "too few seeds")
 
 
 class Interval(NamedTuple):
@@ -48,15 +50,16 @@ def verdict(differences: Sequence[float]) -> str:
             same rows in one order.
 
     Returns:
-        "reproduced" or "contradicted" where the interval of the difference excludes zero, "not at
-        this size" where it does not, "too few seeds" below `FEWEST_SEEDS`.
+        one of `VERDICTS`: the first or second where the interval of the difference excludes zero,
+        the third where it does not, the last below `FEWEST_SEEDS`.
     """
+    reproduced, contradicted, unclear, too_few = VERDICTS
     if len(differences) < FEWEST_SEEDS:
-        return "too few seeds"
+        return too_few
     difference = interval(differences)
     if abs(difference.mean) <= difference.half_width:
-        return "not at this size"
-    return "reproduced" if difference.mean < 0 else "contradicted"
+        return unclear
+    return reproduced if difference.mean < 0 else contradicted
 
 
 def _inside(t: float, freedom: int) -> float:

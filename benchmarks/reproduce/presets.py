@@ -118,9 +118,9 @@ def _paper(size: Size) -> Preset:
     )
 
 
-# `tiny` is for three seeds of every experiment but isoFLOP: some 90 trainings in half an hour of one
-# core. So a model of width 64 has 128 steps of 512 tokens, 12 seconds. More tokens would leave
-# fewer seeds; `--budget 10` asks for ten times as many.
+# `tiny` is for three seeds of every experiment but isoFLOP: some 90 trainings in about half an hour
+# of one core. So a model of width 64 has 128 steps of 512 tokens, 15 seconds. More tokens would
+# leave fewer seeds; `--budget 10` asks for ten times as many.
 _TINY_STEPS, _TINY_ROWS, _TINY_LENGTH = 128, 4, 128
 _TINY_FLOPS = 7.3e10  # forward, of the dense model of width 64 in as many steps
 
