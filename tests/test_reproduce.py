@@ -7,6 +7,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.reproduce.__main__ import main
@@ -14,6 +15,7 @@ from benchmarks.reproduce.design import Claim, Variant
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.figures import draw
 from benchmarks.reproduce.intervals import VERDICTS, interval, verdict
+from benchmarks.reproduce.measures import unigram_loss
 from benchmarks.reproduce.page import FIGURES, PAGE, RESULTS, page
 from benchmarks.reproduce.presets import PRESETS, unrolled_depth
 from benchmarks.reproduce.records import read_runs
@@ -254,6 +256,17 @@ def test_processes_share_the_rows_of_a_step(rows, batch_size, processes, expecte
     assert split_rows(preset, processes) == expected
     batch, accumulation = expected
     assert batch * accumulation * processes == rows
+
+
+def test_loss_of_token_frequencies():
+    even = [{"input_ids": torch.arange(8)}]
+    assert unigram_loss(even, even, 8) == pytest.approx(math.log(8))
+    zeros, both = (
+        [{"input_ids": torch.zeros(4, dtype=torch.int64)}],
+        [{"input_ids": torch.arange(2)}],
+    )
+    # Shares of 5/6 and 1/6, each token counted once more than it occurs.
+    assert unigram_loss(zeros, both, 2) == pytest.approx(-math.log(5 / 36) / 2)
 
 
 @pytest.mark.parametrize("processes", [3, 2048])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mor.data.tokens import TokenBlocks
 from mor.modules import ExpertChoice
 from mor.training.race_results import ModelResult, at_median_speed
 from mor.training.trainer import MoRTrainer
@@ -18,9 +19,12 @@ __all__ = [
     "measure_memory",
     "measure_routing",
     "measure_scaling",
+    "unigram_loss",
 ]
 
-_WORDS = "space", "word", "number", "punctuation"
+#: Blocks of the training text whose tokens `unigram_loss` counts.
+_COUNTED = 4096
+_CLASSES = "space", "word", "number", "punctuation"
 
 
 def measure_leak(trainer: MoRTrainer) -> dict[str, float]:
@@ -76,20 +80,21 @@ def measure_depths(trainer: MoRTrainer) -> dict[str, float]:
     tokenizer = trainer.processing_class
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     classes = _token_classes(tokenizer).to(trainer.args.device)
-    counts, sums = torch.zeros(2, len(_WORDS), dtype=torch.float64, device=classes.device)
+    counts, sums = torch.zeros(2, len(_CLASSES), dtype=torch.float64, device=classes.device)
     trainer.model.eval()
     for batch in trainer.get_eval_dataloader():
         ids = batch["input_ids"].to(classes.device)
         depths = trainer.model(input_ids=ids, use_cache=False).token_depths
         kinds = classes[ids].reshape(-1)
-        counts += torch.bincount(kinds, minlength=len(_WORDS))
-        sums += torch.bincount(kinds, depths.double().reshape(-1), minlength=len(_WORDS))
-    means = zip(_WORDS, sums.tolist(), counts.tolist(), strict=True)
+        counts += torch.bincount(kinds, minlength=len(_CLASSES))
+        sums += torch.bincount(kinds, depths.double().reshape(-1), minlength=len(_CLASSES))
+    counts, sums = trainer.accelerator.reduce(torch.stack([counts, sums]))  # over the processes
+    means = zip(_CLASSES, sums.tolist(), counts.tolist(), strict=True)
     return routing | {f"depth_{name}": total / n for name, total, n in means if n}
 
 
 def _token_classes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """[V] the index in `_WORDS` of every token."""
+    """[V] the index in `_CLASSES` of every token."""
 
     def kind(text: str) -> str:
         text = text.strip().replace("_", "a")  # part of a name
@@ -100,7 +105,7 @@ def _token_classes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return "word" if text.isalnum() else "punctuation"
 
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    return torch.tensor([_WORDS.index(kind(text)) for text in texts])
+    return torch.tensor([_CLASSES.index(kind(text)) for text in texts])
 
 
 def measure_scaling(trainer: MoRTrainer) -> dict[str, float]:
@@ -140,6 +145,20 @@ def measure_memory(trainer: MoRTrainer) -> dict[str, float]:
         held = sum(kept.values())
         del loss
     return {"memory_mib": (4 * sum(weights.values()) + held) / 2**20}
+
+
+def unigram_loss(train: TokenBlocks, held_out: TokenBlocks, vocab_size: int) -> float:
+    """The loss of a model that knows only how often each token occurs; what is to be beaten.
+
+    Args:
+        train: whose first blocks are counted, each token once more than it occurs.
+        held_out: whose mean loss is taken, in nats per token.
+        vocab_size: V.
+    """
+    first = [train[i]["input_ids"] for i in range(min(len(train), _COUNTED))]
+    shares = torch.bincount(torch.cat(first), minlength=vocab_size).double() + 1
+    logs = (shares / shares.sum()).log()
+    return -float(torch.stack([logs[block["input_ids"]].mean() for block in held_out]).mean())
 
 
 def compare_times(results: Sequence[ModelResult]) -> list[dict[str, float]]:

@@ -49,9 +49,13 @@ agrees with the claim. The verdict comes from its interval only:
 | not at this size | the interval contains zero: these runs cannot tell |
 | too few seeds | fewer than three seeds, so nothing is claimed |
 
-At 95%, about one claim in twenty gets a verdict by chance where there is no difference. Preset
-`tiny` trains models of width 64 for 128 steps, so that all experiments fit two cores. It tests
-directions, and none of the paper's numbers.
+At 95%, about one claim in twenty gets a verdict by chance where there is no difference.
+
+**What preset `tiny` can tell.** Its models, of width 64, train for 128 steps, so that all
+experiments fit two cores. Each section says what loss a model has that knows only how often each
+token occurs; these models are not far below it. So their losses say which model learns faster at
+the start, and a verdict at this preset need not hold for a long training. It tests directions, and
+none of the paper's numbers.
 
 ## How to reproduce it
 
@@ -127,7 +131,8 @@ def _section(experiment: Experiment, runs: Sequence[Run], figures: str) -> list[
         "",
         f"`{_command(experiment.name, settings['name'], seeds)}`, "
         f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, torch "
-        f"{machine['torch']}; `{name}-seed*.json`.",
+        f"{machine['torch']}; `{name}-seed*.json`. A model that knows only how often each token "
+        f"occurs has a loss of {settings['unigram_loss']:.4f}.",
         "",
         f"![{experiment.title}, preset {settings['name']}]({figures}{name}.svg)",
         "",

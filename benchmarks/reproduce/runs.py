@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import machine
 from benchmarks.reproduce.design import Experiment, Variant
+from benchmarks.reproduce.measures import unigram_loss
 from benchmarks.reproduce.presets import Preset, recipe_name, unrolled_depth
 from mor import MoRConfig
 from mor.analysis import flops_per_token
@@ -220,6 +221,7 @@ def run(
         **asdict(preset),
         "text": text,
         "equal": experiment.equal,
+        "unigram_loss": unigram_loss(train_rows, held_out_rows, vocabulary_size(tokenizer)),
     }
     with first_process.device:
         values = {"settings": settings, "machine": machine(), "results": results}
