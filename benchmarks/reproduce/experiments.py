@@ -194,7 +194,11 @@ _CAPACITY = Experiment(
     measure=measure_leak,
 )
 
-_COST_PAPER = {"FLOPs": "train_flops", "training time": "seconds", "memory": "memory_mib"}
+_LESS = {
+    "fewer FLOPs": "train_flops",
+    "less training time": "seconds",
+    "less memory": "memory_mib",
+}
 _COST = Experiment(
     name="cost",
     title="Cost at equal tokens",
@@ -203,7 +207,7 @@ _COST = Experiment(
         "turns. `seconds` is the time in training steps at the median speed of the turns; "
         "`memory_mib` is what a step holds when its forward ends: weights, gradients, AdamW's "
         "moments, and the tensors kept for the backward of one batch. The paper says that MoR-2 "
-        "needs 25% less FLOPs, 19% less time and 25% less memory than the dense model (table 3)."
+        "needs 25% fewer FLOPs, 19% less time and 25% less memory than the dense model (table 3)."
     ),
     equal="tokens",
     variants=lambda preset: [
@@ -214,12 +218,12 @@ _COST = Experiment(
     claims=(
         *(
             Claim(
-                f"MoR-2 needs less {what} than the dense model.",
+                f"MoR-2 needs {less} than the dense model.",
                 ("MoR-2", key),
                 ("dense", key),
                 relative=True,
             )
-            for what, key in _COST_PAPER.items()
+            for less, key in _LESS.items()
         ),
         Claim("MoR-2 has a lower loss than the dense model.", ("MoR-2", LOSS), ("dense", LOSS)),
     ),

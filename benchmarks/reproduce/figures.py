@@ -39,9 +39,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             case "isoflop":
                 figure = _isoflop(runs)
             case "scaling":
-                figure = _measured(runs, "loss_after_", "recursions that run", _LOSS_LABEL)
+                figure = _measured(runs, "loss_after_", "recursions that run", _LOSS_LABEL, "-")
             case "depth":
-                figure = _measured(runs, "depth_", "class of token", "mean recursions")
+                figure = _measured(runs, "depth_", "class of token", "mean recursions", "none")
             case _:
                 figure = _losses(runs)
         figure.suptitle(title)
@@ -72,12 +72,13 @@ def _losses(runs: Sequence[Run]) -> Figure:
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=_LOSS_LABEL)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
-    axes.legend()
+    if "topk_loss" in runs[0]["results"][-1]["measured"]:
+        figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
-def _measured(runs: Sequence[Run], prefix: str, xlabel: str, ylabel: str) -> Figure:
-    """A line for each variant over the measured values of a prefix, with intervals."""
+def _measured(runs: Sequence[Run], prefix: str, xlabel: str, ylabel: str, linestyle: str) -> Figure:
+    """For each variant its measured values of a prefix, with their intervals."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for result in runs[0]["results"]:
@@ -87,7 +88,7 @@ def _measured(runs: Sequence[Run], prefix: str, xlabel: str, ylabel: str) -> Fig
             [key.removeprefix(prefix) for key in keys],
             [one.mean for one in found],
             [one.half_width for one in found],
-            marker="o", capsize=3, label=result["name"],
+            marker="o", capsize=3, linestyle=linestyle, label=result["name"],
         )  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
