@@ -142,24 +142,11 @@ def run(
         vocab_size, eos = vocabulary_size(tokenizer), tokenizer.eos_token_id
         config = config_of(variant, preset, vocab_size, eos, accumulation)
         steps = steps_of(experiment, variant, preset, config)
-        wsd = experiment.equal == "FLOPs"
-        # The warm-up is that of the smallest budget, so that runs differ in what follows.
-        shorter = preset.flops[0] / preset.flops[variant.budget] if wsd else 1.0
-        options: dict[str, Any] = {
-            "steps": steps,
+        options = {
+            **_optimisation(experiment, variant, preset, steps),
             "batch_size": batch,
             "gradient_accumulation": accumulation,
-            "learning_rate": preset.learning_rate,
-            "schedule": "wsd" if wsd else preset.schedule,
-            "warmup_share": preset.warmup_share * shorter,
-            "decay_share": preset.decay_share,
-            "log_every": steps,
-            "eval_every": steps,
-            "save_every": preset.save_every or steps,
             "seed": seed,
-            "bf16": preset.bf16,
-            "train_sampling_strategy": "random" if preset.shuffled else "sequential",
-            "disable_tqdm": True,
         }
         decisive = {
             "model": {**config.to_dict(), "transformers_version": None},
@@ -226,6 +213,28 @@ def run(
     with first_process.device:
         values = {"settings": settings, "machine": machine(), "results": results}
     return json.loads(json.dumps(values))  # tuples become lists, as in the file
+
+
+def _optimisation(
+    experiment: Experiment, variant: Variant, preset: Preset, steps: int
+) -> dict[str, Any]:
+    """Arguments of `training_arguments` that follow from the recipe."""
+    wsd = experiment.equal == "FLOPs"
+    # The warm-up is that of the smallest budget, so that runs differ in what follows.
+    shorter = preset.flops[0] / preset.flops[variant.budget] if wsd else 1.0
+    return {
+        "steps": steps,
+        "learning_rate": preset.learning_rate,
+        "schedule": "wsd" if wsd else preset.schedule,
+        "warmup_share": preset.warmup_share * shorter,
+        "decay_share": preset.decay_share,
+        "log_every": steps,
+        "eval_every": steps,
+        "save_every": preset.save_every or steps,
+        "bf16": preset.bf16,
+        "train_sampling_strategy": "random" if preset.shuffled else "sequential",
+        "disable_tqdm": True,
+    }
 
 
 def _race_of(one: Entrant, experiment: str) -> str:
