@@ -3,15 +3,15 @@
 import math
 import statistics
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
-__all__ = ["FEWEST_SEEDS", "Interval", "interval", "verdict"]
+__all__ = ["FEWEST_SEEDS", "VERDICTS", "Interval", "interval", "verdict"]
 
 #: A difference is claimed of no fewer seeds.
 FEWEST_SEEDS = 3
 
-#: 97.5% quantiles of Student's t, by degrees of freedom; the normal quantile beyond the table.
-_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+VERDICTS = ("reproduced", "contradicted", "not at this size", "too few seeds")
 
 
 class Interval(NamedTuple):
@@ -38,23 +38,50 @@ def interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, math.nan)
-    freedom = len(values) - 1
-    quantile = _T[freedom] if freedom < len(_T) else 1.96
+    quantile = _quantile(len(values) - 1)
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def verdict(lower: Sequence[float], higher: Sequence[float]) -> str:
-    """What the seeds say of the claim that `lower` is lower.
+def verdict(differences: Sequence[float]) -> str:
+    """What the seeds say of a claim.
 
-    The differences are taken seed by seed: two variants of a seed saw the same rows in one order.
+    Args:
+        differences: of each seed, negative where the claim holds. Two variants of a seed saw the
+            same rows in one order.
 
     Returns:
-        "reproduced" or "contradicted" where the interval of the difference excludes zero, "not at
-        this size" where it does not, "too few seeds" below `FEWEST_SEEDS`.
+        one of `VERDICTS`: the first or second where the interval of the difference excludes zero,
+        the third where it does not, the last below `FEWEST_SEEDS`.
     """
-    if len(lower) < FEWEST_SEEDS:
-        return "too few seeds"
-    difference = interval([a - b for a, b in zip(lower, higher, strict=True)])
+    reproduced, contradicted, unclear, too_few = VERDICTS
+    if len(differences) < FEWEST_SEEDS:
+        return too_few
+    difference = interval(differences)
     if abs(difference.mean) <= difference.half_width:
-        return "not at this size"
-    return "reproduced" if difference.mean < 0 else "contradicted"
+        return unclear
+    return reproduced if difference.mean < 0 else contradicted
+
+
+def _inside(t: float, freedom: int) -> float:
+    """Probability that Student's t lies in [-t, t].
+
+    The finite sums for whole degrees of freedom: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(freedom // 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    """The t with 95% of the distribution inside [-t, t], by bisection."""
+    low, high = 0.0, 16.0  # 12.7 with one degree of freedom, less with more
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if _inside(middle, freedom) < 0.95 else (low, middle)
+    return middle

@@ -1,5 +1,6 @@
 """Train the variants of an experiment and measure them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import machine
-from benchmarks.reproduce.experiments import Experiment, Variant
+from benchmarks.reproduce.design import Experiment, Variant
+from benchmarks.reproduce.measures import unigram_loss
 from benchmarks.reproduce.presets import Preset, recipe_name, unrolled_depth
 from mor import MoRConfig
 from mor.analysis import flops_per_token
@@ -32,38 +34,71 @@ from mor.data.tokens import (
 )
 from mor.training.arguments import training_arguments
 from mor.training.callbacks import PrinterLine
-from mor.training.race import Entrant, check_same_race, finished, race
-from mor.training.race_results import curve_of, result_of
+from mor.training.race import Entrant, finished, race
+from mor.training.race_results import ModelResult, curve_of, result_of
 from mor.training.trainer import MoRTrainer
 
-__all__ = ["config_of", "run", "steps_of"]
+__all__ = ["config_of", "run", "split_rows", "steps_of"]
 
 
-def config_of(variant: Variant, preset: Preset, vocab_size: int, eos: int = 0) -> PreTrainedConfig:
-    """The model's configuration."""
+def config_of(
+    variant: Variant, preset: Preset, vocab_size: int, eos: int = 0, accumulation: int = 1
+) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Args:
+        variant: of an experiment.
+        preset: its size.
+        vocab_size: entries of the tokenizer.
+        eos: its end-of-text token.
+        accumulation: forwards of an optimiser step, in each process.
+    """
     size = preset.sizes[variant.size]
-    options = variant.options
-    if options is None:
+    if variant.options is None:
         return size.dense(size.layers, vocab_size, preset.seq_len, eos)
+    options = dict(variant.options)
     sharing = options.get("sharing", "middle_cycle")
     depth = unrolled_depth(size.layers, options["num_recursions"], sharing)
     dense = size.dense(depth, vocab_size, preset.seq_len, eos)
-    token_choice = {"router_z_coef": 1e-5} if options.get("router") == "token" else {}
-    return MoRConfig(base_config=dense, **token_choice, **options)
+    if options.get("router") == "token":
+        options.setdefault("router_z_coef", 1e-5)
+    if "capacity_warmup_steps" in options:
+        options["capacity_warmup_steps"] *= accumulation  # the router counts its forwards
+    return MoRConfig(base_config=dense, **options)
 
 
 def steps_of(
     experiment: Experiment, variant: Variant, preset: Preset, config: PreTrainedConfig
 ) -> int:
-    """Optimiser steps of a variant's training."""
+    """Optimiser steps of a variant's training.
+
+    At equal FLOPs all variants are counted by `mor.analysis.flops_per_token`. The authors leave out
+    the language-model head, so the steps that they published (appendix B) are not equal by our
+    count: at 360M they are up to 8% more (12% with shared keys and values), at 135M 17% more.
+    """
     tokens_per_step = preset.rows_per_step * preset.seq_len
     if experiment.equal == "tokens":
         return max(1, round(preset.tokens / tokens_per_step))
-    published = preset.published_steps.get(recipe_name(variant.options))
-    if published is not None:
-        return max(1, round(published * preset.flops[variant.budget] / preset.flops[-1]))
     flops = flops_per_token(config, preset.seq_len) * tokens_per_step
     return max(1, round(preset.flops[variant.budget] / flops))
+
+
+def split_rows(preset: Preset, processes: int) -> tuple[int, int]:
+    """How the rows of an optimiser step are divided: rows of a forward, forwards in each process.
+
+    Raises:
+        ValueError: processes that cannot have equal shares of the rows.
+    """
+    rows, rest = divmod(preset.rows_per_step, processes)
+    if rest:
+        raise ValueError(
+            f"torchrun --nproc-per-node: preset {preset.name} has {preset.rows_per_step} rows an "
+            f"optimiser step; expected a number of processes that divides them, got {processes}"
+        )
+    accumulation = next(
+        n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= preset.batch_size
+    )
+    return rows // accumulation, accumulation
 
 
 def run(
@@ -75,7 +110,10 @@ def run(
     corpus: Corpus | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Trains every variant, or goes on where a killed run was; measures them.
+    """Trains every variant that is not trained yet, and measures them all.
+
+    A killed run goes on where it was. The folder of a training has a name made from everything
+    that decides its outcome, so experiments share what they have in common.
 
     Args:
         experiment: what to compare.
@@ -89,48 +127,40 @@ def run(
         What the JSON file holds: the settings, the machine, a result for each variant.
 
     Raises:
-        ValueError: the folder holds a run of other settings.
+        ValueError: processes that do not divide the rows of a step; or times of different races.
     """
     disable_progress_bar()
-    folder = output / "runs" / f"{experiment.name}-{preset.name}-seed{seed}"
+    batch, accumulation = split_rows(preset, int(os.environ.get("WORLD_SIZE", "1")))
+    folder = output / "runs" / f"{preset.name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     # Of several processes the first makes the tokens, then the others find them.
-    with training_arguments(folder, steps=1).main_process_first(local=False):
+    first_process = training_arguments(folder, steps=1)
+    with first_process.main_process_first(local=False):
         train_rows, held_out_rows, tokenizer, text = _data(experiment, preset, corpus, output)
-        settings = {"experiment": experiment.name, "seed": seed, **asdict(preset), "text": text}
-        check_same_race(folder, settings)
 
-    def entrant(number: int, variant: Variant) -> Entrant:
-        config = config_of(variant, preset, vocabulary_size(tokenizer), tokenizer.eos_token_id)
+    def entrant(variant: Variant) -> Entrant:
+        vocab_size, eos = vocabulary_size(tokenizer), tokenizer.eos_token_id
+        config = config_of(variant, preset, vocab_size, eos, accumulation)
         steps = steps_of(experiment, variant, preset, config)
-        batch = min(preset.batch_size, preset.rows_per_step // processes)
-        wsd = experiment.equal == "FLOPs"
-        # The warm-up is that of the smallest budget, so that runs differ in what follows.
-        shorter = preset.flops[0] / preset.flops[variant.budget] if wsd else 1.0
-        of_checkpoints = folder / f"{number:02}"
+        options = {
+            **_optimisation(experiment, variant, preset, steps),
+            "batch_size": batch,
+            "gradient_accumulation": accumulation,
+            "seed": seed,
+        }
+        decisive = {
+            "model": {**config.to_dict(), "transformers_version": None},
+            "options": options,
+            "text": [text, len(held_out_rows), preset.seq_len, preset.turns],
+        }
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
+        of_checkpoints = folder / f"{recipe_name(variant.options)}-{digest}"
 
         def build() -> MoRTrainer:
             set_seed(seed)
             trainer = MoRTrainer(
                 AutoModelForCausalLM.from_config(config),
-                training_arguments(
-                    of_checkpoints,
-                    steps=steps,
-                    batch_size=batch,
-                    gradient_accumulation=preset.rows_per_step // (batch * processes),
-                    learning_rate=preset.learning_rate,
-                    schedule="wsd" if wsd else preset.schedule,
-                    warmup_share=preset.warmup_share * shorter,
-                    decay_share=preset.decay_share,
-                    log_every=steps,
-                    eval_every=steps,
-                    save_every=preset.save_every or steps,
-                    seed=seed,
-                    bf16=preset.bf16,
-                    train_sampling_strategy="random" if preset.shuffled else "sequential",
-                    disable_tqdm=True,
-                ),
+                training_arguments(of_checkpoints, **options),
                 train_dataset=train_rows,
                 eval_dataset=held_out_rows,
                 data_collator=default_data_collator,
@@ -146,17 +176,74 @@ def run(
         say(f"{one.name}: step {state.global_step} of {one.steps}, validation loss {loss:.4f}")
 
     variants = experiment.variants(preset)
-    entrants = [entrant(number, variant) for number, variant in enumerate(variants)]
+    entrants = [entrant(variant) for variant in variants]
+    with first_process.main_process_first(local=False):
+        races = {one.name: _race_of(one, experiment.name) for one in entrants}
+    if experiment.timed and len(set(races.values())) > 1:
+        raise ValueError(
+            f"{experiment.name}: times compare within one race, but the trainings in {folder} are "
+            f"of several ({races}): give --output a new folder, or run {experiment.name} first"
+        )
     race(entrants, preset.turns, after_turn=tell)
-    results = []
-    for one, variant in zip(entrants, variants, strict=True):
+    trained: list[ModelResult] = []
+    measured: list[dict[str, float]] = []
+    for one in entrants:
         trainer = finished(one)
-        result = asdict(result_of(one.name, trainer, preset.seq_len))
-        measured = experiment.measure(trainer)
-        place = {"size": preset.sizes[variant.size].name, "budget": preset.flops[variant.budget]}
-        results.append({**result, "measured": measured, **place})
-    settings["equal"] = experiment.equal
-    return {"settings": json.loads(json.dumps(settings)), "machine": machine(), "results": results}
+        trained.append(result_of(one.name, trainer, preset.seq_len))
+        measured.append(experiment.measure(trainer))
+    results = [
+        {
+            **asdict(result),
+            "measured": own | compared,
+            "size": preset.sizes[variant.size].name,
+            "budget": preset.flops[variant.budget],
+        }
+        for variant, result, own, compared in zip(
+            variants, trained, measured, experiment.compare(trained), strict=True
+        )
+    ]
+    settings = {
+        "experiment": experiment.name,
+        "seed": seed,
+        **asdict(preset),
+        "text": text,
+        "equal": experiment.equal,
+        "unigram_loss": unigram_loss(train_rows, held_out_rows, vocabulary_size(tokenizer)),
+    }
+    with first_process.device:
+        values = {"settings": settings, "machine": machine(), "results": results}
+    return json.loads(json.dumps(values))  # tuples become lists, as in the file
+
+
+def _optimisation(
+    experiment: Experiment, variant: Variant, preset: Preset, steps: int
+) -> dict[str, Any]:
+    """Arguments of `training_arguments` that follow from the recipe."""
+    wsd = experiment.equal == "FLOPs"
+    # The warm-up is that of the smallest budget, so that runs differ in what follows.
+    shorter = preset.flops[0] / preset.flops[variant.budget] if wsd else 1.0
+    return {
+        "steps": steps,
+        "learning_rate": preset.learning_rate,
+        "schedule": "wsd" if wsd else preset.schedule,
+        "warmup_share": preset.warmup_share * shorter,
+        "decay_share": preset.decay_share,
+        "log_every": steps,
+        "eval_every": steps,
+        "save_every": preset.save_every or steps,
+        "bf16": preset.bf16,
+        "train_sampling_strategy": "random" if preset.shuffled else "sequential",
+        "disable_tqdm": True,
+    }
+
+
+def _race_of(one: Entrant, experiment: str) -> str:
+    """The experiment in whose race a model trains, which the first one writes down."""
+    path = one.folder / "race_of.txt"
+    if not path.exists():
+        one.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(experiment)
+    return path.read_text()
 
 
 def _data(
