@@ -13,12 +13,13 @@ built := $(VENV)/.built
 workers := -n auto --maxprocesses 8 --dist loadgroup
 compiled := $(shell find csrc kernels _build -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test notebooks \
+.PHONY: help demo test test-notebooks test-clang test-simt test-slow fuzz mutation-test sanitize build lint format typecheck docs docs-test notebooks \
   hf-suite bench-smoke bench-check performance-page cuda-check wheel-check clean
 
 help:
 	@echo "make demo         train a small MoR and a dense model, compare them (minutes)"
 	@echo "make test         run the tests"
+	@echo "make test-notebooks  execute the notebooks, with less training, and test what they show"
 	@echo "make test-clang   run the tests that make test skips where there is no clang++"
 	@echo "make test-simt    run tests/ops on the CUDA operators compiled for the CPU, in every build (an hour)"
 	@echo "make test-slow    run the tests that take minutes"
@@ -43,7 +44,10 @@ demo: $(built)
 	$(bin)/mor demo --output-dir $(DEMO)
 
 test: $(built)
-	$(bin)/python -m pytest -q -m "not slow" $(workers) $(PYTEST_ARGS)
+	$(bin)/python -m pytest -q -m "not slow and not notebook" $(workers) $(PYTEST_ARGS)
+
+test-notebooks: $(built)
+	$(bin)/python -m pytest -q -m notebook $(workers) tests/test_notebooks.py tests/test_notebook_results.py $(PYTEST_ARGS)
 
 test-clang: $(built)
 	$(bin)/python -m pytest -q -rs -m "clang and not slow" tests/simt $(PYTEST_ARGS)

@@ -6,6 +6,8 @@ import mor.ops
 from mor.schedules import shifted_cosine
 from tests.support.notebooks import FOLDER, executed, outputs
 
+pytestmark = pytest.mark.notebook
+
 
 @pytest.fixture
 def report_of(tmp_path):

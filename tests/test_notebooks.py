@@ -66,6 +66,7 @@ def first(tmp_path_factory):
     return *executed(FOLDER / "first_mor.ipynb", folder, REPORT, budget=0.03), folder
 
 
+@pytest.mark.notebook
 def test_models_of_the_notebook_learn(first):
     _, report, _ = first
     for losses in (*report["losses"], report["dense_losses"]):
@@ -76,6 +77,7 @@ def test_models_of_the_notebook_learn(first):
     assert trained < swapped
 
 
+@pytest.mark.notebook
 def test_depths_of_the_notebook_are_recursions(first):
     _, report, _ = first
     assert report["depths"]
@@ -84,6 +86,7 @@ def test_depths_of_the_notebook_are_recursions(first):
     assert set(report["shares"]) == {1}  # the first recursion takes every token
 
 
+@pytest.mark.notebook
 def test_swapped_model_of_the_notebook_loads_with_the_same_logits(first):
     _, report, folder = first
     assert report["difference"] == 0
@@ -91,6 +94,7 @@ def test_swapped_model_of_the_notebook_loads_with_the_same_logits(first):
         assert (folder / "runs" / "first_mor" / name / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.notebook
 def test_recursive_models_of_the_notebook_cost_less(first):
     _, report, _ = first
     assert all(0.3 < ratio < 0.9 for ratio in report["costs"])
@@ -98,6 +102,7 @@ def test_recursive_models_of_the_notebook_cost_less(first):
     assert converted < swapped < dense
 
 
+@pytest.mark.notebook
 def test_notebook_shows_figures_and_the_coloured_text(first):
     notebook, _, _ = first
     for cell_id in ("plot", "router-scores"):
@@ -107,6 +112,7 @@ def test_notebook_shows_figures_and_the_coloured_text(first):
     assert COLOURS[1][0] in page
 
 
+@pytest.mark.notebook
 def test_notebook_prints_no_warnings_and_no_machine_paths(first):
     notebook, _, folder = first
     for cell in notebook.cells:
