@@ -116,6 +116,7 @@ inline void Operands::check(std::initializer_list<const Tensor*> tensors) const 
   Sizes sizes;
   sizes.fill(-1);
   const Tensor& first = **tensors.begin();
+  const auto device = first.device();
   const ScalarType same = first.scalar_type();
   const ScalarType sums = same == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   for (int i = 0; i < count_; ++i) {
@@ -135,8 +136,8 @@ inline void Operands::check(std::initializer_list<const Tensor*> tensors) const 
       MOR_CHECK(false, op_, ": expected ", name, " of dtype ", expected, ", got ",
                 dtype_str(dtype));
     }
-    MOR_CHECK(i == 0 || t.device() == first.device(), op_, ": expected ", name, " on ",
-              device_str(first), ", got ", device_str(t));
+    MOR_CHECK(i == 0 || t.device() == device, op_, ": expected ", name, " on ", device_str(first),
+              ", got ", device_str(t));
     bool fits = true;
     for (int d = 0; d < rule.rank; ++d) {
       const int64_t size = t.size(d) - rule.plus[d];
