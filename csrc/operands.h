@@ -124,9 +124,10 @@ inline void Operands::check(std::initializer_list<const Tensor*> tensors) const 
     if (tensors.begin()[i] == nullptr) continue;
     const Tensor& t = *tensors.begin()[i];
     const char* name = rule.text.name;
-    MOR_CHECK(rule.rank < 0 || t.dim() == rule.rank, op_, ": expected ", name, " of shape ",
-              rule.text.shape, ", got ", shape_str(t));
-    const ScalarType dtype = t.scalar_type();
+    const auto shape = t.sizes();
+    MOR_CHECK(rule.rank < 0 || int(shape.size()) == rule.rank, op_, ": expected ", name,
+              " of shape ", rule.text.shape, ", got ", shape_str(t));
+    const ScalarType dtype = i == 0 ? same : t.scalar_type();
     if (!(rule.dtypes >> int(dtype) & 1) && !(rule.same && dtype == same) &&
         !(rule.sums && dtype == sums)) [[unlikely]] {
       std::string expected = rule.text.dtypes;
@@ -140,7 +141,7 @@ inline void Operands::check(std::initializer_list<const Tensor*> tensors) const 
               ", got ", device_str(t));
     bool fits = true;
     for (int d = 0; d < rule.rank; ++d) {
-      const int64_t size = t.size(d) - rule.plus[d];
+      const int64_t size = shape[d] - rule.plus[d];
       MOR_CHECK(size >= 0, op_, ": expected ", name, " of at least one element, got [0]");
       int64_t& expected = sizes[rule.size[d]];
       if (expected < 0) expected = size;
