@@ -36,7 +36,7 @@ inline std::string shape_str(const Tensor& t) {
 }
 
 // PyTorch's name of a dtype, as Python shows it.
-inline const char* dtype_str(ScalarType dtype) {
+constexpr const char* dtype_str(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
       return "float32";
@@ -67,40 +67,16 @@ inline std::string device_str(const Tensor& t) {
   return t.is_cpu() ? "cpu" : "cuda:" + std::to_string(t.get_device_index());
 }
 
-inline bool is_floating(ScalarType dtype) {
+constexpr bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
          dtype == ScalarType::Double;
 }
 
-inline void check_dim(const Tensor& t, int64_t dim, const char* op, const char* name,
-                      const char* shape) {
-  MOR_CHECK(t.dim() == dim, op, ": expected ", name, " of shape ", shape, ", got ", shape_str(t));
-}
-
-inline void check_dtype(const Tensor& t, ScalarType dtype, const char* op, const char* name) {
-  MOR_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype_str(dtype),
-            ", got ", dtype_str(t.scalar_type()));
-}
-
-inline void check_floating(const Tensor& t, const char* op, const char* name) {
-  MOR_CHECK(is_floating(t.scalar_type()), op, ": expected ", name,
-            " of dtype float32, bfloat16, float16 or float64, got ", dtype_str(t.scalar_type()));
-}
-
-inline void check_same_device(const Tensor& t, const Tensor& reference, const char* op,
-                              const char* name) {
-  MOR_CHECK(t.device() == reference.device(), op, ": expected ", name, " on ",
-            device_str(reference), ", got ", device_str(t));
-}
-
-// A choice among the rows of scores [N].
-inline void check_row_mask(const Tensor& mask, const Tensor& scores, const char* op,
-                           const char* name) {
-  check_dim(mask, 1, op, name, "[N]");
-  check_dtype(mask, ScalarType::Bool, op, name);
-  check_same_device(mask, scores, op, name);
-  MOR_CHECK(mask.size(0) == scores.size(0), op, ": expected ", name, " of ", scores.size(0),
-            " elements (the rows of scores), got ", shape_str(mask));
+// Called before other sizes are compared with this one. It leaves a t of another rank to the check
+// of operands.
+inline void check_head_dim(const Tensor& t, int64_t rank, const char* op) {
+  const int64_t head_dim = t.dim() == rank ? t.size(rank - 1) : 1;
+  MOR_CHECK(head_dim >= 1 && head_dim <= 256, op, ": expected head_dim in 1..256, got ", head_dim);
 }
 
 // cu_seqlens [B + 1], contiguous, on the CPU: starts at 0, never falls, ends at num_rows. Returns

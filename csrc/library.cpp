@@ -3,12 +3,36 @@
 
 #include <string>
 
+#include "ops/bipartite_match.h"
+#include "ops/depth_attention.h"
+#include "ops/group_rows.h"
+#include "ops/packed_linear.h"
+#include "ops/paged_depth_attention.h"
+#include "ops/route_threshold.h"
+#include "ops/route_topk.h"
+#include "ops/segment_reduce.h"
+
 namespace {
 
 #if !defined(MOR_CUDA_ARCHITECTURES)
 #define MOR_CUDA_ARCHITECTURES ""
 #endif
 std::string cuda_architectures() { return MOR_CUDA_ARCHITECTURES; }
+
+// What csrc/ops says of the operands, for the checks of fake tensors.
+std::string operands() {
+  std::string all;
+  for (const mor::Operands* of :
+       {&mor::kBipartiteMatchOperands, &mor::kDepthAttentionOperands,
+        &mor::kDepthAttentionBackwardOperands, &mor::kGatherTokensOperands,
+        &mor::kGatherTokensBackwardOperands, &mor::kGroupRowsOperands, &mor::kKvAppendOperands,
+        &mor::kKvGatherOperands, &mor::kPackedLinearOperands, &mor::kPagedDepthAttentionOperands,
+        &mor::kRouteThresholdOperands, &mor::kRouteTopkOperands, &mor::kScatterTokensOperands,
+        &mor::kScatterTokensInPlaceOperands, &mor::kScatterTokensBackwardOperands,
+        &mor::kSegmentReduceOperands, &mor::kSegmentReduceAmaxBackwardOperands})
+    all += (all.empty() ? "" : "\n\n") + of->text();
+  return all;
+}
 
 }  // namespace
 
@@ -79,8 +103,10 @@ STABLE_TORCH_LIBRARY(mor, m) {
 
   m.def("instruction_set(str force) -> str");
   m.def("cuda_architectures() -> str");
+  m.def("operands() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mor, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("operands", TORCH_BOX(&operands));
 }

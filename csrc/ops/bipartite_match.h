@@ -20,7 +20,7 @@
 
 #include <string>
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -29,31 +29,20 @@ struct BipartiteMatchDims {
   bool cosine;
 };
 
+inline constexpr Operands kBipartiteMatchOperands{
+    "bipartite_match",
+    {{"a", "[Na, D]", "floating"},
+     {"b", "[Nb, D]", "same", "b of width {a[1]} (that of a)"},
+     {"cu_seqlens_a", "[B + 1]", "int32"},
+     {"cu_seqlens_b", "[B + 1]", "int32", "(those of cu_seqlens_a)"}}};
+
 inline BipartiteMatchDims check_bipartite_match(const Tensor& a, const Tensor& b,
                                                 const Tensor& cu_seqlens_a,
                                                 const Tensor& cu_seqlens_b,
                                                 const std::string& metric) {
-  const char* op = "bipartite_match";
-  check_dim(a, 2, op, "a", "[Na, D]");
-  check_floating(a, op, "a");
-  check_dim(b, 2, op, "b", "[Nb, D]");
-  check_dtype(b, a.scalar_type(), op, "b");
-  check_same_device(b, a, op, "b");
-  MOR_CHECK(b.size(1) == a.size(1), op, ": expected b of width ", a.size(1), " (that of a), got ",
-            shape_str(b));
-  const auto check_cu = [&](const Tensor& cu, const char* name) {
-    check_dim(cu, 1, op, name, "[B + 1]");
-    check_dtype(cu, ScalarType::Int, op, name);
-    check_same_device(cu, a, op, name);
-    MOR_CHECK(cu.size(0) >= 1, op, ": expected ", name, " of at least one element, got [0]");
-  };
-  check_cu(cu_seqlens_a, "cu_seqlens_a");
-  check_cu(cu_seqlens_b, "cu_seqlens_b");
-  MOR_CHECK(cu_seqlens_b.size(0) == cu_seqlens_a.size(0), op, ": expected cu_seqlens_b of ",
-            cu_seqlens_a.size(0), " elements (those of cu_seqlens_a), got ",
-            shape_str(cu_seqlens_b));
-  MOR_CHECK(metric == "dot" || metric == "cosine", op, ": expected metric cosine or dot, got ",
-            metric);
+  kBipartiteMatchOperands.check({&a, &b, &cu_seqlens_a, &cu_seqlens_b});
+  MOR_CHECK(metric == "dot" || metric == "cosine",
+            "bipartite_match: expected metric cosine or dot, got ", metric);
   return {a.size(0), b.size(0), a.size(1), cu_seqlens_a.size(0) - 1, metric == "cosine"};
 }
 

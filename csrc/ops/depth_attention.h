@@ -24,7 +24,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../checks.h"
+#include "../operands.h"
 #include "../rows.h"
 
 namespace mor {
@@ -88,56 +88,34 @@ struct DepthAttentionDims {
   int64_t head_dim;       // hd
 };
 
+inline constexpr Operands kDepthAttentionOperands{
+    "depth_attention",
+    {{"q", "[Nq, H, head_dim]", "floating"},
+     {"k", "[Nk, Hkv, head_dim]", "same", "k with head_dim {q[2]}"},
+     {"v", "[Nk, Hkv, head_dim]", "same", "v of the shape of k {k}"},
+     {"q_positions", "[Nq]", "int64"},
+     {"k_positions", "[Nk]", "int64"},
+     {"cu_seqlens_q", "[B + 1]", "int32"},
+     {"cu_seqlens_k", "[B + 1]", "int32"},
+     {"q_depths", "[Nq]", "int32"},
+     {"k_depths", "[Nk]", "int32"},
+     {"key_bias", "[Nk]", "sums"}}};
+
 inline DepthAttentionDims check_depth_attention(const DepthAttentionInputs& inputs) {
   const char* op = "depth_attention";
   const auto& [q, k, v, q_positions, k_positions, cu_seqlens_q, cu_seqlens_k, q_depths, k_depths,
                key_bias, causal, scale, window] = inputs;
-  check_dim(q, 3, op, "q", "[Nq, H, head_dim]");
-  check_dim(k, 3, op, "k", "[Nk, Hkv, head_dim]");
-  check_dim(v, 3, op, "v", "[Nk, Hkv, head_dim]");
-  check_floating(q, op, "q");
-  check_dtype(k, q.scalar_type(), op, "k");
-  check_dtype(v, q.scalar_type(), op, "v");
-  check_same_device(k, q, op, "k");
-  check_same_device(v, q, op, "v");
-  check_dim(cu_seqlens_q, 1, op, "cu_seqlens_q", "[B + 1]");
+  check_head_dim(q, 3, op);
+  kDepthAttentionOperands.check({&q, &k, &v, &q_positions, &k_positions, &cu_seqlens_q,
+                                 &cu_seqlens_k, pointer(q_depths), pointer(k_depths),
+                                 pointer(key_bias)});
   const DepthAttentionDims dims{q.size(0), k.size(0), cu_seqlens_q.size(0) - 1,
                                 q.size(1), k.size(1), q.size(2)};
-  MOR_CHECK(dims.head_dim >= 1 && dims.head_dim <= 256, op, ": expected head_dim in 1..256, got ",
-            dims.head_dim);
-  MOR_CHECK(k.size(2) == dims.head_dim, op, ": expected k with head_dim ", dims.head_dim, ", got ",
-            shape_str(k));
-  MOR_CHECK(
-      v.size(0) == dims.num_keys && v.size(1) == dims.num_kv_heads && v.size(2) == dims.head_dim,
-      op, ": expected v of the shape of k ", shape_str(k), ", got ", shape_str(v));
   MOR_CHECK(dims.num_kv_heads > 0 && dims.num_heads % dims.num_kv_heads == 0, op, ": expected the ",
             dims.num_heads, " heads of q to be a multiple of those of k, got ", dims.num_kv_heads);
-  const auto check_vector = [&](const Tensor& t, int64_t size, ScalarType dtype, const char* name,
-                                const char* shape) {
-    check_dim(t, 1, op, name, shape);
-    check_dtype(t, dtype, op, name);
-    check_same_device(t, q, op, name);
-    MOR_CHECK(t.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
-              shape_str(t));
-  };
-  check_vector(q_positions, dims.num_queries, ScalarType::Long, "q_positions", "[Nq]");
-  check_vector(k_positions, dims.num_keys, ScalarType::Long, "k_positions", "[Nk]");
-  MOR_CHECK(dims.num_sequences >= 0, op, ": expected cu_seqlens_q of at least one element, got ",
-            shape_str(cu_seqlens_q));
-  check_vector(cu_seqlens_q, dims.num_sequences + 1, ScalarType::Int, "cu_seqlens_q", "[B + 1]");
-  check_vector(cu_seqlens_k, dims.num_sequences + 1, ScalarType::Int, "cu_seqlens_k", "[B + 1]");
   MOR_CHECK(q_depths.has_value() == k_depths.has_value(), op,
             ": expected q_depths and k_depths together, got only ",
             q_depths.has_value() ? "q_depths" : "k_depths");
-  if (q_depths.has_value()) {
-    check_vector(*q_depths, dims.num_queries, ScalarType::Int, "q_depths", "[Nq]");
-    check_vector(*k_depths, dims.num_keys, ScalarType::Int, "k_depths", "[Nk]");
-  }
-  if (key_bias.has_value()) {
-    check_vector(*key_bias, dims.num_keys,
-                 q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
-                 "key_bias", "[Nk]");
-  }
   if (window.has_value()) {
     MOR_CHECK(*window >= 1, op, ": expected a window of at least 1, got ", *window);
     MOR_CHECK(causal, op, ": expected causal with a window, got causal=False");
@@ -145,30 +123,19 @@ inline DepthAttentionDims check_depth_attention(const DepthAttentionInputs& inpu
   return dims;
 }
 
+inline constexpr Operands kDepthAttentionBackwardOperands{
+    "depth_attention_backward",
+    {{"q", "[Nq, H, head_dim]", "floating"},
+     {"grad_out", "[Nq, H, head_dim]", "same", "grad_out of the shape of q {q}"},
+     {"out", "[Nq, H, head_dim]", "same", "out of the shape of q {q}"},
+     {"softmax_lse", "[H, Nq]", "sums"}}};
+
 inline DepthAttentionDims check_depth_attention_backward(const Tensor& grad_out,
                                                          const DepthAttentionInputs& inputs,
                                                          const Tensor& out,
                                                          const Tensor& softmax_lse) {
-  const char* op = "depth_attention_backward";
   const auto dims = check_depth_attention(inputs);
-  const Tensor& q = inputs.q;
-  const auto check_like_q = [&](const Tensor& t, const char* name) {
-    check_dim(t, 3, op, name, "[Nq, H, head_dim]");
-    check_dtype(t, q.scalar_type(), op, name);
-    check_same_device(t, q, op, name);
-    MOR_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2), op,
-              ": expected ", name, " of the shape of q ", shape_str(q), ", got ", shape_str(t));
-  };
-  check_like_q(grad_out, "grad_out");
-  check_like_q(out, "out");
-  check_dim(softmax_lse, 2, op, "softmax_lse", "[H, Nq]");
-  check_dtype(softmax_lse,
-              q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, op,
-              "softmax_lse");
-  check_same_device(softmax_lse, q, op, "softmax_lse");
-  MOR_CHECK(softmax_lse.size(0) == dims.num_heads && softmax_lse.size(1) == dims.num_queries, op,
-            ": expected softmax_lse of shape [", dims.num_heads, ", ", dims.num_queries, "], got ",
-            shape_str(softmax_lse));
+  kDepthAttentionBackwardOperands.check({&inputs.q, &grad_out, &out, &softmax_lse});
   return dims;
 }
 

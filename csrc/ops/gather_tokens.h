@@ -9,7 +9,7 @@
 // is an error on the CPU and undefined on CUDA. MoR paper, section 2.2.1.
 #pragma once
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -19,27 +19,23 @@ struct GatherTokensDims {
   int64_t width;      // D
 };
 
-inline void check_rows_index(const Tensor& rows, const Tensor& reference, const char* op) {
-  check_dim(rows, 1, op, "rows", "[K]");
-  check_dtype(rows, ScalarType::Long, op, "rows");
-  check_same_device(rows, reference, op, "rows");
-}
+inline constexpr Operands kGatherTokensOperands{"gather_tokens",
+                                                {{"x", "[N, D]", "any"}, {"rows", "[K]", "int64"}}};
 
 inline GatherTokensDims check_gather_tokens(const Tensor& x, const Tensor& rows) {
-  check_dim(x, 2, "gather_tokens", "x", "[N, D]");
-  check_rows_index(rows, x, "gather_tokens");
+  kGatherTokensOperands.check({&x, &rows});
   return {x.size(0), rows.size(0), x.size(1)};
 }
 
+inline constexpr Operands kGatherTokensBackwardOperands{
+    "gather_tokens_backward",
+    {{"grad", "[K, D]", "floating"},
+     {"rows", "[K]", "int64", "grad of {rows[0]} rows (the elements of rows)"}}};
+
 inline GatherTokensDims check_gather_tokens_backward(const Tensor& grad, const Tensor& rows,
                                                      int64_t num_rows) {
-  const char* op = "gather_tokens_backward";
-  check_dim(grad, 2, op, "grad", "[K, D]");
-  check_floating(grad, op, "grad");
-  check_rows_index(rows, grad, op);
-  MOR_CHECK(grad.size(0) == rows.size(0), op, ": expected grad of ", rows.size(0),
-            " rows (the elements of rows), got ", shape_str(grad));
-  MOR_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
+  kGatherTokensBackwardOperands.check({&grad, &rows});
+  MOR_CHECK(num_rows >= 0, "gather_tokens_backward: expected num_rows >= 0, got ", num_rows);
   return {num_rows, rows.size(0), grad.size(1)};
 }
 

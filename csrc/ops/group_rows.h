@@ -12,7 +12,7 @@
 
 #include <optional>
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -22,20 +22,14 @@ struct GroupRowsDims {
   int64_t num_sequences;  // B; 1 without cu_seqlens
 };
 
+inline constexpr Operands kGroupRowsOperands{
+    "group_rows", {{"keys", "[N]", "int64, int32 or bool"}, {"cu_seqlens", "[B + 1]", "int32"}}};
+
 inline GroupRowsDims check_group_rows(const Tensor& keys, int64_t num_keys,
                                       const std::optional<Tensor>& cu_seqlens) {
-  const char* op = "group_rows";
-  check_dim(keys, 1, op, "keys", "[N]");
-  const auto dtype = keys.scalar_type();
-  MOR_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Bool, op,
-            ": expected keys of dtype int64, int32 or bool, got ", dtype_str(dtype));
-  MOR_CHECK(num_keys >= 1, op, ": expected num_keys >= 1, got ", num_keys);
-  if (!cu_seqlens.has_value()) return {keys.size(0), num_keys, 1};
-  check_dim(*cu_seqlens, 1, op, "cu_seqlens", "[B + 1]");
-  check_dtype(*cu_seqlens, ScalarType::Int, op, "cu_seqlens");
-  check_same_device(*cu_seqlens, keys, op, "cu_seqlens");
-  MOR_CHECK(cu_seqlens->size(0) >= 1, op, ": expected cu_seqlens of at least one element, got [0]");
-  return {keys.size(0), num_keys, cu_seqlens->size(0) - 1};
+  kGroupRowsOperands.check({&keys, pointer(cu_seqlens)});
+  MOR_CHECK(num_keys >= 1, "group_rows: expected num_keys >= 1, got ", num_keys);
+  return {keys.size(0), num_keys, cu_seqlens.has_value() ? cu_seqlens->size(0) - 1 : 1};
 }
 
 }  // namespace mor

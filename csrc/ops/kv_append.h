@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -30,18 +30,12 @@ inline std::string strides_str(const Tensor& t) {
 }
 
 // The two caches, for every operator that has them.
+inline constexpr Operand kKCache{"k_cache", "[num_blocks, block_size, Hkv, head_dim]", "floating"};
+inline constexpr Operand kVCache{"v_cache", kKCache.shape, "same",
+                                 "v_cache of the shape of k_cache {k_cache}"};
+
 inline KvCacheDims check_kv_cache(const Tensor& k_cache, const Tensor& v_cache, const char* op) {
-  const char* shape = "[num_blocks, block_size, Hkv, head_dim]";
-  check_dim(k_cache, 4, op, "k_cache", shape);
-  check_dim(v_cache, 4, op, "v_cache", shape);
-  check_floating(k_cache, op, "k_cache");
-  check_dtype(v_cache, k_cache.scalar_type(), op, "v_cache");
-  check_same_device(v_cache, k_cache, op, "v_cache");
   const KvCacheDims dims{k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)};
-  for (int64_t d = 0; d < 4; ++d) {
-    MOR_CHECK(v_cache.size(d) == k_cache.size(d), op, ": expected v_cache of the shape of k_cache ",
-              shape_str(k_cache), ", got ", shape_str(v_cache));
-  }
   MOR_CHECK(dims.block_size >= 1, op, ": expected a block_size of at least 1, got ",
             shape_str(k_cache));
   const auto check_rows = [&](const Tensor& t, const char* name) {
@@ -58,9 +52,17 @@ struct KvAppendDims {
   KvCacheDims cache;
 };
 
+inline constexpr Operands kKvAppendOperands{"kv_append",
+                                            {kKCache,
+                                             kVCache,
+                                             {"slot_mapping", "[N]", "int64"},
+                                             {"k", "[N, Hkv, head_dim]", "same"},
+                                             {"v", "[N, Hkv, head_dim]", "same"}}};
+
 inline KvAppendDims check_kv_append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                     const Tensor& v, const Tensor& slot_mapping) {
   const char* op = "kv_append";
+  kKvAppendOperands.check({&k_cache, &v_cache, &slot_mapping, &k, &v});
   const KvCacheDims cache = check_kv_cache(k_cache, v_cache, op);
   const auto check_written = [&](const Tensor& t, const char* name) {
     bool shared = false;
@@ -70,22 +72,7 @@ inline KvAppendDims check_kv_append(const Tensor& k_cache, const Tensor& v_cache
   };
   check_written(k_cache, "k_cache");
   check_written(v_cache, "v_cache");
-  check_dim(slot_mapping, 1, op, "slot_mapping", "[N]");
-  check_dtype(slot_mapping, ScalarType::Long, op, "slot_mapping");
-  check_same_device(slot_mapping, k_cache, op, "slot_mapping");
-  const int64_t num_tokens = slot_mapping.size(0);
-  const auto check_tokens = [&](const Tensor& t, const char* name) {
-    check_dim(t, 3, op, name, "[N, Hkv, head_dim]");
-    check_dtype(t, k_cache.scalar_type(), op, name);
-    check_same_device(t, k_cache, op, name);
-    MOR_CHECK(
-        t.size(0) == num_tokens && t.size(1) == cache.num_kv_heads && t.size(2) == cache.head_dim,
-        op, ": expected ", name, " of shape [", num_tokens, ", ", cache.num_kv_heads, ", ",
-        cache.head_dim, "], got ", shape_str(t));
-  };
-  check_tokens(k, "k");
-  check_tokens(v, "v");
-  return {num_tokens, cache};
+  return {slot_mapping.size(0), cache};
 }
 
 }  // namespace mor

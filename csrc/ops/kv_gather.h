@@ -24,28 +24,20 @@ struct KvGatherDims {
   int64_t num_rows;
 };
 
-// Shape [B, max_blocks] int32; returns B.
-inline int64_t check_block_table(const Tensor& block_table, const Tensor& k_cache, const char* op) {
-  check_dim(block_table, 2, op, "block_table", "[B, max_blocks]");
-  check_dtype(block_table, ScalarType::Int, op, "block_table");
-  check_same_device(block_table, k_cache, op, "block_table");
-  return block_table.size(0);
-}
+inline constexpr Operand kBlockTable{"block_table", "[B, max_blocks]", "int32"};
+inline constexpr Operands kKvGatherOperands{
+    "kv_gather",
+    {kKCache, kVCache, kBlockTable, {"seq_lens", "[B]", "int32", "(the rows of block_table)"}}};
 
 inline KvGatherDims check_kv_gather(const Tensor& k_cache, const Tensor& v_cache,
                                     const Tensor& block_table, const Tensor& seq_lens,
                                     int64_t num_rows) {
   const char* op = "kv_gather";
+  kKvGatherOperands.check({&k_cache, &v_cache, &block_table, &seq_lens});
   const KvCacheDims cache = check_kv_cache(k_cache, v_cache, op);
-  const int64_t num_entries = check_block_table(block_table, k_cache, op);
-  check_dim(seq_lens, 1, op, "seq_lens", "[B]");
-  check_dtype(seq_lens, ScalarType::Int, op, "seq_lens");
-  check_same_device(seq_lens, k_cache, op, "seq_lens");
-  MOR_CHECK(seq_lens.size(0) == num_entries, op, ": expected seq_lens of ", num_entries,
-            " elements (the rows of block_table), got ", shape_str(seq_lens));
   MOR_CHECK(num_rows >= 0 && num_rows <= INT32_MAX, op, ": expected num_rows in [0, 2^31), got ",
             num_rows);
-  return {cache, num_entries, block_table.size(1), num_rows};
+  return {cache, block_table.size(0), block_table.size(1), num_rows};
 }
 
 // Blocks [first, end) of entry b, on the CPU; its row of block_table is `table`, contiguous.

@@ -14,7 +14,7 @@
 
 #include <optional>
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -26,16 +26,16 @@ struct PackedLinearDims {
   int64_t num_outputs;  // M
 };
 
+inline constexpr Operands kPackedLinearOperands{
+    "packed_linear",
+    {{"x", "[N, K]", "float32 or bfloat16"}, {"packed", "", "same"}, {"bias", "[M]", "same"}}};
+
 inline PackedLinearDims check_packed_linear(const Tensor& x, const Tensor& packed,
                                             int64_t num_outputs,
                                             const std::optional<Tensor>& bias) {
   const char* op = "packed_linear";
-  check_dim(x, 2, op, "x", "[N, K]");
+  kPackedLinearOperands.check({&x, &packed, pointer(bias)});
   const bool halves = x.scalar_type() == ScalarType::BFloat16;
-  MOR_CHECK(halves || x.scalar_type() == ScalarType::Float, op,
-            ": expected x of dtype float32 or bfloat16, got ", dtype_str(x.scalar_type()));
-  check_dtype(packed, x.scalar_type(), op, "packed");
-  check_same_device(packed, x, op, "packed");
   MOR_CHECK(num_outputs >= 0, op, ": expected num_outputs >= 0, got ", num_outputs);
   const int64_t panels = (num_outputs + kPanel - 1) / kPanel, k = x.size(1);
   const bool fits = halves ? packed.dim() == 4 && packed.size(0) == panels &&
@@ -45,13 +45,8 @@ inline PackedLinearDims check_packed_linear(const Tensor& x, const Tensor& packe
                                  packed.size(2) == kPanel;
   MOR_CHECK(fits, op, ": expected packed of pack_linear for ", num_outputs, " outputs and x ",
             shape_str(x), ", got ", shape_str(packed));
-  if (bias.has_value()) {
-    check_dim(*bias, 1, op, "bias", "[M]");
-    check_dtype(*bias, x.scalar_type(), op, "bias");
-    check_same_device(*bias, x, op, "bias");
-    MOR_CHECK(bias->size(0) == num_outputs, op, ": expected bias of ", num_outputs,
-              " elements, got ", shape_str(*bias));
-  }
+  MOR_CHECK(!bias.has_value() || bias->size(0) == num_outputs, op, ": expected bias of ",
+            num_outputs, " elements, got ", shape_str(*bias));
   return {x.size(0), k, num_outputs};
 }
 

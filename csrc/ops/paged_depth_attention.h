@@ -38,35 +38,29 @@ struct PagedDepthAttentionDims {
   int64_t num_heads;  // H
 };
 
+inline constexpr Operands kPagedDepthAttentionOperands{
+    "paged_depth_attention",
+    {kKCache,
+     kVCache,
+     {"q", "[N, H, head_dim]", "same", "q with head_dim {k_cache[3]}"},
+     kBlockTable,
+     {"context_lens", "[N]", "int32"},
+     {"cu_seqlens_q", "[B + 1]", "int32"},
+     {"context_starts", "[N]", "int32"}}};
+
 inline PagedDepthAttentionDims check_paged_depth_attention(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
     const Tensor& context_lens, const Tensor& cu_seqlens_q,
     const std::optional<Tensor>& context_starts) {
   const char* op = "paged_depth_attention";
+  check_head_dim(k_cache, 4, op);
+  kPagedDepthAttentionOperands.check({&k_cache, &v_cache, &q, &block_table, &context_lens,
+                                      &cu_seqlens_q, pointer(context_starts)});
   const KvCacheDims cache = check_kv_cache(k_cache, v_cache, op);
-  MOR_CHECK(cache.head_dim >= 1 && cache.head_dim <= 256, op, ": expected head_dim in 1..256, got ",
-            cache.head_dim);
-  check_dim(q, 3, op, "q", "[N, H, head_dim]");
-  check_dtype(q, k_cache.scalar_type(), op, "q");
-  check_same_device(q, k_cache, op, "q");
-  MOR_CHECK(q.size(2) == cache.head_dim, op, ": expected q with head_dim ", cache.head_dim,
-            ", got ", shape_str(q));
   MOR_CHECK(cache.num_kv_heads > 0 && q.size(1) % cache.num_kv_heads == 0, op, ": expected the ",
             q.size(1), " heads of q to be a multiple of those of k_cache, got ",
             cache.num_kv_heads);
-  const int64_t num_entries = check_block_table(block_table, k_cache, op);
-  const auto check_vector = [&](const Tensor& t, int64_t size, const char* name,
-                                const char* shape) {
-    check_dim(t, 1, op, name, shape);
-    check_dtype(t, ScalarType::Int, op, name);
-    check_same_device(t, k_cache, op, name);
-    MOR_CHECK(t.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
-              shape_str(t));
-  };
-  check_vector(context_lens, q.size(0), "context_lens", "[N]");
-  check_vector(cu_seqlens_q, num_entries + 1, "cu_seqlens_q", "[B + 1]");
-  if (context_starts.has_value()) check_vector(*context_starts, q.size(0), "context_starts", "[N]");
-  return {cache, q.size(0), num_entries, block_table.size(1), q.size(1)};
+  return {cache, q.size(0), block_table.size(0), block_table.size(1), q.size(1)};
 }
 
 }  // namespace mor

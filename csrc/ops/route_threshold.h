@@ -34,7 +34,7 @@
 #include <optional>
 #include <string>
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -46,6 +46,13 @@ struct RouteThresholdDims {
   ThresholdKind kind;
 };
 
+inline constexpr Operands kRouteThresholdOperands{
+    "route_threshold",
+    {{"scores", "[N]", "floating"},
+     {"cu_seqlens", "[B + 1]", "int32"},
+     {"threshold", "[B]", "float32 or float64", "(one for each sequence)"},
+     {"candidates", "[N]", "bool", "(the rows of scores)"}}};
+
 inline RouteThresholdDims check_route_threshold(const Tensor& scores, double threshold,
                                                 const std::optional<Tensor>& threshold_each,
                                                 const Tensor& cu_seqlens, const std::string& kind,
@@ -53,42 +60,25 @@ inline RouteThresholdDims check_route_threshold(const Tensor& scores, double thr
                                                 const std::optional<Tensor>& candidates,
                                                 std::optional<int64_t> max_rows) {
   const char* op = "route_threshold";
-  check_dim(scores, 1, op, "scores", "[N]");
-  check_floating(scores, op, "scores");
-  check_dim(cu_seqlens, 1, op, "cu_seqlens", "[B + 1]");
-  check_dtype(cu_seqlens, ScalarType::Int, op, "cu_seqlens");
-  check_same_device(cu_seqlens, scores, op, "cu_seqlens");
-  MOR_CHECK(cu_seqlens.size(0) >= 1, op, ": expected cu_seqlens of at least one element, got [0]");
+  kRouteThresholdOperands.check(
+      {&scores, &cu_seqlens, pointer(threshold_each), pointer(candidates)});
   const bool absolute = kind == "absolute", mass = kind == "mass";
   MOR_CHECK(absolute || mass || kind == "quantile", op,
             ": expected kind absolute, quantile or mass, got ", kind);
   MOR_CHECK(!(mass && inclusive), op, ": expected kind absolute or quantile with inclusive");
-  const RouteThresholdDims dims{scores.size(0), cu_seqlens.size(0) - 1,
-                                absolute ? ThresholdKind::kAbsolute
-                                : mass   ? ThresholdKind::kMass
-                                         : ThresholdKind::kQuantile};
-  if (threshold_each.has_value()) {
-    check_dim(*threshold_each, 1, op, "threshold", "[B]");
-    const auto dtype = threshold_each->scalar_type();
-    MOR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
-              ": expected threshold of dtype float32 or float64, got ", dtype_str(dtype));
-    check_same_device(*threshold_each, scores, op, "threshold");
-    MOR_CHECK(threshold_each->size(0) == dims.num_sequences, op, ": expected threshold of ",
-              dims.num_sequences, " elements (one for each sequence), got ",
-              shape_str(*threshold_each));
-  } else if (absolute) {
-    MOR_CHECK(threshold == threshold, op, ": expected threshold not to be nan");
-  } else {
-    MOR_CHECK(threshold >= 0 && threshold <= 1, op, ": expected threshold in [0, 1], got ",
-              threshold);
-  }
+  const bool each = threshold_each.has_value();
+  MOR_CHECK(each || !absolute || threshold == threshold, op, ": expected threshold not to be nan");
+  MOR_CHECK(each || absolute || (threshold >= 0 && threshold <= 1), op,
+            ": expected threshold in [0, 1], got ", threshold);
   MOR_CHECK(min_k >= 0, op, ": expected min_k >= 0, got ", min_k);
   MOR_CHECK(max_k == -1 || max_k >= min_k, op, ": expected max_k >= min_k = ", min_k, ", got ",
             max_k);
-  if (candidates.has_value()) check_row_mask(*candidates, scores, op, "candidates");
   MOR_CHECK(!max_rows.has_value() || *max_rows >= 0, op, ": expected max_rows >= 0, got ",
             max_rows.value_or(0));
-  return dims;
+  return {scores.size(0), cu_seqlens.size(0) - 1,
+          absolute ? ThresholdKind::kAbsolute
+          : mass   ? ThresholdKind::kMass
+                   : ThresholdKind::kQuantile};
 }
 
 // The place h of a quantile among n > 0 scores in ascending order, floor(h) or (up) ceil(h).

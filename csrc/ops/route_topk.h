@@ -19,7 +19,7 @@
 
 #include <optional>
 
-#include "../checks.h"
+#include "../operands.h"
 
 namespace mor {
 
@@ -28,30 +28,23 @@ struct RouteTopkDims {
   int64_t num_sequences;  // B
 };
 
+inline constexpr Operands kRouteTopkOperands{
+    "route_topk",
+    {{"scores", "[N]", "floating"},
+     {"cu_seqlens", "[B + 1]", "int32"},
+     {"k", "[B]", "int64", "(one for each sequence)"},
+     {"candidates", "[N]", "bool", "(the rows of scores)"},
+     {"protected_rows", "[N]", "bool", "(the rows of scores)"}}};
+
 inline RouteTopkDims check_route_topk(const Tensor& scores, int64_t k,
                                       const std::optional<Tensor>& k_each, const Tensor& cu_seqlens,
                                       int64_t num_rows, const std::optional<Tensor>& candidates,
                                       const std::optional<Tensor>& protected_rows) {
-  const char* op = "route_topk";
-  check_dim(scores, 1, op, "scores", "[N]");
-  check_floating(scores, op, "scores");
-  check_dim(cu_seqlens, 1, op, "cu_seqlens", "[B + 1]");
-  check_dtype(cu_seqlens, ScalarType::Int, op, "cu_seqlens");
-  check_same_device(cu_seqlens, scores, op, "cu_seqlens");
-  MOR_CHECK(cu_seqlens.size(0) >= 1, op, ": expected cu_seqlens of at least one element, got [0]");
-  const RouteTopkDims dims{scores.size(0), cu_seqlens.size(0) - 1};
-  MOR_CHECK(k >= 0, op, ": expected k >= 0, got ", k);
-  if (k_each.has_value()) {
-    check_dim(*k_each, 1, op, "k", "[B]");
-    check_dtype(*k_each, ScalarType::Long, op, "k");
-    check_same_device(*k_each, scores, op, "k");
-    MOR_CHECK(k_each->size(0) == dims.num_sequences, op, ": expected k of ", dims.num_sequences,
-              " elements (one for each sequence), got ", shape_str(*k_each));
-  }
-  MOR_CHECK(num_rows >= 0, op, ": expected num_rows >= 0, got ", num_rows);
-  if (candidates.has_value()) check_row_mask(*candidates, scores, op, "candidates");
-  if (protected_rows.has_value()) check_row_mask(*protected_rows, scores, op, "protected_rows");
-  return dims;
+  kRouteTopkOperands.check(
+      {&scores, &cu_seqlens, pointer(k_each), pointer(candidates), pointer(protected_rows)});
+  MOR_CHECK(k >= 0, "route_topk: expected k >= 0, got ", k);
+  MOR_CHECK(num_rows >= 0, "route_topk: expected num_rows >= 0, got ", num_rows);
+  return {scores.size(0), cu_seqlens.size(0) - 1};
 }
 
 }  // namespace mor

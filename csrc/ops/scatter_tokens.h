@@ -33,47 +33,28 @@ struct ScatterTokensDims {
   int64_t width;        // D
 };
 
-inline void check_row_scale(const Tensor& scale, int64_t size, const Tensor& reference,
-                            const char* op, const char* name, const char* shape) {
-  check_dim(scale, 1, op, name, shape);
-  MOR_CHECK(
-      scale.scalar_type() == ScalarType::Float || scale.scalar_type() == reference.scalar_type(),
-      op, ": expected ", name, " of dtype float32 or ", dtype_str(reference.scalar_type()),
-      ", got ", dtype_str(scale.scalar_type()));
-  check_same_device(scale, reference, op, name);
-  MOR_CHECK(scale.size(0) == size, op, ": expected ", name, " of ", size, " elements, got ",
-            shape_str(scale));
-}
-
-inline void check_rows_like(const Tensor& t, int64_t num_rows, const Tensor& reference,
-                            const char* op, const char* name, const char* shape) {
-  check_dim(t, 2, op, name, shape);
-  check_dtype(t, reference.scalar_type(), op, name);
-  check_same_device(t, reference, op, name);
-  MOR_CHECK(t.size(0) == num_rows && t.size(1) == reference.size(1), op, ": expected ", name,
-            " of shape [", num_rows, ", ", reference.size(1), "], got ", shape_str(t));
-}
+inline constexpr Operand kScatterTokensList[] = {{"base", "[N, D]", "floating"},
+                                                 {"rows", "[K]", "int64"},
+                                                 {"updates", "[K, D]", "same"},
+                                                 {"gate", "[K]", "float32 or same"},
+                                                 {"base_scale", "[N]", "float32 or same"}};
+inline constexpr Operands kScatterTokensOperands{"scatter_tokens", kScatterTokensList};
+inline constexpr Operands kScatterTokensInPlaceOperands{"scatter_tokens_", kScatterTokensList};
 
 inline ScatterTokensDims check_scatter_tokens(const Tensor& base, const Tensor& updates,
                                               const Tensor& rows, const std::optional<Tensor>& gate,
                                               const std::optional<Tensor>& base_scale,
-                                              const char* op = "scatter_tokens") {
-  check_dim(base, 2, op, "base", "[N, D]");
-  check_floating(base, op, "base");
-  check_rows_index(rows, base, op);
-  const ScatterTokensDims dims{base.size(0), rows.size(0), base.size(1)};
-  check_rows_like(updates, dims.num_updates, base, op, "updates", "[K, D]");
-  if (gate.has_value()) check_row_scale(*gate, dims.num_updates, base, op, "gate", "[K]");
-  if (base_scale.has_value())
-    check_row_scale(*base_scale, dims.num_rows, base, op, "base_scale", "[N]");
-  return dims;
+                                              const Operands& operands = kScatterTokensOperands) {
+  operands.check({&base, &rows, &updates, pointer(gate), pointer(base_scale)});
+  return {base.size(0), rows.size(0), base.size(1)};
 }
 
 inline ScatterTokensDims check_scatter_tokens_(const Tensor& base, const Tensor& updates,
                                                const Tensor& rows,
                                                const std::optional<Tensor>& gate,
                                                const std::optional<Tensor>& base_scale) {
-  const auto dims = check_scatter_tokens(base, updates, rows, gate, base_scale, "scatter_tokens_");
+  const auto dims =
+      check_scatter_tokens(base, updates, rows, gate, base_scale, kScatterTokensInPlaceOperands);
   const bool expanded = base.numel() > 0 && ((base.size(0) > 1 && base.stride(0) == 0) ||
                                              (base.size(1) > 1 && base.stride(1) == 0));
   MOR_CHECK(!expanded,
@@ -82,6 +63,15 @@ inline ScatterTokensDims check_scatter_tokens_(const Tensor& base, const Tensor&
   return dims;
 }
 
+inline constexpr Operands kScatterTokensBackwardOperands{
+    "scatter_tokens_backward",
+    {{"grad", "[N, D]", "floating"},
+     {"rows", "[K]", "int64"},
+     {"base", "[N, D]", "same"},
+     {"updates", "[K, D]", "same"},
+     {"gate", "[K]", "float32 or same"},
+     {"base_scale", "[N]", "float32 or same"}}};
+
 inline ScatterTokensDims check_scatter_tokens_backward(const Tensor& grad,
                                                        const std::optional<Tensor>& base,
                                                        const std::optional<Tensor>& updates,
@@ -89,21 +79,13 @@ inline ScatterTokensDims check_scatter_tokens_backward(const Tensor& grad,
                                                        const std::optional<Tensor>& gate,
                                                        const std::optional<Tensor>& base_scale) {
   const char* op = "scatter_tokens_backward";
-  check_dim(grad, 2, op, "grad", "[N, D]");
-  check_floating(grad, op, "grad");
-  check_rows_index(rows, grad, op);
-  const ScatterTokensDims dims{grad.size(0), rows.size(0), grad.size(1)};
-  if (base.has_value()) check_rows_like(*base, dims.num_rows, grad, op, "base", "[N, D]");
-  if (updates.has_value())
-    check_rows_like(*updates, dims.num_updates, grad, op, "updates", "[K, D]");
-  if (gate.has_value()) check_row_scale(*gate, dims.num_updates, grad, op, "gate", "[K]");
-  if (base_scale.has_value())
-    check_row_scale(*base_scale, dims.num_rows, grad, op, "base_scale", "[N]");
+  kScatterTokensBackwardOperands.check(
+      {&grad, &rows, pointer(base), pointer(updates), pointer(gate), pointer(base_scale)});
   MOR_CHECK(gate.has_value() || !updates.has_value(), op,
             ": expected gate with updates (they ask for its gradient), got none");
   MOR_CHECK(base_scale.has_value() || !base.has_value(), op,
             ": expected base_scale with base (it asks for its gradient), got none");
-  return dims;
+  return {grad.size(0), rows.size(0), grad.size(1)};
 }
 
 }  // namespace mor

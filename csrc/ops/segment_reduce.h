@@ -34,43 +34,38 @@ struct SegmentReduceDims {
   Reduce reduce;
 };
 
-inline void check_segments(const Tensor& segments, const Tensor& x, const char* op) {
-  check_dim(segments, 1, op, "segments", "[N]");
-  check_dtype(segments, ScalarType::Long, op, "segments");
-  check_same_device(segments, x, op, "segments");
-  MOR_CHECK(segments.size(0) == x.size(0), op, ": expected segments of ", x.size(0),
-            " elements (the rows of x), got ", shape_str(segments));
-}
+inline constexpr Operands kSegmentReduceOperands{"segment_reduce",
+                                                 {{"x", "[N, D]", "floating"},
+                                                  {"segments", "[N]", "int64", "(the rows of x)"},
+                                                  {"weights", "[N]", "float32 or same"}}};
 
 inline SegmentReduceDims check_segment_reduce(const Tensor& x, const Tensor& segments,
                                               int64_t num_segments, const std::string& reduce,
                                               const std::optional<Tensor>& weights) {
   const char* op = "segment_reduce";
-  check_dim(x, 2, op, "x", "[N, D]");
-  check_floating(x, op, "x");
-  check_segments(segments, x, op);
+  kSegmentReduceOperands.check({&x, &segments, pointer(weights)});
   MOR_CHECK(num_segments >= 0, op, ": expected num_segments >= 0, got ", num_segments);
   const bool amax = reduce == "amax";
   MOR_CHECK(amax || reduce == "sum" || reduce == "mean", op,
             ": expected reduce sum, mean or amax, got ", reduce);
   MOR_CHECK(!amax || !weights.has_value(), op, ": expected no weights with amax");
-  if (weights.has_value()) check_row_scale(*weights, x.size(0), x, op, "weights", "[N]");
   return {x.size(0), num_segments, x.size(1),
           amax              ? Reduce::kAmax
           : reduce == "sum" ? Reduce::kSum
                             : Reduce::kMean};
 }
 
+inline constexpr Operands kSegmentReduceAmaxBackwardOperands{
+    "segment_reduce_amax_backward",
+    {{"grad", "[S, D]", "floating"},
+     {"out", "[S, D]", "same"},
+     {"x", "[N, D]", "same"},
+     {"segments", "[N]", "int64", "(the rows of x)"}}};
+
 inline SegmentReduceDims check_segment_reduce_amax_backward(const Tensor& grad, const Tensor& x,
                                                             const Tensor& out,
                                                             const Tensor& segments) {
-  const char* op = "segment_reduce_amax_backward";
-  check_dim(grad, 2, op, "grad", "[S, D]");
-  check_floating(grad, op, "grad");
-  check_rows_like(out, grad.size(0), grad, op, "out", "[S, D]");
-  check_dim(x, 2, op, "x", "[N, D]");
-  check_rows_like(x, x.size(0), grad, op, "x", "[N, D]");
-  check_segments(segments, x, op);
+  kSegmentReduceAmaxBackwardOperands.check({&grad, &out, &x, &segments});
   return {x.size(0), grad.size(0), x.size(1), Reduce::kAmax};
 }
 

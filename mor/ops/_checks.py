@@ -1,5 +1,6 @@
 """The checks of csrc/checks.h for fake kernels, in the same words."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,135 +10,70 @@ from torch import Tensor
 from mor.ops._transforms import forward_mode, has_tangent
 
 __all__ = [
-    "FLOATING",
-    "check_block_table",
-    "check_cu_seqlens",
-    "check_dim",
-    "check_dtype",
-    "check_int_vector",
+    "check_head_dim",
     "check_kv_cache",
-    "check_row_mask",
-    "check_rows_index",
-    "check_same_device",
-    "check_size",
-    "dtype_str",
+    "check_operands",
+    "expect",
     "refuse_gradients",
     "refuse_non_tensors",
 ]
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# By operator, the (name, shape, dtypes, sizes) of each operand, as csrc/operands.h has them.
+_OPERANDS = {
+    op: [line.split("\t") for line in lines]
+    for op, *lines in (text.split("\n") for text in torch.ops.mor.operands().split("\n\n"))
+}
 
 
-def dtype_str(dtype: torch.dtype) -> str:
-    """PyTorch's name of a dtype."""
+def expect(op: str, condition: Any, text: str, *got: Any) -> None:
+    """Refuses unless `condition`, which may be symbolic, in the words of the C++ checks."""
+    torch._check(condition, lambda: ", got ".join([f"{op}: expected {text}", *map(str, got)]))
+
+
+def check_operands(op: str, first: Tensor, *others: Tensor | None) -> None:
+    """What Operands::check of csrc/operands.h does, for fake tensors; operands in its order."""
+    sizes: dict[str, Any] = {}
+    shapes: dict[str, list[Any]] = {}
+    for (name, shape, dtypes, fits), t in zip(_OPERANDS[op], (first, *others), strict=True):
+        if t is None:
+            continue
+        names = shape[1:-1].split(", ") if shape else []
+        got = shapes[name] = list(t.shape)
+        expect(op, not shape or len(names) == len(got), f"{name} of shape {shape}", got)
+        dtypes = dtypes.replace("floating", "float32, bfloat16, float16 or float64")
+        dtypes = dtypes.replace("same", _name(first.dtype))
+        dtypes = dtypes.replace("sums", _name(torch.promote_types(first.dtype, torch.float32)))
+        known = dtypes == "any" or _name(t.dtype) in re.split(", | or ", dtypes)
+        expect(op, known, f"{name} of dtype {dtypes}", _name(t.dtype))
+        expect(op, t.device == first.device, f"{name} on {first.device}", t.device)
+        expected = []
+        for size, dim in zip(got, names, strict=bool(shape)):
+            more = int(dim.endswith(" + 1"))
+            expect(op, size >= more, f"{name} of at least one element", got)
+            expected.append(sizes.setdefault(dim.removesuffix(" + 1"), size - more) + more)
+        if fits[:1] in ("", "("):
+            usual = f"of {expected[0]} elements" if len(names) == 1 else f"of shape {expected}"
+            fits = f"{name} {usual} {fits}".rstrip()
+        for size, wanted in zip(got, expected, strict=bool(shape)):
+            expect(op, size == wanted, fits.format(**shapes), shapes[fits.split()[0]])
+
+
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_dim(t: Tensor, dim: int, op: str, name: str, shape: str) -> None:
-    """Rank."""
-    torch._check(
-        t.dim() == dim, lambda: f"{op}: expected {name} of shape {shape}, got {list(t.shape)}"
-    )
-
-
-def check_dtype(
-    t: Tensor, dtypes: tuple[torch.dtype, ...], expected: str, op: str, name: str
-) -> None:
-    """Dtype, one of several; `expected` names them."""
-    torch._check(
-        t.dtype in dtypes,
-        lambda: f"{op}: expected {name} of dtype {expected}, got {dtype_str(t.dtype)}",
-    )
-
-
-def check_same_device(t: Tensor, reference: Tensor, op: str, name: str) -> None:
-    """Device."""
-    torch._check(
-        t.device == reference.device,
-        lambda: f"{op}: expected {name} on {reference.device}, got {t.device}",
-    )
-
-
-def check_size(t: Tensor, size: int, what: str, op: str, name: str) -> None:
-    """Number of elements of a vector; `what` says whose size it must have."""
-    torch._check(
-        t.shape[0] == size,
-        lambda: f"{op}: expected {name} of {size} elements ({what}), got {list(t.shape)}",
-    )
-
-
-def check_cu_seqlens(t: Tensor, reference: Tensor, op: str, name: str = "cu_seqlens") -> int:
-    """Shape [B + 1] int32 on the device of `reference`; returns B."""
-    check_dim(t, 1, op, name, "[B + 1]")
-    check_dtype(t, (torch.int32,), "int32", op, name)
-    check_same_device(t, reference, op, name)
-    torch._check(t.shape[0] >= 1, lambda: f"{op}: expected {name} of at least one element, got [0]")
-    return t.shape[0] - 1
-
-
-def check_row_mask(t: Tensor, scores: Tensor, op: str, name: str) -> None:
-    """Shape [N] bool on the device of scores [N]."""
-    check_dim(t, 1, op, name, "[N]")
-    check_dtype(t, (torch.bool,), "bool", op, name)
-    check_same_device(t, scores, op, name)
-    check_size(t, scores.shape[0], "the rows of scores", op, name)
-
-
-def check_rows_index(t: Tensor, reference: Tensor, op: str) -> None:
-    """Rows [K] int64 on the device of `reference`."""
-    check_dim(t, 1, op, "rows", "[K]")
-    check_dtype(t, (torch.int64,), "int64", op, "rows")
-    check_same_device(t, reference, op, "rows")
+def check_head_dim(op: str, t: Tensor, rank: int) -> None:
+    """The last size of t, before others are compared with it; leaves another rank to others."""
+    head_dim = t.shape[-1] if t.dim() == rank else 1
+    expect(op, 1 <= head_dim <= 256, "head_dim in 1..256", head_dim)
 
 
 def check_kv_cache(k_cache: Tensor, v_cache: Tensor, op: str) -> None:
-    """A paged cache of keys and one of values, of the same shape."""
-    shape = "[num_blocks, block_size, Hkv, head_dim]"
-    check_dim(k_cache, 4, op, "k_cache", shape)
-    check_dim(v_cache, 4, op, "v_cache", shape)
-    check_dtype(k_cache, FLOATING, "float32, bfloat16, float16 or float64", op, "k_cache")
-    check_dtype(v_cache, (k_cache.dtype,), dtype_str(k_cache.dtype), op, "v_cache")
-    check_same_device(v_cache, k_cache, op, "v_cache")
-    torch._check(
-        v_cache.shape == k_cache.shape,
-        lambda: (
-            f"{op}: expected v_cache of the shape of k_cache {list(k_cache.shape)}, "
-            f"got {list(v_cache.shape)}"
-        ),
-    )
-    torch._check(
-        k_cache.shape[1] >= 1,
-        lambda: f"{op}: expected a block_size of at least 1, got {list(k_cache.shape)}",
-    )
+    """Block size and strides of a paged cache."""
+    expect(op, k_cache.shape[1] >= 1, "a block_size of at least 1", list(k_cache.shape))
     for t, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
-        contiguous = t.shape[3] <= 1 or t.stride(3) == 1
-        strides = list(t.stride())
-        torch._check(
-            contiguous,
-            lambda name=name, strides=strides: (
-                f"{op}: expected {name} with a contiguous head_dim, got strides {strides}"
-            ),
-        )
-
-
-def check_int_vector(
-    t: Tensor, size: int, reference: Tensor, op: str, name: str, shape: str
-) -> None:
-    """Shape [size] int32 on the device of `reference`."""
-    check_dim(t, 1, op, name, shape)
-    check_dtype(t, (torch.int32,), "int32", op, name)
-    check_same_device(t, reference, op, name)
-    torch._check(
-        t.shape[0] == size,
-        lambda: f"{op}: expected {name} of {size} elements, got {list(t.shape)}",
-    )
-
-
-def check_block_table(t: Tensor, reference: Tensor, op: str) -> None:
-    """Shape [B, max_blocks] int32 on the device of `reference`."""
-    check_dim(t, 2, op, "block_table", "[B, max_blocks]")
-    check_dtype(t, (torch.int32,), "int32", op, "block_table")
-    check_same_device(t, reference, op, "block_table")
+        contiguous, strides = t.shape[3] <= 1 or t.stride(3) == 1, list(t.stride())
+        expect(op, contiguous, f"{name} with a contiguous head_dim, got strides {strides}")
 
 
 def refuse_gradients(op: str, instead: str, **operands: Tensor | None) -> None:

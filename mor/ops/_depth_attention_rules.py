@@ -6,12 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops.depth_attention_check import check, check_backward
+from mor.ops._checks import check_head_dim, check_operands, expect
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+    """Checks the operands of depth_attention, in the order of the schema."""
+    op = "depth_attention"
+    q_depths, k_depths, _, causal, _, *window = rest[4:]
+    check_head_dim(op, q, 3)
+    check_operands(op, q, k, v, *rest[:7])
+    kv_heads = k.shape[1]
+    multiple = kv_heads > 0 and q.shape[1] % kv_heads == 0
+    expect(op, multiple, f"the {q.shape[1]} heads of q to be a multiple of those of k", kv_heads)
+    only = "only k_depths" if q_depths is None else "only q_depths"
+    expect(op, (q_depths is None) == (k_depths is None), "q_depths and k_depths together", only)
+    for size in window:  # left out where it is the default
+        if size is not None:
+            expect(op, size >= 1, "a window of at least 1", size)
+            expect(op, causal, "causal with a window", f"causal={causal}")
 
 
 @torch.library.register_fake("mor::depth_attention")
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    check(q, *rest)
+    _check(q, *rest)
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=total)
 
@@ -20,7 +37,8 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> Any:
-    check_backward(grad_out, q, k, v, out, lse, *rest)
+    _check(q, k, v, *rest)
+    check_operands("depth_attention_backward", q, grad_out, out, lse)
     bias = rest[6]
     grad_bias = q.new_empty(0, dtype=lse.dtype) if bias is None else bias.new_empty(bias.shape)
     return *(t.new_empty(t.shape) for t in (q, k, v)), grad_bias

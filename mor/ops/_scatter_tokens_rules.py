@@ -5,64 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import (
-    FLOATING,
-    check_dim,
-    check_dtype,
-    check_rows_index,
-    check_same_device,
-    dtype_str,
-)
+from mor.ops._checks import check_operands, expect
 from mor.ops.gather_tokens import gather_tokens
-
-
-def check_rows_like(t: Tensor, num_rows: int, like: Tensor, op: str, name: str, shape: str) -> None:
-    check_dim(t, 2, op, name, shape)
-    check_dtype(t, (like.dtype,), dtype_str(like.dtype), op, name)
-    check_same_device(t, like, op, name)
-    torch._check(
-        t.shape[0] == num_rows and t.shape[1] == like.shape[1],
-        lambda: (
-            f"{op}: expected {name} of shape [{num_rows}, {like.shape[1]}], got {list(t.shape)}"
-        ),
-    )
-
-
-def check_scale(t: Tensor, size: int, like: Tensor, op: str, name: str, shape: str) -> None:
-    check_dim(t, 1, op, name, shape)
-    check_dtype(t, (torch.float32, like.dtype), f"float32 or {dtype_str(like.dtype)}", op, name)
-    check_same_device(t, like, op, name)
-    torch._check(
-        t.shape[0] == size,
-        lambda: f"{op}: expected {name} of {size} elements, got {list(t.shape)}",
-    )
-
-
-def _check(
-    target: Tensor,
-    updates: Tensor | None,
-    rows: Tensor,
-    gate: Tensor | None,
-    base_scale: Tensor | None,
-    op: str,
-    target_name: str = "base",
-) -> None:
-    check_dim(target, 2, op, target_name, "[N, D]")
-    check_dtype(target, FLOATING, "float32, bfloat16, float16 or float64", op, target_name)
-    check_rows_index(rows, target, op)
-    if updates is not None:
-        check_rows_like(updates, rows.shape[0], target, op, "updates", "[K, D]")
-    if gate is not None:
-        check_scale(gate, rows.shape[0], target, op, "gate", "[K]")
-    if base_scale is not None:
-        check_scale(base_scale, target.shape[0], target, op, "base_scale", "[N]")
 
 
 @torch.library.register_fake("mor::scatter_tokens")
 def _(
     base: Tensor, updates: Tensor, rows: Tensor, gate: Tensor | None, base_scale: Tensor | None
 ) -> Tensor:
-    _check(base, updates, rows, gate, base_scale, "scatter_tokens")
+    check_operands("scatter_tokens", base, rows, updates, gate, base_scale)
     return base.new_empty(base.shape)
 
 
@@ -71,17 +22,12 @@ def _(
     base: Tensor, updates: Tensor, rows: Tensor, gate: Tensor | None, base_scale: Tensor | None
 ) -> None:
     op = "scatter_tokens_"
-    _check(base, updates, rows, gate, base_scale, op)
+    check_operands(op, base, rows, updates, gate, base_scale)
     expanded = base.numel() > 0 and any(
         size > 1 and step == 0 for size, step in zip(base.shape, base.stride(), strict=True)
     )
-    torch._check(
-        not expanded,
-        lambda: (
-            f"{op}: expected base whose elements do not share memory, got strides "
-            f"{list(base.stride())}"
-        ),
-    )
+    strides = list(base.stride())
+    expect(op, not expanded, f"base whose elements do not share memory, got strides {strides}")
 
 
 @torch.library.register_fake("mor::scatter_tokens_backward")
@@ -96,17 +42,15 @@ def _(
     need_updates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "scatter_tokens_backward"
-    _check(grad, updates, rows, gate, base_scale, op, "grad")
-    if base is not None:
-        check_rows_like(base, grad.shape[0], grad, op, "base", "[N, D]")
-    torch._check(
-        gate is not None or updates is None,
-        lambda: f"{op}: expected gate with updates (they ask for its gradient), got none",
-    )
-    torch._check(
-        base_scale is not None or base is None,
-        lambda: f"{op}: expected base_scale with base (it asks for its gradient), got none",
-    )
+    check_operands(op, grad, rows, base, updates, gate, base_scale)
+    expect(
+        op, gate is not None or updates is None,
+        "gate with updates (they ask for its gradient)", "none",
+    )  # fmt: skip
+    expect(
+        op, base_scale is not None or base is None,
+        "base_scale with base (it asks for its gradient)", "none",
+    )  # fmt: skip
     none = grad.new_empty
     return (
         grad.new_empty(grad.shape) if need_base and base_scale is not None else none(0),

@@ -5,17 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.ops._checks import check_operands, expect
 from mor.ops._scatter_tokens_rules import dot_rows, scale_rows
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.scatter_tokens import scatter_tokens
-from mor.ops.segment_reduce_check import check, check_amax_backward
 
 
 @torch.library.register_fake("mor::segment_reduce")
 def _(
     x: Tensor, segments: Tensor, num_segments: int, reduce: str, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    check(x, segments, num_segments, reduce, weights)
+    op = "segment_reduce"
+    check_operands(op, x, segments, weights)
+    expect(op, num_segments >= 0, "num_segments >= 0", num_segments)
+    expect(op, reduce in ("sum", "mean", "amax"), "reduce sum, mean or amax", reduce)
+    expect(op, reduce != "amax" or weights is None, "no weights with amax")
     total = torch.float64 if x.dtype == torch.float64 else torch.float32
     num_totals = num_segments if reduce == "mean" else 0
     return x.new_empty(num_segments, x.shape[1]), x.new_empty(num_totals, dtype=total)
@@ -23,7 +27,7 @@ def _(
 
 @torch.library.register_fake("mor::segment_reduce_amax_backward")
 def _(grad: Tensor, x: Tensor, out: Tensor, segments: Tensor) -> Tensor:
-    check_amax_backward(grad, x, out, segments)
+    check_operands("segment_reduce_amax_backward", grad, out, x, segments)
     return x.new_empty(x.shape)
 
 

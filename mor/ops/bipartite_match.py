@@ -6,15 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import (
-    FLOATING,
-    check_cu_seqlens,
-    check_dim,
-    check_dtype,
-    check_same_device,
-    dtype_str,
-    refuse_non_tensors,
-)
+from mor.ops._checks import check_operands, expect, refuse_non_tensors
 from mor.ops._transforms import transformed
 from mor.ops.gather_tokens import gather_tokens
 from mor.ops.scatter_tokens import scatter_tokens
@@ -103,27 +95,8 @@ def _(
     a: Tensor, b: Tensor, cu_seqlens_a: Tensor, cu_seqlens_b: Tensor, metric: str
 ) -> tuple[Tensor, Tensor]:
     op = "bipartite_match"
-    check_dim(a, 2, op, "a", "[Na, D]")
-    check_dtype(a, FLOATING, "float32, bfloat16, float16 or float64", op, "a")
-    check_dim(b, 2, op, "b", "[Nb, D]")
-    check_dtype(b, (a.dtype,), dtype_str(a.dtype), op, "b")
-    check_same_device(b, a, op, "b")
-    torch._check(
-        b.shape[1] == a.shape[1],
-        lambda: f"{op}: expected b of width {a.shape[1]} (that of a), got {list(b.shape)}",
-    )
-    check_cu_seqlens(cu_seqlens_a, a, op, "cu_seqlens_a")
-    check_cu_seqlens(cu_seqlens_b, a, op, "cu_seqlens_b")
-    torch._check(
-        cu_seqlens_b.shape[0] == cu_seqlens_a.shape[0],
-        lambda: (
-            f"{op}: expected cu_seqlens_b of {cu_seqlens_a.shape[0]} elements (those of "
-            f"cu_seqlens_a), got {list(cu_seqlens_b.shape)}"
-        ),
-    )
-    torch._check(
-        metric in ("cosine", "dot"), lambda: f"{op}: expected metric cosine or dot, got {metric}"
-    )
+    check_operands(op, a, b, cu_seqlens_a, cu_seqlens_b)
+    expect(op, metric in ("cosine", "dot"), "metric cosine or dot", metric)
     total = torch.float64 if a.dtype == torch.float64 else torch.float32
     return a.new_empty(a.shape[0], dtype=total), a.new_empty(a.shape[0], dtype=torch.int64)
 

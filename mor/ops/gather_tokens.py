@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.ops._checks import FLOATING, check_dim, check_dtype, check_rows_index, refuse_non_tensors
+from mor.ops._checks import check_operands, expect, refuse_non_tensors
 from mor.ops._transforms import transformed
 
 __all__ = ["gather_tokens", "reference"]
@@ -57,25 +57,15 @@ def reference(x: Tensor, rows: Tensor) -> Tensor:
 
 @torch.library.register_fake("mor::gather_tokens")
 def _(x: Tensor, rows: Tensor) -> Tensor:
-    check_dim(x, 2, "gather_tokens", "x", "[N, D]")
-    check_rows_index(rows, x, "gather_tokens")
+    check_operands("gather_tokens", x, rows)
     return x.new_empty(rows.shape[0], x.shape[1])
 
 
 @torch.library.register_fake("mor::gather_tokens_backward")
 def _(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     op = "gather_tokens_backward"
-    check_dim(grad, 2, op, "grad", "[K, D]")
-    check_dtype(grad, FLOATING, "float32, bfloat16, float16 or float64", op, "grad")
-    check_rows_index(rows, grad, op)
-    torch._check(
-        grad.shape[0] == rows.shape[0],
-        lambda: (
-            f"{op}: expected grad of {rows.shape[0]} rows (the elements of rows), "
-            f"got {list(grad.shape)}"
-        ),
-    )
-    torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows >= 0, got {num_rows}")
+    check_operands(op, grad, rows)
+    expect(op, num_rows >= 0, "num_rows >= 0", num_rows)
     return grad.new_empty(num_rows, grad.shape[1])
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mor.ops._checks import check_cu_seqlens, check_dim, check_dtype, refuse_non_tensors
+from mor.ops._checks import check_operands, expect, refuse_non_tensors
 
 __all__ = ["group_rows", "reference"]
 
@@ -63,10 +63,9 @@ def reference(
 @torch.library.register_fake("mor::group_rows")
 def _(keys: Tensor, num_keys: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     op = "group_rows"
-    check_dim(keys, 1, op, "keys", "[N]")
-    check_dtype(keys, (torch.int64, torch.int32, torch.bool), "int64, int32 or bool", op, "keys")
-    torch._check(num_keys >= 1, lambda: f"{op}: expected num_keys >= 1, got {num_keys}")
-    num_sequences = 1 if cu_seqlens is None else check_cu_seqlens(cu_seqlens, keys, op)
+    check_operands(op, keys, cu_seqlens)
+    expect(op, num_keys >= 1, "num_keys >= 1", num_keys)
+    num_sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         keys.new_empty(keys.shape[0], dtype=torch.int64),
         keys.new_empty(num_keys * num_sequences + 1, dtype=torch.int64),

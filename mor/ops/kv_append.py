@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from mor.ops._checks import (
-    check_dim,
-    check_dtype,
     check_kv_cache,
-    check_same_device,
-    dtype_str,
+    check_operands,
+    expect,
     refuse_gradients,
     refuse_non_tensors,
 )
@@ -70,26 +68,9 @@ def reference(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mappi
 @torch.library.register_fake("mor::kv_append")
 def _(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     op = "kv_append"
+    check_operands(op, k_cache, v_cache, slot_mapping, k, v)
     check_kv_cache(k_cache, v_cache, op)
     for t, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
         strides = list(t.stride())
         shared = any(size > 1 and step == 0 for size, step in zip(t.shape, strides, strict=True))
-        torch._check(
-            not shared,
-            lambda name=name, strides=strides: (
-                f"{op}: expected {name} whose elements do not share memory, got strides {strides}"
-            ),
-        )
-    check_dim(slot_mapping, 1, op, "slot_mapping", "[N]")
-    check_dtype(slot_mapping, (torch.int64,), "int64", op, "slot_mapping")
-    check_same_device(slot_mapping, k_cache, op, "slot_mapping")
-    shape = [slot_mapping.shape[0], *k_cache.shape[2:]]
-    for t, name in ((k, "k"), (v, "v")):
-        check_dim(t, 3, op, name, "[N, Hkv, head_dim]")
-        check_dtype(t, (k_cache.dtype,), dtype_str(k_cache.dtype), op, name)
-        check_same_device(t, k_cache, op, name)
-        got = list(t.shape)
-        torch._check(
-            all(a == b for a, b in zip(got, shape, strict=True)),
-            lambda name=name, got=got: f"{op}: expected {name} of shape {shape}, got {got}",
-        )
+        expect(op, not shared, f"{name} whose elements do not share memory, got strides {strides}")

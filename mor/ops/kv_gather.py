@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from mor.ops._checks import (
-    check_block_table,
-    check_int_vector,
     check_kv_cache,
+    check_operands,
+    expect,
     refuse_gradients,
     refuse_non_tensors,
 )
@@ -84,11 +84,10 @@ def _(
     k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "kv_gather"
+    check_operands(op, k_cache, v_cache, block_table, seq_lens)
     check_kv_cache(k_cache, v_cache, op)
-    check_block_table(block_table, k_cache, op)
-    check_int_vector(seq_lens, block_table.shape[0], k_cache, op, "seq_lens", "[B]")
-    torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows in [0, 2^31), got {num_rows}")
-    torch._check(num_rows < 2**31, lambda: f"{op}: expected num_rows in [0, 2^31), got {num_rows}")
+    expect(op, num_rows >= 0, "num_rows in [0, 2^31)", num_rows)
+    expect(op, num_rows < 2**31, "num_rows in [0, 2^31)", num_rows)
     rows = (num_rows, *k_cache.shape[2:])
     return (
         k_cache.new_empty(rows),

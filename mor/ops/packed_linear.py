@@ -4,14 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mor.ops._checks import (
-    check_dim,
-    check_dtype,
-    check_same_device,
-    dtype_str,
-    refuse_gradients,
-    refuse_non_tensors,
-)
+from mor.ops._checks import check_operands, expect, refuse_gradients, refuse_non_tensors
 
 __all__ = ["pack_linear", "packed_linear", "reference"]
 
@@ -19,8 +12,6 @@ _operator = torch.ops.mor.packed_linear.default
 
 #: Outputs of a panel; see csrc/ops/packed_linear.h.
 _PANEL = 16
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pack_linear(weight: Tensor) -> Tensor:
@@ -36,8 +27,10 @@ def pack_linear(weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: wrong rank or dtype.
     """
-    check_dim(weight, 2, "pack_linear", "weight", "[M, K]")
-    check_dtype(weight, _DTYPES, "float32 or bfloat16", "pack_linear", "weight")
+    op, dtype = "pack_linear", weight.dtype
+    expect(op, weight.dim() == 2, "weight of shape [M, K]", list(weight.shape))
+    known = dtype in (torch.float32, torch.bfloat16)
+    expect(op, known, "weight of dtype float32 or bfloat16", str(dtype).removeprefix("torch."))
     outputs, inputs = weight.shape
     panels = -(-outputs // _PANEL)
     pairs = weight.dtype == torch.bfloat16
@@ -109,28 +102,15 @@ def _(x: Tensor, packed: Tensor, num_outputs: int, bias: Tensor | None) -> Tenso
 
 def _check(x: Tensor, packed: Tensor, num_outputs: int, bias: Tensor | None) -> None:
     op = "packed_linear"
-    check_dim(x, 2, op, "x", "[N, K]")
-    check_dtype(x, _DTYPES, "float32 or bfloat16", op, "x")
-    check_dtype(packed, (x.dtype,), dtype_str(x.dtype), op, "packed")
-    check_same_device(packed, x, op, "packed")
-    torch._check(num_outputs >= 0, lambda: f"{op}: expected num_outputs >= 0, got {num_outputs}")
+    check_operands(op, x, packed, bias)
+    expect(op, num_outputs >= 0, "num_outputs >= 0", num_outputs)
     panels, inputs = -(-num_outputs // _PANEL), x.shape[1]
     if x.dtype == torch.bfloat16:
         expected = [panels, (inputs + 1) // 2, _PANEL, 2]
     else:
         expected = [panels, inputs, _PANEL]
-    torch._check(
-        list(packed.shape) == expected,
-        lambda: (
-            f"{op}: expected packed of pack_linear for {num_outputs} outputs and x "
-            f"{list(x.shape)}, got {list(packed.shape)}"
-        ),
-    )
+    text = f"packed of pack_linear for {num_outputs} outputs and x {list(x.shape)}"
+    expect(op, list(packed.shape) == expected, text, list(packed.shape))
     if bias is not None:
-        check_dim(bias, 1, op, "bias", "[M]")
-        check_dtype(bias, (x.dtype,), dtype_str(x.dtype), op, "bias")
-        check_same_device(bias, x, op, "bias")
-        torch._check(
-            bias.shape[0] == num_outputs,
-            lambda: f"{op}: expected bias of {num_outputs} elements, got {list(bias.shape)}",
-        )
+        size = bias.shape[0]
+        expect(op, size == num_outputs, f"bias of {num_outputs} elements", list(bias.shape))

@@ -4,13 +4,10 @@ import torch
 from torch import Tensor
 
 from mor.ops._checks import (
-    check_block_table,
-    check_dim,
-    check_dtype,
-    check_int_vector,
+    check_head_dim,
     check_kv_cache,
-    check_same_device,
-    dtype_str,
+    check_operands,
+    expect,
     refuse_gradients,
     refuse_non_tensors,
 )
@@ -127,24 +124,13 @@ def _(
     cu_seqlens_q: Tensor, context_starts: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "paged_depth_attention"
+    check_head_dim(op, k_cache, 4)
+    check_operands(op, k_cache, v_cache, q, block_table, context_lens, cu_seqlens_q, context_starts)
     check_kv_cache(k_cache, v_cache, op)
-    kv_heads, head_dim = k_cache.shape[2:]
+    kv_heads = k_cache.shape[2]
 
-    def expect(condition: bool, text: str, got: object) -> None:
-        torch._check(condition, lambda: f"{op}: expected {text}, got {got}")
-
-    expect(1 <= head_dim <= 256, "head_dim in 1..256", head_dim)
-    check_dim(q, 3, op, "q", "[N, H, head_dim]")
-    check_dtype(q, (k_cache.dtype,), dtype_str(k_cache.dtype), op, "q")
-    check_same_device(q, k_cache, op, "q")
-    expect(q.shape[2] == head_dim, f"q with head_dim {head_dim}", list(q.shape))
     multiple = kv_heads > 0 and q.shape[1] % kv_heads == 0
-    expect(multiple, f"the {q.shape[1]} heads of q to be a multiple of those of k_cache", kv_heads)
-    check_block_table(block_table, k_cache, op)
-    check_int_vector(context_lens, q.shape[0], k_cache, op, "context_lens", "[N]")
-    size = block_table.shape[0] + 1
-    check_int_vector(cu_seqlens_q, size, k_cache, op, "cu_seqlens_q", "[B + 1]")
-    if context_starts is not None:
-        check_int_vector(context_starts, q.shape[0], k_cache, op, "context_starts", "[N]")
+    text = f"the {q.shape[1]} heads of q to be a multiple of those of k_cache"
+    expect(op, multiple, text, kv_heads)
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=total)

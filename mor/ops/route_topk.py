@@ -3,16 +3,7 @@
 import torch
 from torch import Tensor
 
-from mor.ops._checks import (
-    FLOATING,
-    check_cu_seqlens,
-    check_dim,
-    check_dtype,
-    check_row_mask,
-    check_same_device,
-    check_size,
-    refuse_non_tensors,
-)
+from mor.ops._checks import check_operands, expect, refuse_non_tensors
 
 __all__ = ["reference", "route_topk"]
 
@@ -126,17 +117,7 @@ def _(
     by_score: bool,
 ) -> Tensor:
     op = "route_topk"
-    check_dim(scores, 1, op, "scores", "[N]")
-    check_dtype(scores, FLOATING, "float32, bfloat16, float16 or float64", op, "scores")
-    num_sequences = check_cu_seqlens(cu_seqlens, scores, op)
-    torch._check(k >= 0, lambda: f"{op}: expected k >= 0, got {k}")
-    if k_each is not None:
-        check_dim(k_each, 1, op, "k", "[B]")
-        check_dtype(k_each, (torch.int64,), "int64", op, "k")
-        check_same_device(k_each, scores, op, "k")
-        check_size(k_each, num_sequences, "one for each sequence", op, "k")
-    torch._check(num_rows >= 0, lambda: f"{op}: expected num_rows >= 0, got {num_rows}")
-    for name, mask in (("candidates", candidates), ("protected_rows", protected_rows)):
-        if mask is not None:
-            check_row_mask(mask, scores, op, name)
+    check_operands(op, scores, cu_seqlens, k_each, candidates, protected_rows)
+    expect(op, k >= 0, "k >= 0", k)
+    expect(op, num_rows >= 0, "num_rows >= 0", num_rows)
     return scores.new_empty(num_rows, dtype=torch.int64)

@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 
 import mor.ops._scatter_tokens_rules  # noqa: F401  (registers fake kernels and autograd)
-from mor.ops._checks import (
-    refuse_gradients,
-    refuse_non_tensors,
-)
+from mor.ops._checks import refuse_gradients, refuse_non_tensors
 from mor.ops._transforms import transformed
 
 __all__ = ["reference", "scatter_tokens", "scatter_tokens_"]

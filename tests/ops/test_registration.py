@@ -6,7 +6,7 @@ import torch
 import mor.ops
 
 #: Not about tensors.
-QUERIES = {"mor::instruction_set", "mor::cuda_architectures"}
+QUERIES = {"mor::instruction_set", "mor::cuda_architectures", "mor::operands"}
 OPERATORS = sorted(
     name
     for name in torch._C._dispatch_get_all_op_names()
