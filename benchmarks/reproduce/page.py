@@ -32,7 +32,9 @@ The data, the order of the data, the batch, the optimiser and the seed of the we
 
 **What is held equal.** Either the training tokens or the training FLOPs, as the table below says.
 FLOPs are those of `mor.analysis.flops_per_token` for every model: matrix products and attention
-over visible pairs, with the language-model head and the routers.
+over visible pairs, with the language-model head and the routers. At equal FLOPs the learning rate
+warms up, stays and decays (WSD), at equal tokens it follows a cosine, as in the paper; so one model
+has two losses in two experiments, and only those of one experiment may be compared.
 
 **What a loss is.** The mean over held-out text, in nats per token. Routing is causal unless a
 column says top-k. A number with ± is the mean over the seeds with its 95% confidence interval by
@@ -49,6 +51,7 @@ agrees with the claim. The verdict comes from its interval only:
 | not at this size | the interval contains zero: these runs cannot tell |
 | too few seeds | fewer than three seeds, so nothing is claimed |
 
+FLOPs and bytes are computed, so their intervals have no width and their verdicts are arithmetic.
 At 95%, about one claim in twenty gets a verdict by chance where there is no difference.
 
 **What preset `tiny` can tell.** Its models, of width 64, train for 128 steps, so that all
@@ -62,6 +65,7 @@ none of the paper's numbers.
 Each experiment is one command in a clone of the repository. It goes on where it was if it was
 killed, and experiments with one `--output` share the models they have in common.
 [Training](training.md#the-papers-experiments) has the options and the presets of the paper's sizes.
+An experiment of this table without a section below has not been run here.
 """
 
 

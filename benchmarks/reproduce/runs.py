@@ -206,6 +206,7 @@ def run(
         "experiment": experiment.name,
         "seed": seed,
         **asdict(preset),
+        "schedule": _schedule(experiment, preset),
         "text": text,
         "equal": experiment.equal,
         "unigram_loss": unigram_loss(train_rows, held_out_rows, vocabulary_size(tokenizer)),
@@ -215,17 +216,23 @@ def run(
     return json.loads(json.dumps(values))  # tuples become lists, as in the file
 
 
+def _schedule(experiment: Experiment, preset: Preset) -> str:
+    """Of the learning rate: the one that stops at any budget, where budgets are compared."""
+    return "wsd" if experiment.equal == "FLOPs" else preset.schedule
+
+
 def _optimisation(
     experiment: Experiment, variant: Variant, preset: Preset, steps: int
 ) -> dict[str, Any]:
     """Arguments of `training_arguments` that follow from the recipe."""
-    wsd = experiment.equal == "FLOPs"
+    schedule = _schedule(experiment, preset)
     # The warm-up is that of the smallest budget, so that runs differ in what follows.
-    shorter = preset.flops[0] / preset.flops[variant.budget] if wsd else 1.0
+    budgets = experiment.equal == "FLOPs"
+    shorter = preset.flops[0] / preset.flops[variant.budget] if budgets else 1.0
     return {
         "steps": steps,
         "learning_rate": preset.learning_rate,
-        "schedule": "wsd" if wsd else preset.schedule,
+        "schedule": schedule,
         "warmup_share": preset.warmup_share * shorter,
         "decay_share": preset.decay_share,
         "log_every": steps,
