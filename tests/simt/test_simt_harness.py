@@ -27,9 +27,8 @@ RACES = {
 }
 PAST_THE_END = """
 import ctypes, sys, torch
-ctypes.CDLL(sys.argv[1]).selftest_past_the_end(
-    ctypes.c_void_p(torch.zeros(64, dtype=torch.int32).data_ptr())
-)
+values = torch.zeros(64, dtype=torch.int32)  # which must live until the call
+ctypes.CDLL(sys.argv[1]).selftest_past_the_end(ctypes.c_void_p(values.data_ptr()))
 """
 
 
