@@ -162,6 +162,12 @@ def test_cost_plot_has_two_panels_and_room_for_its_note(tmp_path):
     assert len({picture.crop((0, 690, 1200, 750)).tobytes() for picture in pictures}) == 2
 
 
+def test_svg_carried_the_date_it_was_drawn(tmp_path):
+    """So that the committed figures changed whenever their page was written."""
+    plot_loss_against_cost({"dense": [(1.0, 1.0, 3.0), (2.0, 2.0, 2.0)]}, tmp_path / "loss.svg")
+    assert "<dc:date>" not in (tmp_path / "loss.svg").read_text(encoding="utf-8")
+
+
 def test_depth_plot_takes_padding_and_any_length(tmp_path):
     for length in (1, 3, 200):
         depths = torch.randint(1, 4, (2, length))

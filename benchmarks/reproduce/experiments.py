@@ -15,6 +15,7 @@ from benchmarks.reproduce.measures import (
     measure_scaling,
 )
 from benchmarks.reproduce.presets import PRESETS, Preset
+from mor.models.schedule import SHARINGS
 
 __all__ = ["EXPERIMENTS"]
 
@@ -87,7 +88,6 @@ _KV = Experiment(
     ),
 )
 
-_SHARINGS = ("cycle", "middle_cycle", "sequence", "middle_sequence")
 _SHARING = Experiment(
     name="sharing",
     title="Sharing strategies",
@@ -104,7 +104,7 @@ _SHARING = Experiment(
                 {"num_recursions": count, "router": None, "sharing": sharing},
             )
             for count in (2, 3)
-            for sharing in _SHARINGS
+            for sharing in SHARINGS
         ),
     ],
     claims=tuple(

@@ -225,14 +225,13 @@ def _optimisation(
     experiment: Experiment, variant: Variant, preset: Preset, steps: int
 ) -> dict[str, Any]:
     """Arguments of `training_arguments` that follow from the recipe."""
-    schedule = _schedule(experiment, preset)
     # The warm-up is that of the smallest budget, so that runs differ in what follows.
     budgets = experiment.equal == "FLOPs"
     shorter = preset.flops[0] / preset.flops[variant.budget] if budgets else 1.0
     return {
         "steps": steps,
         "learning_rate": preset.learning_rate,
-        "schedule": schedule,
+        "schedule": _schedule(experiment, preset),
         "warmup_share": preset.warmup_share * shorter,
         "decay_share": preset.decay_share,
         "log_every": steps,

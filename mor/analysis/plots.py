@@ -265,7 +265,9 @@ def plot_depth_by_position(depths: Tensor, path: str | Path, *, bins: int = 64) 
 
 def _save(figure, path: str | Path) -> None:  # type: ignore[no-untyped-def]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    # Without the date, which would make the same numbers another file.
+    metadata = {"Date": None} if Path(path).suffix == ".svg" else None
+    figure.savefig(path, dpi=_DPI, metadata=metadata)
 
 
 # matplotlib's figure and axes; a list of axes if rows, or panels side by side, are given.
